@@ -1,0 +1,83 @@
+"""SkySense, smoke size: every stage real, the width small.
+
+Command:   ./launch/local.sh              (builds the synthetic default data, pretrains this, evaluates, exports)
+           python -m skysense_jax.train --config configs/skysense_smoke.py --workdir DIR --config.data.dir=DIR/data
+"""
+from ml_collections import config_dict
+
+
+def get_config() -> config_dict.ConfigDict:
+    """The whole configuration of one run; every field can be overridden with --config.section.field=value."""
+    c = config_dict.ConfigDict()
+    c.seed = 0
+    c.steps = 300
+
+    c.data = config_dict.ConfigDict()
+    c.data.dir = ""  # folder that `skysense-jax data build` wrote
+    c.data.split = "train"
+    c.data.batch = 16  # places per step, over all processes
+    c.data.bands = config_dict.ConfigDict({
+        "hr": ("R", "G", "B"),
+        "s2": ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12"),
+        "s1": ("VV", "VH"),
+    })
+    c.data.dates = config_dict.ConfigDict({"hr": 1, "s2": 4, "s1": 3})  # acquisitions drawn per view; the paper: 1, 20, 10
+    c.data.eval_dates = config_dict.ConfigDict({"hr": 1, "s2": 8, "s1": 6})
+    c.data.global_size = 8  # base (Sentinel-2) pixels of a global view; the paper's full size: 16
+    c.data.global_scale = (0.4, 1.0)  # area of the crop box relative to the place (DINO's multi-crop)
+    c.data.n_local = 2
+    c.data.local_size = 4
+    c.data.local_scale = (0.1, 0.4)
+    c.data.aspect = (0.75, 1.3333333)
+    c.data.flip = 0.5  # probability of a horizontal and of a vertical flip, each
+    c.data.rotate = 0.5  # probability of a quarter turn (90, 180 or 270 degrees)
+    c.data.date_jitter_days = 7
+    c.data.augment = config_dict.ConfigDict({
+        # HR: DINO's optical set. S2/S1: gain and offset of the radiometry, in the sensor's own unit.
+        "hr_jitter": 0.8, "hr_jitter_strength": (0.4, 0.4, 0.2, 0.1), "hr_gray": 0.2, "hr_blur": (1.0, 0.1, 0.5),
+        "hr_solarize": 0.2, "s2_gain": 0.1, "s2_band_gain": 0.05, "s1_shift_db": 1.0, "s1_speckle_db": 0.5,
+    })
+    c.data.threads = 2
+    c.data.prefetch = 2
+
+    c.model = config_dict.ConfigDict()
+    c.model.name = "skysense"
+    c.model.dtype = "float32"
+    c.model.remat = False
+    c.model.width = 64  # D: width of the common grid (2816 at full size)
+    c.model.ratio = 16  # HR pixels along one base pixel = total stride of the HR encoder (32 at full size)
+    c.model.calendar = "dated"
+    c.model.hr = config_dict.ConfigDict({
+        "patch": 4, "embed_dims": 16, "depths": (2, 2, 2), "num_heads": (1, 2, 4), "window": 4, "mlp_ratio": 4,
+        "extra_norm_every": 6, "pretrained_windows": (0, 0, 0), "pad_small_map": False, "drop_path": 0.1,
+        "drop_path_before_norm": False,
+    })
+    vit = {"patch": 2, "embed_dims": 64, "depth": 4, "num_heads": 4, "mlp_ratio": 4, "img_size": 16, "drop_path": 0.1,
+           "cls_token": False, "eps": 1e-6}
+    c.model.s2 = config_dict.ConfigDict(vit)
+    c.model.s1 = config_dict.ConfigDict(vit)
+    c.model.fusion = config_dict.ConfigDict({"embed_dims": 64, "depth": 3, "num_heads": 4, "mlp_ratio": 4, "drop_path": 0.1})
+
+    c.objective = config_dict.ConfigDict()
+    c.objective.head = config_dict.ConfigDict({"hidden": 256, "bottleneck": 64, "layers": 3, "prototypes": 512})
+    c.objective.student_temp = 0.1
+    c.objective.centre_momentum = 0.9
+    c.objective.clusters = 8  # N_C of the object granularity
+    c.objective.sinkhorn_eps = 0.05
+    c.objective.sinkhorn_iters = 3
+    c.objective.alpha = 1.0  # weight of the multi-granularity term
+    c.objective.beta = 1.0  # weight of the cross-modal alignment
+    c.objective.align_dim = 64
+    c.objective.align_temp = 0.07
+    c.objective.align_grid = 2  # alignment on grid x grid regions of a view; 1 = whole views
+
+    c.optim = config_dict.ConfigDict({"b1": 0.9, "b2": 0.999, "eps": 1e-8, "clip": 3.0})
+    c.schedule = config_dict.ConfigDict({
+        "lr": 1e-3, "final_lr": 1e-5, "warmup_steps": 30, "weight_decay": 0.04, "final_weight_decay": 0.2,
+        "teacher_momentum": 0.99, "final_teacher_momentum": 1.0, "teacher_temp": 0.07, "warmup_teacher_temp": 0.04,
+        "warmup_teacher_temp_steps": 100, "freeze_last_layer_steps": 20,
+    })
+    c.mesh = config_dict.ConfigDict({"data": 1, "fsdp": -1})  # -1: all remaining devices
+    c.run = config_dict.ConfigDict({"save_every": 100, "keep": 2, "log_every": 10, "max_skipped": 10})
+    c.eval = config_dict.ConfigDict({"batch": 16, "knn_k": 20, "knn_temp": 0.07, "patch": 4, "bootstrap": 1000})
+    return c

@@ -1,0 +1,22 @@
+"""Environment of the suite: CPU, eight fake devices, a persistent compile cache. Set before jax is imported."""
+import os
+import pathlib
+import tempfile
+
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"skysense_jax_cache_{os.getuid()}"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+@pytest.fixture(scope="session")
+def shared() -> pathlib.Path:
+    """Folder with the parity cases and the real data; tests that need it are skipped where it is absent."""
+    root = pathlib.Path(__file__).resolve().parents[1]
+    folder = pathlib.Path(os.environ.get("SKYSENSE_SHARED", root.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"needs the shared reference folder (parity cases, real data), looked in {folder}; set SKYSENSE_SHARED")
+    return folder
