@@ -1,0 +1,68 @@
+"""From rules over parameter names to shardings, with an account of what stays replicated.
+
+A rule is ``(pattern, tactic)`` over the names of :mod:`skysense_jax.core.trees`; tactics:
+
+``fsdp``       split the largest dimension that the ``fsdp`` axis divides (of equal ones the first: the last dimension is the one a
+               TPU pads to 128). Leaves below 1 MiB are replicated and counted: gathering them costs more latency than they weigh.
+               A larger leaf that no dimension of which divides is an error.
+``replicate``  the whole value on every device; an error from 1 MiB on.
+"""
+from __future__ import annotations
+
+from typing import Any, Mapping, NamedTuple
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from skysense_jax.core import trees
+
+SMALL = 2**20
+"""Bytes below which a leaf may stay replicated (issue: no parameter above 1 MiB stays replicated)."""
+
+TACTICS = ("fsdp", "replicate")
+
+
+class Report(NamedTuple):
+    """Account of one tree: bytes in all, bytes replicated on every device, bytes held per device, and the spec of every leaf by name."""
+
+    total: int
+    replicated: int
+    per_device: int
+    specs: dict[str, str]
+
+
+def leaf_spec(name: str, leaf: Any, tactic: str, mesh_axes: Mapping[str, int], small: int = SMALL) -> PartitionSpec:
+    """PartitionSpec of one leaf (anything with shape and dtype). Raises ValueError naming the leaf where its tactic cannot hold."""
+    if tactic not in TACTICS:
+        raise ValueError(f"sharding of {name}: unknown tactic {tactic!r}; tactics are {', '.join(TACTICS)}")
+    n, size = mesh_axes.get("fsdp", 1), trees.size_bytes(leaf)
+    if n == 1 or size < small:
+        return PartitionSpec()
+    if tactic == "replicate":
+        raise ValueError(f"sharding of {name}: {size} bytes may not stay replicated on {n} devices; use the tactic fsdp")
+    candidates = [axis for axis, length in enumerate(leaf.shape) if length % n == 0]
+    if not candidates:
+        raise ValueError(f"sharding of {name}: no dimension of {tuple(leaf.shape)} divides by the fsdp axis of {n}")
+    axis = max(candidates, key=lambda i: (leaf.shape[i], -i))
+    return PartitionSpec(*(("fsdp" if i == axis else None) for i in range(axis + 1)))
+
+
+def shardings(tree: trees.Tree, rules: trees.Rules, mesh: Mesh, small: int = SMALL) -> trees.Tree:
+    """NamedSharding of every leaf of `tree` (arrays or shapes) by strict rules; errors name the leaf (:func:`trees.match`)."""
+    tactics = trees.match(list(trees.flatten(tree)), rules, "sharding")
+    axes = dict(mesh.shape)
+    return trees.map_named(lambda name, leaf: NamedSharding(mesh, leaf_spec(name, leaf, tactics[name], axes, small)), tree)
+
+
+def report(tree: trees.Tree, tree_shardings: trees.Tree) -> Report:
+    """What a sharding costs: see :class:`Report`. A leaf counts as replicated when every device holds all of it."""
+    specs, total, whole, held = {}, 0, 0, 0
+    for (name, leaf), placed in zip(trees.flatten(tree).items(), jax.tree.leaves(tree_shardings), strict=True):
+        size = trees.size_bytes(leaf)
+        shard = leaf.dtype.itemsize
+        for length in placed.shard_shape(tuple(leaf.shape)):
+            shard *= length
+        total, held = total + size, held + shard
+        whole += size if placed.is_fully_replicated else 0
+        specs[name] = f"{leaf.dtype}{list(leaf.shape)} {placed.spec}"
+    return Report(total, whole, held, specs)

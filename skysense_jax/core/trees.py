@@ -1,0 +1,110 @@
+"""Names for the leaves of a tree, and strict rules over the names.
+
+The name of a leaf is its path joined with "/": ``encoder/s2/blocks/attn/kernel``. A rule is ``(pattern, value)``; the pattern
+must match the *whole* name (``re.fullmatch``). Strict means: every leaf is matched by exactly one rule and every rule matches
+something, so that a renamed parameter or a forgotten rule is an error with the name in it, never a silent default.
+"""
+from __future__ import annotations
+
+import re
+from typing import Any, Callable, Mapping, Sequence
+
+import jax
+
+Tree = Any
+Rules = Sequence[tuple[str, Any]]
+
+
+def _part(key: Any) -> str:
+    """One step of a path as text: the dictionary key, the field of a NamedTuple, or the index in a sequence."""
+    for field in ("key", "name", "idx"):
+        if hasattr(key, field):
+            return str(getattr(key, field))
+    raise ValueError(f"a tree node of kind {type(key).__name__} has no name")
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """The "/" name of a jax key path."""
+    return "/".join(_part(key) for key in path)
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+    """Leaves of `tree` by name, in jax's leaf order. Raises ValueError if two leaves share a name (a key that contains "/")."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    named = {path_name(path): leaf for path, leaf in leaves}
+    if len(named) != len(leaves):
+        raise ValueError("two leaves of the tree have the same name; a key of the tree contains '/'")
+    return named
+
+
+def nest(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries from "/" names: the inverse of :func:`flatten` for trees made of dictionaries."""
+    tree: dict[str, Any] = {}
+    for name, leaf in named.items():
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def map_named(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
+    """`jax.tree.map` whose function gets the leaf's name first: function(name, leaf, *other_leaves)."""
+    return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(path_name(path), *leaves), tree, *others)
+
+
+def match(names: Sequence[str], rules: Rules, what: str, unused_ok: bool = False) -> dict[str, Any]:
+    """The value of the one rule that matches each name.
+
+    what: said in the errors ("sharding", "weight decay"). unused_ok: rules written once for several models may leave some
+    without a leaf. Raises ValueError naming the leaves without a rule, the leaves with two rules, and the rules without a leaf.
+    """
+    compiled = [(re.compile(pattern), value) for pattern, value in rules]
+    used = [0] * len(compiled)
+    values: dict[str, Any] = {}
+    unmatched, ambiguous = [], []
+    for name in names:
+        hits = [i for i, (pattern, _) in enumerate(compiled) if pattern.fullmatch(name)]
+        for i in hits:
+            used[i] += 1
+        if not hits:
+            unmatched.append(name)
+        elif len(hits) > 1:
+            ambiguous.append(f"{name} ({', '.join(repr(rules[i][0]) for i in hits)})")
+        else:
+            values[name] = compiled[hits[0]][1]
+    problems = []
+    if unmatched:
+        problems.append(f"no rule matches: {', '.join(unmatched)}")
+    if ambiguous:
+        problems.append(f"more than one rule matches: {'; '.join(ambiguous)}")
+    if not unused_ok and not all(used):
+        problems.append(f"rules that match nothing: {', '.join(repr(rules[i][0]) for i, n in enumerate(used) if not n)}")
+    if problems:
+        raise ValueError(f"{what} rules: " + " | ".join(problems))
+    return values
+
+
+def match_tree(tree: Tree, rules: Rules, what: str, unused_ok: bool = False) -> Tree:
+    """A tree like `tree` whose leaves are the values of the rules that match them (see :func:`match`)."""
+    values = match(list(flatten(tree)), rules, what, unused_ok)
+    return map_named(lambda name, _: values[name], tree)
+
+
+def size_bytes(leaf: Any) -> int:
+    """Bytes of one array or shape-and-dtype."""
+    size = leaf.dtype.itemsize
+    for n in leaf.shape:
+        size *= int(n)
+    return size
+
+
+def tree_bytes(tree: Tree) -> int:
+    """Bytes of all leaves, each counted whole (not per device)."""
+    return sum(size_bytes(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def tree_count(tree: Tree) -> int:
+    """Number of values in all leaves."""
+    return sum(size_bytes(leaf) // leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
