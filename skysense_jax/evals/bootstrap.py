@@ -1,0 +1,32 @@
+"""Intervals by resampling places: patches of one place are not independent, so whole places are drawn, never rows."""
+from __future__ import annotations
+
+import numpy as np
+
+
+def place_weights(places: int, resamples: int, seed: int) -> np.ndarray:
+    """How often every place is drawn in every resample: int64 [B, P], rows sum to P. The same seed gives the same draws.
+
+    Raises ValueError for fewer than one place or resample.
+    """
+    if places < 1 or resamples < 1:
+        raise ValueError(f"bootstrap: needs at least one place and one resample, got {places} and {resamples}")
+    return np.random.default_rng(seed).multinomial(places, np.full(places, 1.0 / places), size=resamples)
+
+
+def interval(samples: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """Percentile interval of bootstrap samples [B]; resamples where the score is undefined (NaN) are left out."""
+    defined = samples[~np.isnan(samples)]
+    if not len(defined):
+        return float("nan"), float("nan")
+    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def paired(first: np.ndarray, second: np.ndarray, first_value: float, second_value: float, level: float = 0.95) -> dict:
+    """Difference first - second of two methods over the *same* resamples [B]: {"difference", "interval", "apart"}.
+
+    apart: True where the interval of the difference does not hold 0.
+    """
+    low, high = interval(first - second, level)
+    return {"difference": float(first_value - second_value), "interval": [low, high], "apart": bool(low > 0 or high < 0)}

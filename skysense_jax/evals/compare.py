@@ -1,0 +1,110 @@
+"""Methods x probes on the same rows: scores with intervals over places, and paired differences between methods."""
+from __future__ import annotations
+
+from typing import Any, Sequence
+
+import numpy as np
+
+from skysense_jax.evals import baselines, bootstrap, knn, linear, metrics, rows
+
+
+def _scores(target: np.ndarray, output: np.ndarray, place: np.ndarray, weights: np.ndarray, multilabel: bool) -> dict[str, tuple]:
+    """metric -> (value, bootstrap samples [B]) of one method's class scores [M, K]."""
+    if multilabel:
+        value = metrics.macro_map(target, output)
+        parts = np.array_split(weights, -(-len(weights) // 64))  # bounds the [resamples, rows] tables
+        samples = np.concatenate([metrics.macro_map(target, output, part[:, place]) for part in parts])
+        return {"macro_map": (float(value), samples)}
+    classes = target.shape[1]
+    table = metrics.confusion_per_place(target.argmax(1), output.argmax(1), place, classes, weights.shape[1])
+    whole = metrics.from_confusion(table.sum(0))
+    resampled = metrics.from_confusion(np.einsum("bp,pij->bij", weights.astype(np.float64), table))
+    return {name: (float(whole[name]), resampled[name]) for name in metrics.SINGLE_LABEL}
+
+
+def compare(
+    train: rows.Rows,
+    test: rows.Rows,
+    *,
+    k: int,
+    temperature: float,
+    resamples: int,
+    seed: int,
+    statistics: Sequence[str] = ("statistics",),
+) -> dict[str, Any]:
+    """kNN and linear probe of every method: the training rows fit and choose, the test rows are only scored.
+
+    train, test: :class:`rows.Rows` with the same methods. k, temperature: of the vote. resamples, seed: of the bootstrap over the test
+    places. statistics: methods whose features are raw statistics in different units, standardised on the training rows first.
+
+    Returns a JSON-able dict: "n" (rows and places of both parts), "multilabel", "classes" (columns that occur),
+    "untrainable_classes" (in the test part only: they count as errors), "majority" (share of the largest training class in the test
+    rows; single label), "results" [{method, probe, scores: {metric: {value, interval}}, strength?}], "differences" [{probe, metric, first,
+    second, difference, interval, apart}] of the first method against every other over the same resamples.
+    Raises ValueError when both parts share a place, or with fewer than two training places.
+    """
+    shared = set(train.place.tolist()) & set(test.place.tolist())
+    if shared:
+        raise ValueError(f"{len(shared)} place(s) are in the training and in the test part, for example {sorted(shared)[0]!r}; "
+                         "rebuild the dataset with one split per place")
+    kept = np.flatnonzero(train.target.any(0) | test.target.any(0))
+    fit, truth = train.target[:, kept], test.target[:, kept]
+    multilabel = bool((fit.sum(1) > 1).any() or (truth.sum(1) > 1).any())
+    train_place = np.unique(train.place, return_inverse=True)[1]
+    places, test_place = np.unique(test.place, return_inverse=True)
+    weights = bootstrap.place_weights(len(places), resamples, seed)
+
+    results, samples = [], {}
+    for method in train.features:
+        known, asked = train.features[method], test.features[method]
+        if method in statistics:
+            known, asked = baselines.standardise(known, asked)
+        probe = linear.linear_probe(known, fit, train_place, asked, multilabel=multilabel)
+        vote = knn.knn_scores(known, fit, asked, k=k, temperature=temperature)
+        for name, output in (("knn", vote), ("linear", probe.scores)):
+            scores = _scores(truth, output, test_place, weights, multilabel)
+            entry = {"method": method, "probe": name, "scores": {}}
+            for metric, (value, drawn) in scores.items():
+                entry["scores"][metric] = {"value": value, "interval": list(bootstrap.interval(drawn))}
+                samples[method, name, metric] = (value, drawn)
+            if name == "linear":
+                entry["strength"] = probe.strength
+            results.append(entry)
+
+    differences = []
+    first, *others = train.features
+    for other in others:
+        for name in ("knn", "linear"):
+            for metric in results[0]["scores"]:
+                (a, drawn_a), (b, drawn_b) = samples[first, name, metric], samples[other, name, metric]
+                differences.append({"probe": name, "metric": metric, "first": first, "second": other,
+                                    **bootstrap.paired(drawn_a, drawn_b, a, b)})
+    return {
+        "n": {"train_rows": len(fit), "train_places": int(train_place.max()) + 1, "test_rows": len(truth), "test_places": len(places)},
+        "multilabel": multilabel,
+        "classes": [int(i) for i in kept],
+        "untrainable_classes": [int(i) for i, has in zip(kept, fit.any(0)) if not has],
+        "majority": None if multilabel else float(truth[:, fit.sum(0).argmax()].mean()),
+        "results": results,
+        "differences": differences,
+    }
+
+
+def table(report: dict[str, Any], title: str) -> str:
+    """The report as text: one line per method and probe, then the paired differences; 95 % intervals over places."""
+    n = report["n"]
+    metric_names = list(report["results"][0]["scores"])
+    lines = [f"{title}: {n['test_rows']} test rows of {n['test_places']} places, {n['train_rows']} training rows of {n['train_places']} places, "
+             f"{len(report['classes'])} classes" + ("" if report["majority"] is None else f", majority class {report['majority']:.3f}")]
+    width = max(len(entry["method"]) for entry in report["results"]) + 2
+    lines.append(f"  {'method':<{width}}{'probe':<8}" + "".join(f"{name:<26}" for name in metric_names))
+    for entry in report["results"]:
+        cells = [f"{s['value']:.3f} [{s['interval'][0]:.3f}, {s['interval'][1]:.3f}]" for s in entry["scores"].values()]
+        lines.append(f"  {entry['method']:<{width}}{entry['probe']:<8}" + "".join(f"{cell:<26}" for cell in cells).rstrip())
+    for entry in report["differences"]:
+        verdict = "" if entry["apart"] else "   (holds 0)"
+        lines.append(f"  {entry['first']} - {entry['second']}, {entry['probe']}, {entry['metric']}: {entry['difference']:+.3f} "
+                     f"[{entry['interval'][0]:+.3f}, {entry['interval'][1]:+.3f}]{verdict}")
+    if report["untrainable_classes"]:
+        lines.append(f"  classes without a training row count as errors: {report['untrainable_classes']}")
+    return "\n".join(lines)

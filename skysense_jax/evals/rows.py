@@ -1,0 +1,102 @@
+"""Labelled rows of an evaluation: features of several methods for the same places, or for the same patches of a label map.
+
+Every method sees the same batches in the same order, so that its row i is the same piece of ground as every other method's row i.
+"""
+from __future__ import annotations
+
+from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
+
+import numpy as np
+
+from skysense_jax import sensors
+
+TASKS = ("scene", "patch")
+MIN_COVER = 0.5  # share of a patch's labelled pixels its majority class must cover
+
+Method = Callable[[Mapping[str, Any]], Mapping[str, np.ndarray]]
+"""PlaceInput -> {"scene": [B, F], "patch": [B, g, g, F]} (the tasks asked for)."""
+
+
+class Rows(NamedTuple):
+    """features: method -> [N, F]. target: uint8 [N, K], 0/1. place: the group of every row, N texts (rows of one place stay together)."""
+
+    features: dict[str, np.ndarray]
+    target: np.ndarray
+    place: np.ndarray
+
+
+def patch_majority(label_map: np.ndarray, patch: int) -> np.ndarray:
+    """Class of every patch of label maps uint8 [B, N, N]: int64 [B, g, g], g = N // patch; -1 where the patch is dropped.
+
+    A patch has the class that covers most of its labelled pixels (the lowest value on a tie), if that is at least half of them; patches
+    without a labelled pixel are dropped.
+    """
+    b, n, _ = label_map.shape
+    g = n // patch
+    if g < 1:
+        raise ValueError(f"patches of {patch} base pixels do not fit places of {n}; lower config.eval.patch")
+    squares = label_map[:, :g * patch, :g * patch].reshape(b, g, patch, g, patch).transpose(0, 1, 3, 2, 4).reshape(-1, patch * patch)
+    index = np.arange(len(squares))[:, None] * 256 + squares
+    counts = np.bincount(index.ravel(), minlength=len(squares) * 256).reshape(-1, 256)
+    counts = np.delete(counts, sensors.UNLABELLED, axis=1)
+    best, labelled = counts.argmax(1), counts.sum(1)
+    covered = counts[np.arange(len(counts)), best] >= MIN_COVER * labelled
+    return np.where((labelled > 0) & covered, best, -1).reshape(b, g, g)
+
+
+def patch_means(pixel: np.ndarray, patch: int, tile: int) -> np.ndarray:
+    """Mean feature of every patch of maps [B, h, w, F] on the base grid (h = w = tile): [B, g, g, F] float32, g = tile // patch."""
+    b, h, w, f = pixel.shape
+    if (h, w) != (tile, tile):
+        raise ValueError(f"the feature map has {h}x{w} cells for a place of {tile}x{tile} base pixels; patches need one cell per base pixel")
+    g = tile // patch
+    return pixel[:, :g * patch, :g * patch].reshape(b, g, patch, g, patch, f).mean(axis=(2, 4), dtype=np.float32)
+
+
+def _targets(batch: Mapping[str, Any], task: str, patch: int) -> np.ndarray:
+    """0/1 rows [B, K] of places or [B, g, g, K] of patches; a row of zeros is unlabelled."""
+    if task == "scene":
+        return np.asarray(batch["label"], np.uint8)
+    majority = patch_majority(np.asarray(batch["label_map"]), patch)
+    return (majority[..., None] == np.arange(sensors.UNLABELLED)).astype(np.uint8)
+
+
+def collect(
+    batches: Iterable[Mapping[str, Any]],
+    methods: Mapping[str, Method],
+    tasks: Sequence[str],
+    *,
+    patch: int,
+    needs: str | None = None,
+) -> dict[str, Rows]:
+    """One pass over the batches, all methods and tasks: {task: Rows} of the labelled rows only.
+
+    batches: eval batches {"sensors", "label" [B, K], "label_map" [B, N, N], "place": {"name": [B] texts}, "count": real places, the
+    rest is padding}. patch: base pixels of a patch. needs: leave out the places where this sensor measured nothing.
+    Raises ValueError when a task has no labelled row.
+    """
+    features: dict[str, dict[str, list[np.ndarray]]] = {task: {name: [] for name in methods} for task in tasks}
+    targets: dict[str, list[np.ndarray]] = {task: [] for task in tasks}
+    groups: dict[str, list[np.ndarray]] = {task: [] for task in tasks}
+    for batch in batches:
+        count = int(batch["count"])
+        real = np.arange(len(batch["label"])) < count
+        if needs is not None:
+            measured = batch["sensors"].get(needs)
+            real &= np.zeros(len(real), bool) if measured is None else np.asarray(measured["valid"]).any(axis=(1, 2, 3))
+        outputs = {name: method(batch["sensors"]) for name, method in methods.items()}
+        names = np.asarray(batch["place"]["name"])
+        for task in tasks:
+            target = _targets(batch, task, patch)
+            keep = target.any(-1) & real.reshape((-1,) + (1,) * (target.ndim - 2))
+            targets[task].append(target[keep])
+            groups[task].append(np.broadcast_to(names.reshape((-1,) + (1,) * (keep.ndim - 1)), keep.shape)[keep])
+            for name in methods:
+                features[task][name].append(np.asarray(outputs[name][task])[keep])
+    result = {}
+    for task in tasks:
+        if not sum(len(part) for part in targets[task]):
+            raise ValueError(f"no labelled {task} row" + (f" with a measured {needs!r}" if needs else "") + " in this split")
+        joined = {name: np.concatenate(parts) for name, parts in features[task].items()}
+        result[task] = Rows(joined, np.concatenate(targets[task]), np.concatenate(groups[task]))
+    return result
