@@ -1,0 +1,90 @@
+"""Reading a dataset of places: random access to its records, its metadata, and the check that it fits a model's input contract."""
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any, Mapping
+
+import tensorflow_datasets as tfds
+
+METADATA = "places.json"
+
+
+class Places:
+    """Random access to one split: `len(places)`, `places[i]` -> decoded record (dict of arrays) with its number under "index". Picklable."""
+
+    def __init__(self, records: Any):
+        self._records = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: Any) -> dict[str, Any]:
+        number = int(index)
+        return {**self._records[number], "index": number}
+
+
+def read_metadata(folder: str | pathlib.Path) -> dict[str, Any]:
+    """The metadata `skysense-jax data build` wrote beside the records. ValueError when `folder` is not such a dataset."""
+    path = pathlib.Path(folder) / METADATA
+    if not str(folder):
+        raise ValueError("no dataset given: set config.data.dir to a folder written by `skysense-jax data build`")
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a dataset of places: {METADATA} is missing; write one with `skysense-jax data build --out DIR`")
+    try:
+        meta = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not readable JSON ({error}); build the dataset again") from error
+    missing = [field for field in ("format", "tile", "ratio", "sensors") if field not in meta]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; build the dataset again")
+    if meta["format"] != 1:
+        raise ValueError(f"{path}: format {meta['format']} is not known to this version, which reads format 1")
+    return meta
+
+
+def open_places(folder: str | pathlib.Path, split: str) -> Places:
+    """Random access to the records of a split. ValueError when the folder is no dataset, or has no or an empty such split."""
+    read_metadata(folder)
+    if not (pathlib.Path(folder) / "dataset_info.json").is_file():
+        raise ValueError(f"{folder}: dataset_info.json is missing, the build did not finish; run `skysense-jax data build` again")
+    builder = tfds.builder_from_directory(str(folder))
+    if split not in builder.info.splits:
+        raise ValueError(f"{folder} has no split {split!r}; it has {', '.join(sorted(builder.info.splits)) or 'none'}")
+    if not builder.info.splits[split].num_examples:
+        raise ValueError(f"{folder}: split {split!r} holds no places")
+    return Places(builder.as_data_source(split=split))
+
+
+def check_dataset(meta: Mapping[str, Any], contract: Mapping[str, Any], cfg: Any) -> None:
+    """Raises ValueError, naming field and fix, unless dataset, input contract and configuration fit together.
+
+    meta: `read_metadata`; contract: `sensors.input_contract`; cfg: the whole configuration (`cfg.data`, `cfg.model.ratio` are read).
+    """
+    data = cfg.data
+    for name, rule in contract["sensors"].items():
+        if name not in meta["sensors"]:
+            raise ValueError(
+                f"the model takes {name!r}, the dataset in {data.dir} holds {', '.join(meta['sensors'])}; "
+                f"drop {name!r} from config.data.bands or build a dataset that has it"
+            )
+        if name not in data.bands or list(data.bands[name]) != list(rule["bands"]):
+            given = list(data.bands[name]) if name in data.bands else "no bands"
+            raise ValueError(f"config.data.bands has {given} for {name!r}, the input contract {rule['bands']}")
+        for field in ("dates", "eval_dates"):
+            if name not in data[field] or data[field][name] < 1:
+                raise ValueError(f"config.data.{field} needs a number of acquisitions >= 1 for {name!r}")
+    for name in data.bands:
+        if name not in contract["sensors"]:
+            raise ValueError(f"config.data.bands names {name!r}, which the input contract does not have")
+    if contract["ratio"] != cfg.model.ratio:
+        raise ValueError(f"config.model.ratio is {cfg.model.ratio}, the input contract says {contract['ratio']}")
+    on_hr_grid = [name for name, rule in contract["sensors"].items() if rule["grid"] == "hr"]
+    if on_hr_grid and meta["ratio"] != contract["ratio"]:
+        raise ValueError(
+            f"the dataset in {data.dir} has {meta['ratio']} HR pixels along a base pixel, the model {contract['ratio']}; "
+            f"build the dataset with --ratio {contract['ratio']} or change the model"
+        )
+    for field in ("global_size", "local_size") if data.n_local else ("global_size",):
+        if not 0 < data[field] <= meta["tile"]:
+            raise ValueError(f"config.data.{field}={data[field]} must lie in 1..{meta['tile']}, the dataset's tile in base pixels")
