@@ -1,0 +1,220 @@
+"""SkySense: three spatial encoders on one grid, a calendar, a fusion transformer per grid cell. Wired here, trained elsewhere.
+
+Facts follow the SkySense release (models/*.py) and SkySense++ (skysense_pp_pipeline.py); what they leave open is said at the choice.
+"""
+from __future__ import annotations
+
+from typing import Any, Callable, Mapping, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from skysense_jax.core.rngs import name_hash
+from skysense_jax.nn.attention import trunc_normal
+from skysense_jax.nn.fusion import Fusion
+from skysense_jax.nn.heads import UPHead
+from skysense_jax.nn.position import CALENDAR_DAYS, calendar_rows
+from skysense_jax.nn.swin import SwinTransformerV2
+from skysense_jax.nn.vit import VisionTransformer
+
+SENSOR_ORDER = ("hr", "s2", "s1")
+"""Sensors a SkySense model can take, in the order of the fusion sequence."""
+
+CALENDARS = ("s2", "dated", "none")
+
+Params = dict[str, Any]
+
+
+class Model(NamedTuple):
+    """init(rng, inputs) -> params; apply(params, inputs, *, train=False, rng=None) -> outputs. See :func:`make_model`."""
+
+    init: Callable[..., Params]
+    apply: Callable[..., dict[str, Any]]
+
+
+def per_stage(value: Any, stages: int, name: str) -> tuple[int, ...]:
+    """A field given once or per stage, as a tuple of one value per stage. Raises ValueError on a wrong length."""
+    values = (int(value),) * stages if isinstance(value, int) else tuple(int(v) for v in value)
+    if len(values) != stages:
+        raise ValueError(f"model.hr.{name} has {len(values)} values for {stages} stages")
+    return values
+
+
+def build_modules(cfg: Any, contract: Mapping[str, Any]) -> dict[str, Any]:
+    """The Linen modules of a model by parameter name: hr, s2, s1, head_s2, head_s1 (those of the contract) and fusion.
+
+    Raises ValueError where fields contradict each other or the contract asks for a sensor SkySense has no encoder for.
+    """
+    sensors = contract["sensors"]
+    unknown = [name for name in sensors if name not in SENSOR_ORDER]
+    if unknown or not sensors:
+        raise ValueError(f"SkySense encodes {', '.join(SENSOR_ORDER)}; the input contract asks for {unknown or 'nothing'}")
+    if cfg.calendar not in CALENDARS:
+        raise ValueError(f"model.calendar must be one of {CALENDARS}, got {cfg.calendar!r}")
+    if contract["ratio"] != cfg.ratio:
+        raise ValueError(f"model.ratio is {cfg.ratio}, the input contract's ratio is {contract['ratio']}")
+    dtype = jnp.dtype(cfg.dtype)
+    modules: dict[str, Any] = {}
+    if "hr" in sensors:
+        hr, stages = cfg.hr, len(cfg.hr.depths)
+        stride, width = hr.patch * 2 ** (stages - 1), hr.embed_dims * 2 ** (stages - 1)
+        if stride != cfg.ratio or width != cfg.width:
+            raise ValueError(f"the HR encoder has stride {stride} and width {width}; model.ratio {cfg.ratio} and model.width "
+                             f"{cfg.width} must equal them")
+        modules["hr"] = SwinTransformerV2(
+            hr.embed_dims, hr.patch, tuple(hr.depths), per_stage(hr.num_heads, stages, "num_heads"),
+            per_stage(hr.window, stages, "window"), per_stage(hr.pretrained_windows, stages, "pretrained_windows"),
+            mlp_ratio=hr.mlp_ratio, extra_norm_every=hr.extra_norm_every, pad_small_map=hr.pad_small_map, drop=hr.drop_path,
+            before_norm=hr.drop_path_before_norm, outputs=tuple(range(stages)), remat=cfg.remat, dtype=dtype)
+    for name in ("s2", "s1"):
+        if name in sensors:
+            vit = cfg[name]
+            modules[name] = VisionTransformer(
+                vit.embed_dims, vit.patch, vit.depth, vit.num_heads, (vit.img_size // vit.patch,) * 2,
+                mlp_ratio=vit.mlp_ratio, eps=vit.eps, drop=vit.drop_path, cls_token=vit.cls_token, remat=cfg.remat, dtype=dtype)
+            modules[f"head_{name}"] = UPHead(cfg.width, vit.patch, dtype)
+    fusion = cfg.fusion
+    modules["fusion"] = Fusion(fusion.embed_dims, fusion.depth, fusion.num_heads, mlp_ratio=fusion.mlp_ratio,
+                               drop=fusion.drop_path, remat=cfg.remat, dtype=dtype)
+    return modules
+
+
+def normalise(sensor: Mapping[str, jax.Array], contract: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+    """Raw units -> what the encoders eat. sensor: a SensorInput; contract: the input contract's entry of this sensor.
+
+    Returns (image [B,T,H,W,C] float32 normalised, 0 where a pixel is invalid or a band unmeasured; valid [B,T,H,W] float32, 0 also
+    at dates where no band was measured).
+    """
+    mean, std = (jnp.asarray(contract[key], jnp.float32) for key in ("mean", "std"))
+    valid = sensor["valid"] * jnp.any(sensor["bands"] > 0, axis=-1)[:, :, None, None]
+    use = (valid[..., None] > 0) & (sensor["bands"][:, :, None, None, :] > 0)
+    image = (sensor["image"].astype(jnp.float32) - mean) / std
+    return jnp.where(use, image, 0.0), valid.astype(jnp.float32)
+
+
+def cell_mask(valid: jax.Array, cell: int) -> jax.Array:
+    """[B,T,H,W] pixel validity -> [B,T,H/cell,W/cell] float32: 1 where at least half of a cell's pixels are valid."""
+    b, t, h, w = valid.shape
+    share = valid.reshape(b, t, h // cell, cell, w // cell, cell).mean(axis=(3, 5))
+    return (share >= 0.5).astype(jnp.float32)
+
+
+def fusion_sequence(
+    maps: Mapping[str, jax.Array], masks: Mapping[str, jax.Array], dates: Mapping[str, jax.Array],
+    calendar: str, table: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The sequences of all cells: maps {sensor: [B,T,h,w,D]} in the order HR, S2, S1, dates inside -> ([B,h,w,n,D], mask [B,h,w,n]).
+
+    The calendar table's rows are added to S2 only (calendar "s2", what the released code does), to every input whose date is
+    known ("dated", the paper's formula), or to nothing ("none"; table None).
+    """
+    parts, seen = [], []
+    for name in SENSOR_ORDER:
+        if name not in maps:
+            continue
+        x = maps[name]
+        if calendar == "dated" or (calendar == "s2" and name == "s2"):
+            x = x + calendar_rows(table, dates[name])[:, :, None, None, :].astype(x.dtype)
+        parts.append(x.transpose(0, 2, 3, 1, 4))
+        seen.append(masks[name].transpose(0, 2, 3, 1))
+    return jnp.concatenate(parts, axis=3), jnp.concatenate(seen, axis=3) > 0
+
+
+def check_inputs(inputs: Mapping[str, Mapping[str, Any]], contract: Mapping[str, Any]) -> tuple[int, int]:
+    """Door check of a PlaceInput's shapes; returns the base grid (h, w). Raises ValueError naming the sensor and the rule."""
+    grids = {}
+    for name, sensor in inputs.items():
+        if name not in contract["sensors"]:
+            raise ValueError(f"the model takes no {name!r}; its input contract has {', '.join(contract['sensors'])}")
+        rule, shape = contract["sensors"][name], tuple(sensor["image"].shape)
+        if len(shape) != 5 or shape[-1] != len(rule["bands"]):
+            raise ValueError(f"{name}: image must be [B,T,H,W,{len(rule['bands'])}] with bands {rule['bands']}, got {shape}")
+        wanted = {"valid": shape[:4], "bands": shape[:2] + shape[-1:], "dates": shape[:2]}
+        for key, expected in wanted.items():
+            if tuple(sensor[key].shape) != expected:
+                raise ValueError(f"{name}: {key} must have shape {expected}, got {tuple(sensor[key].shape)}")
+        cell = contract["ratio"] if rule["grid"] == "hr" else 1
+        if shape[2] % cell or shape[3] % cell:
+            raise ValueError(f"{name}: {shape[2]}x{shape[3]} pixels are not multiples of the ratio {cell}")
+        grids[name] = (shape[2] // cell, shape[3] // cell)
+    if not grids:
+        raise ValueError("no sensor given; a place needs at least one")
+    if len(set(grids.values())) > 1:
+        raise ValueError(f"the sensors of a place must cover the same grid of cells, got {grids}")
+    return next(iter(grids.values()))
+
+
+def make_model(cfg: Any, contract: Mapping[str, Any]) -> Model:
+    """A SkySense model from `config.model` and an input contract (sensors.input_contract).
+
+    init(rng, inputs) -> params {"hr","s2","s1","head_s2","head_s1","fusion","ctpe"}: those of the contract's sensors, whatever
+    subset `inputs` has; float32. inputs is a PlaceInput (arrays or ShapeDtypeStructs), used for the door check.
+
+    apply(params, inputs, *, train=False, rng=None) with inputs {sensor: {"image" [B,T,H,W,C] raw units, "valid" [B,T,H,W],
+    "bands" [B,T,C], "dates" int [B,T] day of year, -1 unknown}}, any subset of the sensors, any T, returns
+      "maps": {sensor: [B,T,h,w,D]}, "mask": {sensor: [B,T,h,w]} float32 cell validity, "fused": [B,h,w,E],
+      "fused_mask": [B,h,w] (1 where any input is valid), "vit": {sensor: [B,T,h/p,w/p,C]} before the UP head,
+      "hr_stages": tuple of [B,T,H_i,W_i,C_i] at strides patch*2^i (only with hr).
+    Masked cells and dates are not seen by the fusion. rng is needed with train=True where a drop_path is positive.
+    """
+    modules = build_modules(cfg, contract)
+
+    def init(rng: jax.Array, inputs: Mapping[str, Any]) -> Params:
+        check_inputs(inputs, contract)
+        params: Params = {}
+        for name, module in modules.items():
+            key = jax.random.fold_in(rng, name_hash(name))
+            params[name] = module.init(key, jnp.zeros(_smallest(name, cfg, contract)))["params"]
+        if cfg.calendar != "none":
+            key = jax.random.fold_in(rng, name_hash("ctpe"))
+            params["ctpe"] = trunc_normal(key, (1, CALENDAR_DAYS, cfg.width), jnp.float32)
+        return params
+
+    def apply(
+        params: Params, inputs: Mapping[str, Any], *, train: bool = False, rng: jax.Array | None = None,
+    ) -> dict[str, Any]:
+        h, w = check_inputs(inputs, contract)
+
+        def run(name: str, *args: Any) -> Any:
+            rngs = {}
+            if train and rng is not None:
+                rngs = {"drop_path": jax.random.fold_in(rng, name_hash(name))}
+            return modules[name].apply({"params": params[name]}, *args, train=train, rngs=rngs)
+
+        outputs: dict[str, Any] = {"maps": {}, "mask": {}, "vit": {}}
+        for name, sensor in inputs.items():
+            image, valid = normalise(sensor, contract["sensors"][name])
+            b, t = image.shape[:2]
+            image = image.reshape(b * t, *image.shape[2:])
+            if name == "hr":
+                stages = run(name, image)
+                outputs["hr_stages"] = tuple(m.reshape(b, t, *m.shape[1:]) for m in stages)
+                outputs["maps"][name] = outputs["hr_stages"][-1]
+            else:
+                (tokens,) = run(name, image)
+                up = modules[f"head_{name}"].apply({"params": params[f"head_{name}"]}, tokens)
+                outputs["vit"][name] = tokens.reshape(b, t, *tokens.shape[1:])
+                outputs["maps"][name] = up[:, :h, :w].reshape(b, t, h, w, -1)
+            outputs["mask"][name] = cell_mask(valid, contract["ratio"] if name == "hr" else 1)
+        dates = {name: sensor["dates"] for name, sensor in inputs.items()}
+        sequence, seen = fusion_sequence(outputs["maps"], outputs["mask"], dates, cfg.calendar, params.get("ctpe"))
+        b, n = sequence.shape[0], sequence.shape[3]
+        tokens, _ = run("fusion", sequence.reshape(b * h * w, n, -1), seen.reshape(b * h * w, n))
+        outputs["fused"] = tokens[:, 0].reshape(b, h, w, -1)
+        outputs["fused_mask"] = jnp.any(seen, axis=-1).astype(jnp.float32)
+        return outputs
+
+    return Model(init, apply)
+
+
+def _smallest(name: str, cfg: Any, contract: Mapping[str, Any]) -> tuple[int, ...]:
+    """Shape of the smallest input a module accepts: parameters do not depend on it, the time to initialise does."""
+    if name == "hr":
+        windows = per_stage(cfg.hr.window, len(cfg.hr.depths), "window")
+        side = max(window * cfg.hr.patch * 2**stage for stage, window in enumerate(windows))
+        return (1, side, side, len(contract["sensors"]["hr"]["bands"]))
+    if name == "fusion":
+        return (1, 1, cfg.width)
+    if name.startswith("head_"):
+        return (1, 1, 1, cfg[name[len("head_"):]].embed_dims)
+    return (1, cfg[name].patch, cfg[name].patch, len(contract["sensors"][name]["bands"]))

@@ -1,0 +1,91 @@
+"""Attention and its small companions: masked softmax attention, float32 LayerNorm, the MLP, DropPath."""
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+MASKED = -1e30
+"""Logit of a masked key: exp underflows to exactly 0 in float32, and a finite number keeps gradients finite."""
+
+trunc_normal = nn.initializers.truncated_normal(0.02)
+tiny_normal = nn.initializers.normal(1e-6)
+
+
+def dense(features: int, name: str, dtype: Any, **kwargs: Any) -> nn.Dense:
+    """A linear layer computing in `dtype` over float32 parameters (truncated normal 0.02 and zero bias unless told)."""
+    kwargs.setdefault("kernel_init", trunc_normal)
+    return nn.Dense(features, dtype=dtype, param_dtype=jnp.float32, name=name, **kwargs)
+
+
+def layer_norm(eps: float, name: str, **kwargs: Any) -> nn.LayerNorm:
+    """LayerNorm over the last axis, in float32 whatever the input; two-pass variance, as the eps probes need."""
+    return nn.LayerNorm(
+        epsilon=eps, dtype=jnp.float32, param_dtype=jnp.float32, use_fast_variance=False, name=name, **kwargs)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact (erf) GELU; the tanh form differs by up to 5e-4."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def l2_normalise(x: jax.Array, eps: float = 1e-12) -> jax.Array:
+    """x / max(|x|, eps) over the last axis, in float32.
+
+    A zero vector stays zero *and gets a zero gradient*: torch's F.normalize gives it g / eps, which is multiplied by exact
+    zeros wherever the reference meets one (padding) and would explode a bias wherever it is not.
+    """
+    x = x.astype(jnp.float32)
+    square = jnp.sum(x * x, axis=-1, keepdims=True)
+    alive = square > eps * eps
+    return jnp.where(alive, x * jax.lax.rsqrt(jnp.where(alive, square, 1.0)), 0.0)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Softmax attention. q, k, v: [..., n, heads, d], q already scaled; mask: [..., n] bool, False = key not to be seen.
+
+    Logits and softmax in float32. Returns [..., n, heads, d] in v's dtype. At least one key of every row must be visible.
+    """
+    logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=jnp.float32)
+    if mask is not None:
+        logits = jnp.where(mask[..., None, None, :], logits, MASKED)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("...hqk,...khd->...qhd", weights, v)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with biases on all projections (torch.nn.MultiheadAttention; q scaled by 1/sqrt(head width)).
+
+    x: [..., n, C] -> [..., n, C] in `dtype`. The columns of `qkv` are q, k, v, each made of `heads` contiguous blocks.
+    """
+
+    heads: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        width = x.shape[-1]
+        qkv = dense(3 * width, "qkv", self.dtype)(x)
+        qkv = qkv.reshape(*x.shape[:-1], 3, self.heads, width // self.heads)
+        q, k, v = qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
+        out = attend(q * (width // self.heads) ** -0.5, k, v, mask)
+        return dense(width, "proj", self.dtype)(out.reshape(x.shape))
+
+
+def drop_path(x: jax.Array, rate: jax.Array | float, rng: jax.Array | None) -> jax.Array:
+    """Stochastic depth: zero the whole branch of a sample (leading axis) with probability `rate`, scale the rest by 1/(1-rate).
+
+    rate may be traced (a scanned input). rng None = evaluation: the identity.
+    """
+    if rng is None:
+        return x
+    keep = 1.0 - jnp.asarray(rate, jnp.float32)
+    kept = jax.random.bernoulli(rng, keep, (x.shape[0],) + (1,) * (x.ndim - 1))
+    return jnp.where(kept, x / keep.astype(x.dtype), jnp.zeros((), x.dtype))
+
+
+def drop_rates(rate: float, depth: int) -> jax.Array:
+    """[depth] float32: 0 to `rate` linearly over the blocks of an encoder."""
+    return jnp.linspace(0.0, rate, depth, dtype=jnp.float32)

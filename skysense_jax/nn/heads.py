@@ -1,0 +1,53 @@
+"""Heads on top of the encoders: the UP head that brings ViT maps to the common grid, and the DINO projection head."""
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from skysense_jax.nn.attention import dense, gelu, l2_normalise, trunc_normal
+from skysense_jax.nn.patch import kaiming_normal, pixel_shuffle
+
+
+class UPHead(nn.Module):
+    """1x1 convolution to width*scale^2 channels, then pixel shuffle: [B,h,w,Cin] -> [B,h*scale,w*scale,width] (SkySense release)."""
+
+    width: int
+    scale: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = dense(self.width * self.scale**2, "proj", self.dtype, kernel_init=kaiming_normal)(x)
+        return pixel_shuffle(x, self.scale)
+
+
+class DINOHead(nn.Module):
+    """MLP with exact GELU, L2 normalisation, weight-normalised linear layer (facebookresearch/dino, vision_transformer.DINOHead).
+
+    x: [...,C] -> logits [...,prototypes] float32. layers: linear layers of the MLP (1: a single linear map to the bottleneck).
+    Parameters mlp0.., last_layer_v [bottleneck, prototypes] and, with gain=True, last_layer_g [prototypes]; without it the
+    weight norm's gain is fixed at 1, as DINO trains it.
+    """
+
+    hidden: int
+    bottleneck: int
+    prototypes: int
+    layers: int = 3
+    gain: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        widths = [self.hidden] * (max(self.layers, 1) - 1) + [self.bottleneck]
+        for i, width in enumerate(widths):
+            x = dense(width, f"mlp{i}", self.dtype)(gelu(x) if i else x.astype(self.dtype))
+        x = l2_normalise(x)
+        v = self.param("last_layer_v", trunc_normal, (self.bottleneck, self.prototypes), jnp.float32)
+        weight = v * jax.lax.rsqrt(jnp.sum(v * v, axis=0, keepdims=True))
+        if self.gain:
+            weight = weight * self.param("last_layer_g", nn.initializers.ones, (self.prototypes,), jnp.float32)
+        return jnp.einsum("...c,ck->...k", x.astype(self.dtype), weight.astype(self.dtype),
+                          preferred_element_type=jnp.float32)

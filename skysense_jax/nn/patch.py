@@ -1,0 +1,70 @@
+"""Cutting a map into patches: corner padding, patch embedding, patch merging and its inverse, pixel shuffle."""
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from skysense_jax.nn.attention import dense, layer_norm
+
+kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+torch_linear = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+"""torch.nn.Linear's default: uniform within 1/sqrt(fan in)."""
+
+
+def pad_corner(x: jax.Array, multiple: int) -> jax.Array:
+    """[B,H,W,C] zero-padded at the bottom and the right to multiples of `multiple` (mmcv AdaptivePadding "corner")."""
+    bottom, right = -x.shape[1] % multiple, -x.shape[2] % multiple
+    return jnp.pad(x, ((0, 0), (0, bottom), (0, right), (0, 0))) if bottom or right else x
+
+
+def to_patches(x: jax.Array, patch: int) -> jax.Array:
+    """[B,H,W,C] -> [B,H/p,W/p,p,p,C]; H and W must be multiples of p."""
+    b, h, w, c = x.shape
+    return x.reshape(b, h // patch, patch, w // patch, patch, c).transpose(0, 1, 3, 2, 4, 5)
+
+
+def pixel_shuffle(x: jax.Array, scale: int) -> jax.Array:
+    """[B,h,w,C*s*s] -> [B,h*s,w*s,C] with out[s*y+i, s*x+j, c] = in[y, x, s*s*c + s*i + j] (torch.nn.PixelShuffle)."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h, w, c // scale**2, scale, scale).transpose(0, 1, 4, 2, 5, 3)
+    return x.reshape(b, h * scale, w * scale, c // scale**2)
+
+
+class PatchEmbed(nn.Module):
+    """Convolution with kernel = stride = patch over the corner-padded input: [B,H,W,Cin] -> [B,ceil(H/p),ceil(W/p),width].
+
+    `kernel` is stored HWIO. Computed as a matrix product over patches, which is the same thing and compiles faster.
+    """
+
+    width: int
+    patch: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", kaiming_normal, (self.patch, self.patch, x.shape[-1], self.width), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.width,), jnp.float32)
+        patches = to_patches(pad_corner(x.astype(self.dtype), self.patch), self.patch)
+        out = jnp.einsum("bhwijc,ijcd->bhwd", patches, kernel.astype(self.dtype))
+        return out + bias.astype(self.dtype)
+
+
+class PatchMerging(nn.Module):
+    """Swin-V2 downsampling as in mmcv: 2x2 unfold, linear without bias, then LayerNorm: [B,H,W,C] -> [B,ceil(H/2),ceil(W/2),2C].
+
+    The channels of the unfolded vector are ordered c*4 + 2*dy + dx (torch Unfold), unlike Microsoft's concatenation.
+    """
+
+    eps: float = 1e-5
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = 2 * x.shape[-1]
+        x = to_patches(pad_corner(x, 2), 2).transpose(0, 1, 2, 5, 3, 4)
+        x = x.reshape(*x.shape[:3], 2 * width)
+        x = dense(width, "reduction", self.dtype, use_bias=False, kernel_init=torch_linear)(x)
+        return layer_norm(self.eps, "norm")(x).astype(self.dtype)

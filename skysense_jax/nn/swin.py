@@ -1,0 +1,271 @@
+"""Swin-V2 as the SkySense release builds it (mmcls 0.25 semantics): cosine window attention, residual post-norm, extra norms."""
+from __future__ import annotations
+
+import math
+from typing import Any, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from skysense_jax.nn.attention import dense, drop_path, drop_rates, gelu, l2_normalise, layer_norm
+from skysense_jax.nn.patch import PatchEmbed, PatchMerging, torch_linear
+
+BIAS_HIDDEN = 512  # hidden width of the log-CPB network
+MAX_LOGIT_SCALE = math.log(100.0)
+OTHER_REGION = -100.0  # added to logits between regions of a shifted map; not -inf: at the clamp it leaks, as in the reference
+
+
+def stage_plan(depth: int, extra_norm_every: int) -> list[tuple[str, int, int]]:
+    """How the blocks of a stage are laid out: [("pairs", first block, count) | ("block", i, 1) | ("norm", i, 1)].
+
+    The extra norm follows block i where (i+1) % extra_norm_every == 0 (never for 0). Between two extra norms, runs of
+    (unshifted, shifted) pairs are scanned; a block without its partner stands alone.
+    """
+    plan: list[tuple[str, int, int]] = []
+    start = 0
+    while start < depth:
+        end = depth
+        if extra_norm_every:
+            end = min(depth, (start // extra_norm_every + 1) * extra_norm_every)
+        if start % 2 and start < end:
+            plan.append(("block", start, 1))
+            start += 1
+        if end - start >= 2:
+            plan.append(("pairs", start, (end - start) // 2))
+            start += (end - start) // 2 * 2
+        if start < end:
+            plan.append(("block", start, 1))
+        if extra_norm_every and end % extra_norm_every == 0:
+            plan.append(("norm", end - 1, 1))
+        start = end
+    return plan
+
+
+def relative_coords(window: int, pretrained_window: int = 0) -> np.ndarray:
+    """[(2w-1)^2, 2] float32 log-spaced relative coordinates (dy outer, dx inner), the input of the log-CPB network."""
+    steps = np.arange(-(window - 1), window, dtype=np.float32)
+    table = np.stack(np.meshgrid(steps, steps, indexing="ij"), axis=-1).reshape(-1, 2)
+    table = table / np.float32((pretrained_window or window) - 1) * np.float32(8)
+    return (np.sign(table) * np.log2(np.abs(table) + np.float32(1)) / np.float32(np.log2(8))).astype(np.float32)
+
+
+def relative_index(window: int) -> np.ndarray:
+    """[w*w, w*w] int32 row of :func:`relative_coords` for (query i, key j), positions row-major in the window."""
+    y, x = np.divmod(np.arange(window * window), window)
+    dy, dx = y[:, None] - y[None, :], x[:, None] - x[None, :]
+    return ((dy + window - 1) * (2 * window - 1) + dx + window - 1).astype(np.int32)
+
+
+def to_windows(x: jax.Array, window: int) -> jax.Array:
+    """[B,H,W,C] -> [B, windows, w*w, C], windows and positions row-major."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // window, window, w // window, window, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, -1, window * window, c)
+
+
+def from_windows(x: jax.Array, window: int, height: int, width: int) -> jax.Array:
+    """The inverse of :func:`to_windows`: [B, windows, w*w, C] -> [B,H,W,C]."""
+    b, c = x.shape[0], x.shape[-1]
+    x = x.reshape(b, height // window, width // window, window, window, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, height, width, c)
+
+
+def shift_regions(height: int, width: int, window: int, shift: int) -> np.ndarray:
+    """[windows, w*w] int8 region of every position of the rolled, padded map; attention between regions is discouraged."""
+    def axis(length: int) -> np.ndarray:
+        at = np.arange(length)
+        return (at >= length - window).astype(np.int8) + (at >= length - shift)
+
+    regions = 3 * axis(height)[:, None] + axis(width)[None, :]
+    regions = regions.reshape(height // window, window, width // window, window).transpose(0, 2, 1, 3)
+    return regions.reshape(-1, window * window).astype(np.int8)
+
+
+class WindowAttention(nn.Module):
+    """Scaled cosine attention with the log-CPB bias, inside windows. x: [B, windows, w*w, C] -> same.
+
+    regions: [windows, w*w] of :func:`shift_regions`, or None. Parameters as in the release: qkv without bias, q_bias, v_bias (keys
+    have none), logit_scale [heads,1,1] clamped at ln 100 (no gradient above), cpb1/cpb2 the bias network, proj.
+    """
+
+    heads: int
+    window: int
+    pretrained_window: int = 0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, regions: np.ndarray | None) -> jax.Array:
+        width = x.shape[-1]
+        zeros = nn.initializers.zeros
+        q_bias = self.param("q_bias", zeros, (width,), jnp.float32)
+        v_bias = self.param("v_bias", zeros, (width,), jnp.float32)
+        scale = self.param("logit_scale", nn.initializers.constant(math.log(10.0)), (self.heads, 1, 1), jnp.float32)
+        qkv = dense(3 * width, "qkv", self.dtype, use_bias=False, kernel_init=torch_linear)(x)
+        qkv = qkv + jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(self.dtype)
+        qkv = qkv.reshape(*x.shape[:-1], 3, self.heads, width // self.heads)
+        q, k, v = qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
+
+        q, k = l2_normalise(q).astype(self.dtype), l2_normalise(k).astype(self.dtype)
+        logits = jnp.einsum("bnqhd,bnkhd->bnhqk", q, k, preferred_element_type=jnp.float32)
+        # where, not minimum: the reference's clamp has gradient exactly 0 above the limit.
+        scale = jnp.exp(jnp.where(scale > MAX_LOGIT_SCALE, MAX_LOGIT_SCALE, scale))
+        logits = logits * scale + self.position_bias()
+        if regions is not None:
+            # The barrier keeps XLA from folding the mask into a constant of windows x w^4 numbers.
+            ids = jax.lax.optimization_barrier(jnp.asarray(regions))
+            apart = ids[:, :, None] != ids[:, None, :]
+            logits = logits + jnp.where(apart, OTHER_REGION, 0.0)[:, None]
+        weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
+        out = jnp.einsum("bnhqk,bnkhd->bnqhd", weights, v).reshape(x.shape)
+        return dense(width, "proj", self.dtype, kernel_init=torch_linear)(out)
+
+    def position_bias(self) -> jax.Array:
+        """[heads, w*w, w*w] float32: 16 sigmoid(network(log coordinates)), computed per relative offset, then gathered."""
+        coords = jnp.asarray(relative_coords(self.window, self.pretrained_window))
+        hidden = nn.relu(dense(BIAS_HIDDEN, "cpb1", jnp.float32, kernel_init=torch_linear)(coords))
+        table = dense(self.heads, "cpb2", jnp.float32, use_bias=False, kernel_init=torch_linear)(hidden)
+        table = 16.0 * jax.nn.sigmoid(table)
+        return table[relative_index(self.window)].transpose(2, 0, 1)
+
+
+class SwinBlock(nn.Module):
+    """Residual post-norm block x + norm1(attn x), x + norm2(mlp x) on a map [B,H,W,C] -> same.
+
+    The map is zero-padded to multiples of the window inside the attention; padded positions are *not* masked. shifted: roll by
+    half a window, unless the smaller side equals the window and pad_small_map is False. A side smaller than the window needs
+    pad_small_map=True, else ValueError. before_norm: stochastic depth acts on the branch before its norm (the
+    reference: a dropped branch still adds the norm's bias) instead of after it. norm1/norm2 start at zero, as Swin-V2 advises.
+    """
+
+    heads: int
+    window: int
+    shifted: bool
+    mlp_ratio: float = 4
+    pretrained_window: int = 0
+    pad_small_map: bool = False
+    before_norm: bool = True
+    stochastic: bool = False
+    eps: float = 1e-5
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rate: jax.Array | float = 0.0) -> jax.Array:
+        h = self.windowed(x)
+        h = self.norm("norm1", h, rate)
+        x = x + h
+        h = gelu(dense(int(x.shape[-1] * self.mlp_ratio), "fc1", self.dtype, kernel_init=torch_linear)(x))
+        h = dense(x.shape[-1], "fc2", self.dtype, kernel_init=torch_linear)(h)
+        return x + self.norm("norm2", h, rate)
+
+    def norm(self, name: str, h: jax.Array, rate: jax.Array | float) -> jax.Array:
+        """LayerNorm of a branch with its stochastic depth on the chosen side."""
+        rng = self.make_rng("drop_path") if self.stochastic else None
+        layer = layer_norm(self.eps, name, scale_init=nn.initializers.zeros)
+        if self.before_norm:
+            return layer(drop_path(h, rate, rng)).astype(self.dtype)
+        return drop_path(layer(h).astype(self.dtype), rate, rng)
+
+    def windowed(self, x: jax.Array) -> jax.Array:
+        """Pad, roll, attend inside windows, and undo both."""
+        _, height, width, _ = x.shape
+        window, smaller = self.window, min(height, width)
+        if smaller < window and not self.pad_small_map:
+            raise ValueError(f"a {height}x{width} map is smaller than the window {window}: use a larger input or pad_small_map")
+        shift = window // 2 if self.shifted and (smaller != window or self.pad_small_map) else 0
+        h = jnp.pad(x, ((0, 0), (0, -height % window), (0, -width % window), (0, 0)))
+        padded = h.shape[1:3]
+        regions = None
+        if shift:
+            h = jnp.roll(h, (-shift, -shift), axis=(1, 2))
+            regions = shift_regions(*padded, window, shift)
+        attention = WindowAttention(self.heads, window, self.pretrained_window, self.dtype, name="attn")
+        h = from_windows(attention(to_windows(h, window), regions), window, *padded)
+        if shift:
+            h = jnp.roll(h, (shift, shift), axis=(1, 2))
+        return h[:, :height, :width]
+
+
+class SwinPair(nn.Module):
+    """An unshifted and a shifted block: the body of the scan. (x, rates [2]) -> (x, None). block: fields of SwinBlock."""
+
+    block: dict[str, Any]
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rates: jax.Array) -> tuple[jax.Array, None]:
+        cls = nn.remat(SwinBlock, prevent_cse=False) if self.remat else SwinBlock
+        x = cls(shifted=False, name="plain", **self.block)(x, rates[0])
+        return cls(shifted=True, name="shifted", **self.block)(x, rates[1]), None
+
+
+class SwinStage(nn.Module):
+    """Optional merging, then `rates.shape[0]` blocks laid out by :func:`stage_plan`. [B,H,W,C] -> map of the stage."""
+
+    block: dict[str, Any]
+    merge: bool
+    extra_norm_every: int = 0
+    eps: float = 1e-5
+    remat: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rates: jax.Array) -> jax.Array:
+        if self.merge:
+            x = PatchMerging(self.eps, self.dtype, name="downsample")(x)
+        single = nn.remat(SwinBlock) if self.remat else SwinBlock
+        for kind, first, count in stage_plan(rates.shape[0], self.extra_norm_every):
+            if kind == "pairs":
+                pairs = nn.scan(
+                    SwinPair, variable_axes={"params": 0}, split_rngs={"params": True, "drop_path": True},
+                    length=count, metadata_params={nn.PARTITION_NAME: "layers"})
+                x, _ = pairs(self.block, self.remat, name=f"pairs{first}")(
+                    x, rates[first:first + 2 * count].reshape(count, 2))
+            elif kind == "block":
+                x = single(shifted=bool(first % 2), name=f"block{first}", **self.block)(x, rates[first])
+            else:
+                x = layer_norm(self.eps, f"extra_norm{first}")(x).astype(self.dtype)
+        return x
+
+
+class SwinTransformerV2(nn.Module):
+    """The HR encoder: [B,H,W,Cin] -> tuple of stage maps [B,H_i,W_i,width*2^i], one per index of `outputs`, each through its norm.
+
+    windows, pretrained_windows: one per stage. drop: stochastic depth of the last block, linear from 0 over all blocks.
+    """
+
+    width: int
+    patch: int
+    depths: Sequence[int]
+    heads: Sequence[int]
+    windows: Sequence[int]
+    pretrained_windows: Sequence[int]
+    mlp_ratio: float = 4
+    extra_norm_every: int = 0
+    pad_small_map: bool = False
+    drop: float = 0.0
+    before_norm: bool = True
+    outputs: Sequence[int] = (0, 1, 2, 3)
+    eps: float = 1e-5
+    remat: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, ...]:
+        x = PatchEmbed(self.width, self.patch, self.dtype, name="patch_embed")(x)
+        x = layer_norm(self.eps, "patch_norm")(x).astype(self.dtype)
+        rates = drop_rates(self.drop, sum(self.depths))
+        maps = []
+        for stage, depth in enumerate(self.depths):
+            block = {
+                "heads": self.heads[stage], "window": self.windows[stage], "mlp_ratio": self.mlp_ratio,
+                "pretrained_window": self.pretrained_windows[stage], "pad_small_map": self.pad_small_map,
+                "before_norm": self.before_norm, "stochastic": train and self.drop > 0, "eps": self.eps, "dtype": self.dtype,
+            }
+            done = sum(self.depths[:stage])
+            x = SwinStage(block, stage > 0, self.extra_norm_every, self.eps, self.remat, self.dtype, name=f"stage{stage}")(
+                x, rates[done:done + depth])
+            if stage in self.outputs:
+                maps.append(layer_norm(self.eps, f"norm{stage}")(x).astype(self.dtype))
+        return tuple(maps)
