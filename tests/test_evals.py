@@ -267,12 +267,12 @@ def test_patch_means_are_means_of_the_right_pixels():
 
 
 def batches_of(names, labels, maps, size=3):
-    """Eval batches the way the pipeline pads them: the last one repeats rows beyond its count."""
+    """Eval batches the way the pipeline pads them: the last one repeats rows with weight 0."""
     for start in range(0, len(names), size):
         index = np.minimum(np.arange(start, start + size), len(names) - 1)
         yield {"sensors": {"s2": {"value": np.asarray(index), "valid": (index[:, None, None, None] % 4 != 1) * np.ones((size, 1, 2, 2))}},
                "label": labels[index], "label_map": maps[index], "place": {"name": [names[i] for i in index]},
-               "count": min(size, len(names) - start)}
+               "weight": (np.arange(start, start + size) < len(names)).astype(np.float32)}
 
 
 def test_collect_keeps_rows_aligned_and_drops_padding_and_the_unlabelled():

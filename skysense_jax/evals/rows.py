@@ -71,16 +71,15 @@ def collect(
 ) -> dict[str, Rows]:
     """One pass over the batches, all methods and tasks: {task: Rows} of the labelled rows only.
 
-    batches: eval batches {"sensors", "label" [B, K], "label_map" [B, N, N], "place": {"name": [B] texts}, "count": real places, the
-    rest is padding}. patch: base pixels of a patch. needs: leave out the places where this sensor measured nothing.
+    batches: eval batches {"sensors", "label" [B, K], "label_map" [B, N, N], "place": {"name": [B] texts}, "weight": [B], 0 = padding}.
+    patch: base pixels of a patch. needs: leave out the places where this sensor measured nothing.
     Raises ValueError when a task has no labelled row.
     """
     features: dict[str, dict[str, list[np.ndarray]]] = {task: {name: [] for name in methods} for task in tasks}
     targets: dict[str, list[np.ndarray]] = {task: [] for task in tasks}
     groups: dict[str, list[np.ndarray]] = {task: [] for task in tasks}
     for batch in batches:
-        count = int(batch["count"])
-        real = np.arange(len(batch["label"])) < count
+        real = np.asarray(batch["weight"]) > 0
         if needs is not None:
             measured = batch["sensors"].get(needs)
             real &= np.zeros(len(real), bool) if measured is None else np.asarray(measured["valid"]).any(axis=(1, 2, 3))
