@@ -24,10 +24,8 @@ from rasterio.transform import from_origin
 
 from skysense_jax.data import synthetic_sensors as sensors
 from skysense_jax.data import synthetic_world as world
+from skysense_jax.data.catalog import COLUMNS
 
-CATALOG_COLUMNS = (
-    "place", "sensor", "datetime", "path", "bands", "units", "scale", "offset", "nodata", "classes", "split",
-)
 CLEAR_CLASSES = "4;5;6"
 TEN_BANDS = ("B02", "B03", "B04", "B08", "B05", "B06", "B07", "B8A", "B11", "B12")
 """The "10 m bands first" order of many exported stacks: an ingest that assumes another order mixes B08 and B05."""
@@ -74,7 +72,7 @@ def _location(rng: np.random.Generator, south: bool, ground: float) -> tuple[CRS
 
 
 def _row(place: str, sensor: str, split: str, **fields: Any) -> dict[str, str]:
-    row = dict.fromkeys(CATALOG_COLUMNS, "")
+    row = dict.fromkeys(COLUMNS, "")
     row.update({"place": place, "sensor": sensor, "split": split}, **{key: str(value) for key, value in fields.items()})
     return row
 
@@ -139,7 +137,7 @@ def _add_s2(rng: np.random.Generator, land: world.Land, share: np.ndarray, clima
     bands = sensors.S2_BANDS if rng.uniform() < 0.6 else TEN_BANDS
     order = [sensors.S2_BANDS.index(band) for band in bands]
     offset = 1000 if rng.uniform() < 0.4 else 0
-    gain = rng.uniform(0.8, 1.25)
+    gain = rng.uniform(0.85, 1.2)
     for date in _dates(rng, 6, 9):
         image, scl, seen = sensors.render_s2(rng, land, share, climate, date.timetuple().tm_yday, gain)
         dn = np.round(image[order] * 10000).clip(1, 30000) + offset
@@ -186,7 +184,7 @@ def synthesise(
     # The catalog last and by a rename: a folder with a catalog is a complete one.
     partial = out / "catalog.csv.partial"
     with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, CATALOG_COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     partial.rename(catalog)

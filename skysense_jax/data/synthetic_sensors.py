@@ -45,7 +45,11 @@ _MEADOW_CUT = 16.0
 
 
 class Climate(NamedTuple):
-    """Season and nuisance of one place: `south` shifts the seasons by half a year; the rest are shifts in days or factors."""
+    """Season and variety of one place.
+
+    south: seasons shifted by half a year. spring, autumn, sowing: shifts in days. meadow_cut: day of the year. wetness: 0..1.
+    reflectance: [material, band] factors, backscatter: [material, 2] dB: no two soils, species, roofs or stands are alike.
+    """
 
     south: bool
     spring: float
@@ -53,12 +57,18 @@ class Climate(NamedTuple):
     sowing: float
     meadow_cut: float
     wetness: float
+    reflectance: np.ndarray
+    backscatter: np.ndarray
 
 
 def draw_climate(rng: np.random.Generator, south: bool) -> Climate:
-    """Draws the season and nuisance of one place."""
+    """Draws the season and the variety of one place."""
+    slope = np.log(_WAVELENGTH / 800.0)
+    count = (len(world.MATERIALS), 1)
+    reflectance = np.exp(0.13 * rng.standard_normal(count) + 0.10 * rng.standard_normal(count) * slope)
     return Climate(
-        south, rng.normal(0, 12), rng.normal(0, 12), rng.normal(0, 10), rng.uniform(150, 230), rng.uniform(0, 1),
+        south, rng.normal(0, 12), rng.normal(0, 12), rng.normal(0, 10), rng.uniform(150, 230), rng.uniform(0, 1), reflectance,
+        rng.normal(0, 0.9, (len(world.MATERIALS), 2)),
     )
 
 
@@ -74,7 +84,7 @@ def green_cover(material: int, day: float, climate: Climate) -> float:
     if material == world.DECIDUOUS:
         return 0.12 + 0.83 * _rise(day, 112 + climate.spring, 8) * (1 - _rise(day, 292 + climate.autumn, 9))
     if material == world.GRASS:
-        growth = 0.35 + 0.5 * _rise(day, 95 + climate.spring, 14) * (1 - 0.6 * _rise(day, 305 + climate.autumn, 16))
+        growth = 0.35 + 0.5 * _rise(day, 95 + climate.spring, 14) * (1 - _rise(day, 305 + climate.autumn, 14))
         since_cut = (day - climate.meadow_cut) % 365
         return growth * (1 - 0.45 * np.exp(-since_cut / _MEADOW_CUT) * (since_cut < 90))
     if material == world.WINTER_CROP:
@@ -99,7 +109,7 @@ def spectra(day: float, climate: Climate) -> np.ndarray:
         green, bare = leaf[index] if index in leaf else (_S[name], _S[name])
         cover = green_cover(index, day, climate)
         rows.append(cover * green + (1 - cover) * bare)
-    return np.stack(rows)
+    return np.stack(rows) * climate.reflectance
 
 
 def fractions(land: Land, ratio: int, weight: np.ndarray | None = None) -> np.ndarray:
@@ -185,7 +195,7 @@ def render_s2(
     for band in (4, 5, 6, 8, 10, 11):  # measured at 20 m
         clear[band] = _coarse(clear[band])
     aerosol = abs(rng.normal(0, 0.014)) * (_WAVELENGTH / 490.0) ** -1.4
-    image = clear * (place_gain * (1 + rng.normal(0, 0.07))) * (1 + rng.normal(0, 0.015, (12, 1, 1))) + aerosol[:, None, None]
+    image = clear * (place_gain * (1 + rng.normal(0, 0.08))) * (1 + rng.normal(0, 0.02, (12, 1, 1))) + aerosol[:, None, None]
     ndvi = (clear[7] - clear[3]) / (clear[7] + clear[3])
     scl = np.where(ndvi > 0.4, 4, np.where(share[world.WATER] > 0.6, 6, 5)).astype(np.uint8)
     if rng.uniform() < 0.55:
@@ -226,6 +236,7 @@ def render_s1(rng: np.random.Generator, share: np.ndarray, climate: Climate, day
         moist = rain * (material in (world.GRASS, world.WINTER_CROP, world.SUMMER_CROP, world.SOIL)) * (1.2 - green)
         wind = rng.normal(0, 2.5) * (material == world.WATER)
         power[material] = 10 ** ((green * np.array(leafy) + (1 - green) * np.array(bare) + moist + wind + place_gain) / 10)
+    power *= 10 ** (climate.backscatter / 10)
     mean = _blur(np.einsum("mhw,mp->phw", share, power))
     looks = 4.4
     return (mean * rng.gamma(looks, 1 / looks, mean.shape)).astype(np.float32)

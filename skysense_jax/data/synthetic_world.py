@@ -120,9 +120,9 @@ def _lots(rng: np.random.Generator, land: Land, u: np.ndarray, v: np.ndarray, re
 
 def _parcels(rng: np.random.Generator, land: Land, u: np.ndarray, v: np.ndarray, region: np.ndarray, main: int) -> None:
     """Field parcels in `region`: mostly the material `main`, other crops, grass or fallow soil; sown rows along either side (in place)."""
-    i, j, x, y, shape = _cells(u, v, rng.uniform(45, 130), rng.uniform(60, 160))
+    i, j, x, y, shape = _cells(u, v, rng.uniform(35, 80), rng.uniform(45, 110))
     other = np.array([WINTER_CROP, SUMMER_CROP, GRASS, SOIL])
-    kind = np.where(rng.uniform(size=shape) < 0.82, main, rng.choice(other, shape, p=[0.3, 0.3, 0.25, 0.15]))
+    kind = np.where(rng.uniform(size=shape) < 0.85, main, rng.choice(other, shape, p=[0.3, 0.3, 0.25, 0.15]))
     tone, vigour = rng.uniform(0.85, 1.15, shape), rng.uniform(0.7, 1.15, shape)
     spacing, along = rng.uniform(2.0, 4.5, shape), rng.uniform(size=shape) < 0.5
     table = np.stack([kind, tone, vigour, 2 * np.pi / spacing, along], -1).astype(np.float32)[i, j]
@@ -189,9 +189,9 @@ def make_land(rng: np.random.Generator, tile: int, ratio: int, gsd: float, scene
         terrain.astype(np.float32), np.ones((size, size), np.float32), vigour.astype(np.float32),
     )
     _paint(rng, land, u, v, np.ones((size, size), bool), scene)
-    # Patches of other ground: up to 45 % of the place, so that the means of the bands say little about the scene.
+    # Patches of other ground: up to two fifths of the place, so that the means of the bands say little about the scene.
     others = ("conifer forest", "deciduous forest", "winter crops", "summer crops", "pasture", "bare", "water")
-    for share in rng.choice([0.0, 0.1, 0.2, 0.3], 2, p=[0.3, 0.25, 0.25, 0.2]):
+    for share in rng.choice([0.0, 0.1, 0.2], 2, p=[0.3, 0.35, 0.35]):
         kind = str(rng.choice(others, p=[0.17, 0.2, 0.15, 0.15, 0.18, 0.07, 0.08]))
         if share > 0 and kind != scene:
             field = smooth_field(rng, size, 1.6 * extent)

@@ -1,0 +1,213 @@
+"""`skysense-jax data preview`: one place of a dataset as a picture, the way a remote-sensing person looks at it before trusting it.
+
+Fixed stretches (never per image), so that two places can be compared: Sentinel-2 true colour shows reflectance 0..0.25, Sentinel-1 shows VV,
+VH and VV-VH in fixed dB ranges, the surface model is shaded relief over the place's own height range. Invalid pixels are
+hatched, the share of clear pixels stands over every date, and synthetic data says so in the picture.
+"""
+from __future__ import annotations
+
+import argparse
+import datetime
+from pathlib import Path
+from typing import Any, Mapping
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image, ImageDraw, ImageFont
+
+from skysense_jax.data.sources import open_places, read_metadata
+from skysense_jax.sensors import NO_DATE, SENSORS, UNLABELLED
+
+_LARGE, _SMALL, _GAP, _TEXT, _MOST_DATES = 384, 144, 10, 18, 8
+_TRUE_COLOUR = ("B04", "B03", "B02")
+_COVER_COLOURS = {
+    "water": (40, 100, 200), "forest": (20, 100, 40), "trees": (20, 100, 40), "grassland": (150, 200, 90), "rangeland": (150, 200, 90),
+    "cropland": (230, 180, 80), "crops": (230, 180, 80), "built-up": (200, 40, 40), "built": (200, 40, 40), "bare": (180, 165, 145),
+}
+_OTHER_COLOURS = ((120, 60, 160), (60, 180, 180), (240, 120, 160), (120, 120, 60), (90, 90, 220), (240, 240, 120), (70, 70, 70), (0, 160, 110))
+
+
+def read_place(folder: str | Path, place: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(record, metadata) of one place of a built dataset. `place`: its id, or its number over the train places, then the test places.
+
+    Raises ValueError naming the folder where the place is not in it or where the folder is not a dataset of ours.
+    """
+    meta, seen = read_metadata(folder), 0
+    held = tfds.builder_from_directory(str(folder)).info.splits
+    for split in ("train", "test"):
+        if split not in held or not held[split].num_examples:
+            continue
+        source = open_places(folder, split)
+        if place.isdigit():
+            if int(place) - seen < len(source):
+                return source[int(place) - seen], meta
+        else:
+            for index in range(len(source)):
+                if _text(source[index]["place"]) == place:
+                    return source[index], meta
+        seen += len(source)
+    raise ValueError(f"{folder} has no place {place!r}; it has {seen} places: give an id, or a number below that")
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def date_text(day: int) -> str:
+    """ISO date of a stored day (days since 1970-01-01)."""
+    return "no date" if day == NO_DATE else (datetime.date(1970, 1, 1) + datetime.timedelta(int(day))).isoformat()
+
+
+def _hatch(image: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Paints invalid pixels in a diagonal hatch. image uint8[H, W, 3], valid bool[H, W]."""
+    y, x = np.mgrid[0 : valid.shape[0], 0 : valid.shape[1]]
+    pattern = np.where(((x + y) % 4 < 2)[..., None], np.uint8(90), np.uint8(130))
+    return np.where(valid[..., None], image, pattern).astype(np.uint8)
+
+
+def true_colour(image: np.ndarray) -> np.ndarray:
+    """Sentinel-2 [H, W, 13] offset-removed DN -> uint8[H, W, 3]: reflectance 0..0.25 with the gamma of a screen."""
+    index = [SENSORS["s2"].bands.index(band) for band in _TRUE_COLOUR]
+    shown = (image[..., index].astype(np.float32) / 2500.0).clip(0, 1) ** (1 / 1.8)
+    return (shown * 255).astype(np.uint8)
+
+
+def radar_colour(image: np.ndarray) -> np.ndarray:
+    """Sentinel-1 [H, W, 2] dB -> uint8[H, W, 3]: VV -20..0, VH -27..-7, VV minus VH 2..14 dB (the usual false colour)."""
+    vv, vh = image[..., 0], image[..., 1]
+    shown = np.stack([(vv + 20) / 20, (vh + 27) / 20, (vv - vh - 2) / 12], -1).clip(0, 1)
+    return (shown * 255).astype(np.uint8)
+
+
+def hillshade(height: np.ndarray, step: float) -> np.ndarray:
+    """Heights [H, W] in metres on pixels of `step` metres -> uint8[H, W, 3]: relief lit from the north-west, tinted by relative height."""
+    dy, dx = np.gradient(height.astype(np.float32), step)
+    norm = np.sqrt(dx**2 + dy**2 + 1)
+    # Sun in the north-west, 45 degrees high: unit vector (east, south, up) = (-0.5, -0.5, 0.707); the normal is (-dx, -dy, 1).
+    lit = ((0.5 * dx + 0.5 * dy + 0.707) / norm).clip(0, 1)
+    low, high = np.percentile(height, [1, 99])
+    t = ((height - low) / max(high - low, 1e-3)).clip(0, 1)[..., None]
+    tint = (1 - t) * np.array([110, 150, 120]) + t * np.array([235, 220, 190])
+    return (tint * (0.35 + 0.75 * lit[..., None])).clip(0, 255).astype(np.uint8)
+
+
+def cover_colours(classes: Mapping[int, str]) -> dict[int, tuple[int, int, int]]:
+    """Colour of every class of a label map: known names get the customary colour, others the next free one."""
+    free = iter(_OTHER_COLOURS * (1 + len(classes) // len(_OTHER_COLOURS)))
+    return {key: _COVER_COLOURS[name] if name in _COVER_COLOURS else next(free) for key, name in classes.items()}
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(12)
+
+
+def _enlarge(image: np.ndarray, size: int) -> Image.Image:
+    method = Image.Resampling.NEAREST if image.shape[0] < size else Image.Resampling.LANCZOS
+    return Image.fromarray(image).resize((size, size), method)
+
+
+def _pick(count: int) -> np.ndarray:
+    """Indices of at most eight dates, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, min(count, _MOST_DATES)).round().astype(int)) if count else np.zeros(0, int)
+
+
+def draw(record: Mapping[str, Any], meta: Mapping[str, Any]) -> Image.Image:
+    """Picture of one record: HR, surface model and label map above; then one row of dates per series sensor."""
+    names = [name for name in SENSORS if f"{name}_image" in record]
+    series = [name for name in names if SENSORS[name].dated]
+    width = max(3 * (_LARGE + _GAP) + 170, _MOST_DATES * (_SMALL + _GAP)) + _GAP
+    height = 50 + _TEXT + _LARGE + _GAP + len(series) * (_SMALL + 2 * _TEXT + _GAP)
+    canvas = Image.new("RGB", (width, height), (250, 250, 250))
+    pen, font = ImageDraw.Draw(canvas), _font()
+    labels = [name for name, on in zip(meta["label_classes"], record["label"]) if on]
+    pen.text((_GAP, 8), f"{_text(record['place'])}   {', '.join(labels) or 'no label'}   lon {float(record['lon']):.4f} lat {float(record['lat']):.4f}   "
+             f"{_text(record['crs'])[:24]}   tile {meta['tile']} px of {meta['gsd']:g} m", (0, 0, 0), font)
+    if meta["synthetic"]:
+        pen.rectangle((width - 130, 4, width - 8, 28), fill=(200, 30, 30))
+        pen.text((width - 112, 9), "SYNTHETIC", (255, 255, 255), _font())
+    top = 34
+    for column, (title, image) in enumerate(_large_panels(record, meta)):
+        left = _GAP + column * (_LARGE + _GAP)
+        pen.text((left, top), title, (0, 0, 0), font)
+        if image is None:
+            pen.rectangle((left, top + _TEXT, left + _LARGE, top + _TEXT + _LARGE), outline=(170, 170, 170))
+            pen.text((left + _LARGE // 2 - 24, top + _LARGE // 2), "missing", (120, 120, 120), font)
+        else:
+            canvas.paste(_enlarge(image, _LARGE), (left, top + _TEXT))
+    _legend(pen, font, (_GAP + 3 * (_LARGE + _GAP), top + _TEXT), record["label_map"], meta)
+    top += _TEXT + _LARGE + _GAP
+    for name in series:
+        _series(canvas, pen, font, top, name, record)
+        top += _SMALL + 2 * _TEXT + _GAP
+    return canvas
+
+
+def _large_panels(record: Mapping[str, Any], meta: Mapping[str, Any]) -> list[tuple[str, np.ndarray | None]]:
+    panels: list[tuple[str, np.ndarray | None]] = []
+    step = meta["gsd"] / meta["ratio"]
+    if len(record.get("hr_image", ())):
+        valid = record["hr_valid"][0] > 0
+        panels.append((f"hr  {date_text(record['hr_date'][0])}  {step:g} m", _hatch(record["hr_image"][0], valid)))
+    else:
+        panels.append(("hr", None))
+    if len(record.get("dsm_image", ())):
+        surface, valid = record["dsm_image"][0][..., 0], record["dsm_valid"][0] > 0
+        filled = np.where(valid, surface, np.median(surface[valid]) if valid.any() else 0.0)
+        panels.append((f"dsm  {filled.min():.1f} .. {filled.max():.1f} m", _hatch(hillshade(filled, step), valid)))
+    else:
+        panels.append(("dsm", None))
+    colours = cover_colours({int(key): name for key, name in meta["label_map_classes"].items()})
+    cover = record["label_map"]
+    image = np.full((*cover.shape, 3), 235, np.uint8)
+    for key, colour in colours.items():
+        image[cover == key] = colour
+    panels.append(("label map" if (cover != UNLABELLED).any() else "label map  (unlabelled)", image))
+    return panels
+
+
+def _legend(pen: ImageDraw.ImageDraw, font: Any, at: tuple[int, int], cover: np.ndarray, meta: Mapping[str, Any]) -> None:
+    classes = {int(key): name for key, name in meta["label_map_classes"].items()}
+    left, top = at
+    for key, colour in [*cover_colours(classes).items(), (UNLABELLED, (235, 235, 235))]:
+        share = float((cover == key).mean())
+        pen.rectangle((left, top, left + 14, top + 14), fill=colour, outline=(120, 120, 120))
+        pen.text((left + 20, top), f"{classes.get(key, 'unlabelled')[:16]} {share:.0%}", (0, 0, 0), font)
+        top += 19
+
+
+def _series(canvas: Image.Image, pen: ImageDraw.ImageDraw, font: Any, top: int, name: str, record: Mapping[str, Any]) -> None:
+    """One row of dates of a sensor: false or true colour, the date and the share of clear pixels."""
+    images, valid, clear = record[f"{name}_image"], record[f"{name}_valid"] > 0, record[f"{name}_clear"] > 0
+    what = {"s2": "true colour B04 B03 B02, reflectance 0..0.25", "s1": "VV, VH, VV-VH"}.get(name, "first band")
+    pen.text((_GAP, top), f"{name}  {len(images)} dates  {what}", (0, 0, 0), font)
+    for column, t in enumerate(_pick(len(images))):
+        left = _GAP + column * (_SMALL + _GAP)
+        colour = {"s2": true_colour, "s1": radar_colour}[name](images[t])
+        canvas.paste(_enlarge(_hatch(colour, valid[t]), _SMALL), (left, top + 2 * _TEXT))
+        share = f"  clear {float((clear[t] & valid[t]).mean()):.0%}" if name == "s2" else ""
+        pen.text((left, top + _TEXT), f"{date_text(record[f'{name}_date'][t])}{share}", (60, 60, 60), font)
+
+
+def preview(folder: str | Path, place: str, out: str | Path) -> Path:
+    """Writes the picture of one place of the dataset `folder` to the PNG `out` and returns its path. ValueError as :func:`read_place`."""
+    record, meta = read_place(folder, place)
+    out = Path(out)
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"{out}: the preview is a PNG, give a name that ends in .png")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draw(record, meta).save(out)
+    return out
+
+
+def _run_preview(args: argparse.Namespace) -> int:
+    print(preview(args.dir, args.place, args.out))
+    return 0
+
+
+def add_parsers_preview(subparsers: Any) -> None:
+    """Adds `preview` to the `data` commands; the parsed namespace carries `run`, a function of the namespace that returns the exit status."""
+    parser = subparsers.add_parser("preview", help="draw one place of a built dataset as a PNG")
+    parser.add_argument("dir", help="folder that `data build` wrote")
+    parser.add_argument("--place", default="0", help="id of the place, or its number (train places first)")
+    parser.add_argument("--out", default="preview.png", help="PNG to write")
+    parser.set_defaults(run=_run_preview)
