@@ -26,7 +26,7 @@ Params = dict[str, Any]
 
 
 class Model(NamedTuple):
-    """init(rng, inputs) -> params; apply(params, inputs, *, train=False, rng=None) -> outputs. See :func:`make_model`."""
+    """init(rng, inputs=None) -> params; apply(params, inputs, *, train=False, rng=None) -> outputs. See :func:`make_model`."""
 
     init: Callable[..., Params]
     apply: Callable[..., dict[str, Any]]
@@ -147,8 +147,8 @@ def check_inputs(inputs: Mapping[str, Mapping[str, Any]], contract: Mapping[str,
 def make_model(cfg: Any, contract: Mapping[str, Any]) -> Model:
     """A SkySense model from `config.model` and an input contract (sensors.input_contract).
 
-    init(rng, inputs) -> params {"hr","s2","s1","head_s2","head_s1","fusion","ctpe"}: those of the contract's sensors, whatever
-    subset `inputs` has; float32. inputs is a PlaceInput (arrays or ShapeDtypeStructs), used for the door check.
+    init(rng, inputs=None) -> params {"hr","s2","s1","head_s2","head_s1","fusion","ctpe"}: those of the contract's sensors, whatever
+    subset `inputs` has; float32. inputs: a PlaceInput (arrays or ShapeDtypeStructs) for the door check, or None to skip it.
 
     apply(params, inputs, *, train=False, rng=None) with inputs {sensor: {"image" [B,T,H,W,C] raw units, "valid" [B,T,H,W],
     "bands" [B,T,C], "dates" int [B,T] day of year, -1 unknown}}, any subset of the sensors, any T, returns
@@ -159,8 +159,9 @@ def make_model(cfg: Any, contract: Mapping[str, Any]) -> Model:
     """
     modules = build_modules(cfg, contract)
 
-    def init(rng: jax.Array, inputs: Mapping[str, Any]) -> Params:
-        check_inputs(inputs, contract)
+    def init(rng: jax.Array, inputs: Mapping[str, Any] | None = None) -> Params:
+        if inputs is not None:
+            check_inputs(inputs, contract)
         params: Params = {}
         for name, module in modules.items():
             key = jax.random.fold_in(rng, name_hash(name))
@@ -205,6 +206,11 @@ def make_model(cfg: Any, contract: Mapping[str, Any]) -> Model:
         return outputs
 
     return Model(init, apply)
+
+
+def param_shapes(cfg: Any, contract: Mapping[str, Any]) -> Params:
+    """The parameter tree of a model as ShapeDtypeStructs; nothing is allocated."""
+    return jax.eval_shape(make_model(cfg, contract).init, jax.random.key(0))
 
 
 def _smallest(name: str, cfg: Any, contract: Mapping[str, Any]) -> tuple[int, ...]:

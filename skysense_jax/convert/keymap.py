@@ -1,0 +1,154 @@
+"""The table of names: official PyTorch key <-> (parameter name, index in a stacked leaf, transform), derived from the configuration.
+
+One table serves both directions (torch_import, torch_export) and gradients. Names are those of the SkySense release:
+backbone_hr., backbone_s2., backbone_s1., head_s2., head_s1., fusion. (with its `porj_linear`), ctpe.
+"""
+from __future__ import annotations
+
+from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
+
+import numpy as np
+
+from skysense_jax.nn.swin import stage_plan
+
+
+class Entry(NamedTuple):
+    """One torch tensor. torch: its key. name: "/"-name of our leaf. index: position on the leaf's leading (scanned) axis, or
+    None. kind: key of :data:`TRANSFORMS`. default: value that fills the tensor where a released file lacks it, or None = required."""
+
+    torch: str
+    name: str
+    index: int | None = None
+    kind: str = "same"
+    default: float | None = None
+
+
+TRANSFORMS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]] = {
+    "same": (lambda a: a, lambda a: a),
+    "linear": (lambda a: a.T, lambda a: a.T),  # (out, in) <-> [in, out]
+    "conv": (lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1)),  # OIHW <-> HWIO
+    "conv1x1": (lambda a: a[:, :, 0, 0].T, lambda a: a.T[:, :, None, None]),  # (out, in, 1, 1) <-> [in, out]
+    "column": (lambda a: a[:, 0], lambda a: a[:, None]),  # (n, 1) <-> [n]
+}
+"""kind -> (torch to ours, ours to torch). All are reorderings: a round trip is bitwise."""
+
+BUFFERS = ("relative_coords_table", "relative_position_index", "attn_mask")
+"""Last parts of the names of recomputed quantities: ignored on import wherever they occur."""
+
+PREFIXES = {"hr": "backbone_hr.", "s2": "backbone_s2.", "s1": "backbone_s1.", "head_s2": "head_s2.", "head_s1": "head_s1.",
+            "fusion": "fusion."}
+"""Our top-level parameter name -> prefix of the official names in a whole-model file. `ctpe` has none."""
+
+
+def _affine(torch: str, name: str, index: int | None, kind: str = "linear") -> list[Entry]:
+    return [Entry(f"{torch}.weight", f"{name}/kernel", index, kind), Entry(f"{torch}.bias", f"{name}/bias", index)]
+
+
+def _norm(torch: str, name: str, index: int | None = None, optional: bool = False) -> list[Entry]:
+    ones, zeros = (1.0, 0.0) if optional else (None, None)
+    return [Entry(f"{torch}.weight", f"{name}/scale", index, "same", ones), Entry(f"{torch}.bias", f"{name}/bias", index, "same", zeros)]
+
+
+def swin_block_entries(torch: str, name: str, index: int | None = None) -> list[Entry]:
+    """A SwinBlock; `torch` ends with "." or is empty, `name` ends with "/" or is empty. The extra norm belongs to the stage."""
+    attn, ours = f"{torch}attn.w_msa.", f"{name}attn/"
+    return [
+        *(Entry(attn + key, ours + key, index) for key in ("logit_scale", "q_bias", "v_bias")),
+        *_affine(f"{attn}cpb_mlp.0", f"{ours}cpb1", index),
+        Entry(f"{attn}cpb_mlp.2.weight", f"{ours}cpb2/kernel", index, "linear"),
+        Entry(f"{attn}qkv.weight", f"{ours}qkv/kernel", index, "linear"),
+        *_affine(f"{attn}proj", f"{ours}proj", index),
+        *_norm(f"{torch}norm1", f"{name}norm1", index),
+        *_affine(f"{torch}ffn.layers.0.0", f"{name}fc1", index),
+        *_affine(f"{torch}ffn.layers.1", f"{name}fc2", index),
+        *_norm(f"{torch}norm2", f"{name}norm2", index),
+    ]
+
+
+def swin_entries(depths: Sequence[int], extra_norm_every: int, outputs: Iterable[int]) -> list[Entry]:
+    """SwinTransformerV2. Output norms other than the last stage's are optional: released files may hold norm3 only."""
+    entries = [*_affine("patch_embed.projection", "patch_embed", None, "conv"), *_norm("patch_embed.norm", "patch_norm")]
+    for stage, depth in enumerate(depths):
+        torch, name = f"stages.{stage}.", f"stage{stage}/"
+        if stage:
+            entries.append(Entry(f"{torch}downsample.reduction.weight", f"{name}downsample/reduction/kernel", None, "linear"))
+            entries += _norm(f"{torch}downsample.norm", f"{name}downsample/norm")
+        for kind, first, count in stage_plan(depth, extra_norm_every):
+            if kind == "pairs":
+                for i in range(count):
+                    for half, block in enumerate(("plain", "shifted")):
+                        entries += swin_block_entries(
+                            f"{torch}blocks.{first + 2 * i + half}.", f"{name}pairs{first}/{block}/", i)
+            elif kind == "block":
+                entries += swin_block_entries(f"{torch}blocks.{first}.", f"{name}block{first}/")
+            else:
+                entries += _norm(f"{torch}blocks.{first}.norm3", f"{name}extra_norm{first}")
+    for stage in outputs:
+        entries += _norm(f"norm{stage}", f"norm{stage}", None, optional=stage < len(depths) - 1)
+    return entries
+
+
+def layers_entries(depth: int) -> list[Entry]:
+    """The pre-norm layers of a ViT or of the fusion transformer, stacked on our side."""
+    entries: list[Entry] = []
+    for i in range(depth):
+        torch, name = f"layers.{i}.", "blocks/layers/"
+        entries += [
+            *_norm(f"{torch}ln1", f"{name}ln1", i),
+            Entry(f"{torch}attn.attn.in_proj_weight", f"{name}attn/qkv/kernel", i, "linear"),
+            Entry(f"{torch}attn.attn.in_proj_bias", f"{name}attn/qkv/bias", i),
+            *_affine(f"{torch}attn.attn.out_proj", f"{name}attn/proj", i),
+            *_norm(f"{torch}ln2", f"{name}ln2", i),
+            *_affine(f"{torch}ffn.layers.0.0", f"{name}fc1", i),
+            *_affine(f"{torch}ffn.layers.1", f"{name}fc2", i),
+        ]
+    return entries
+
+
+def vit_entries(depth: int) -> list[Entry]:
+    """VisionTransformer (S2, S1)."""
+    return [Entry("cls_token", "cls_token"), Entry("pos_embed", "pos_embed"),
+            *_affine("patch_embed.projection", "patch_embed", None, "conv"), *layers_entries(depth)]
+
+
+def fusion_entries(depth: int) -> list[Entry]:
+    """Fusion transformer."""
+    return [Entry("cls_token", "cls_token"), *_affine("porj_linear", "proj", None), *layers_entries(depth)]
+
+
+def uphead_entries() -> list[Entry]:
+    """UP head."""
+    return _affine("decoder.0", "proj", None, "conv1x1")
+
+
+def dino_head_entries(layers: int, gain: bool) -> list[Entry]:
+    """DINOHead in facebookresearch/dino's names; its gain (weight_g) only where the module has it as a parameter."""
+    layers = max(layers, 1)
+    entries = [e for i in range(layers) for e in _affine(f"mlp.{2 * i}" if layers > 1 else "mlp", f"mlp{i}", None)]
+    entries.append(Entry("last_layer.weight_v", "last_layer_v", None, "linear"))
+    return entries + ([Entry("last_layer.weight_g", "last_layer_g", None, "column")] if gain else [])
+
+
+def placed(entries: Iterable[Entry], torch: str, name: str) -> list[Entry]:
+    """The entries of a module under a torch prefix ("fusion.") and one of ours ("fusion/")."""
+    return [e._replace(torch=torch + e.torch, name=name + e.name) for e in entries]
+
+
+def model_entries(cfg: Any, contract: Mapping[str, Any]) -> list[Entry]:
+    """All tensors of `make_model(cfg, contract)` in the official names of a whole-model file."""
+    modules: dict[str, list[Entry]] = {}
+    for sensor in contract["sensors"]:
+        if sensor == "hr":
+            modules["hr"] = swin_entries(cfg.hr.depths, cfg.hr.extra_norm_every, range(len(cfg.hr.depths)))
+        else:
+            modules[sensor] = vit_entries(cfg[sensor].depth)
+            modules[f"head_{sensor}"] = uphead_entries()
+    modules["fusion"] = fusion_entries(cfg.fusion.depth)
+    entries = [e for key, part in modules.items() for e in placed(part, PREFIXES[key], f"{key}/")]
+    return entries + ([Entry("ctpe", "ctpe")] if cfg.calendar != "none" else [])
+
+
+def torch_shape(entry: Entry, leaf_shape: Sequence[int]) -> tuple[int, ...]:
+    """Shape of an entry's torch tensor, from the shape of our (possibly stacked) leaf."""
+    shape = tuple(leaf_shape[1:] if entry.index is not None else leaf_shape)
+    return TRANSFORMS[entry.kind][1](np.broadcast_to(np.float32(0), shape)).shape

@@ -1,0 +1,432 @@
+"""SkySense in plain PyTorch: everything needed to load this folder's weights and run them, in one file.
+
+    from modeling_skysense import load
+    model = load("FOLDER")                      # strict: every tensor must fit
+    outputs = model({"s2": {"image": image, "dates": days}})
+
+Needs torch and safetensors. `python modeling_skysense.py [FOLDER]` runs the frozen batch of parity.safetensors and prints how far the
+outputs are from the stored ones. Where `transformers` is installed, SkySenseModel is a PreTrainedModel with the same forward.
+
+Inputs are raw physical units as `input_contract` in config.json declares them (bands and their order, unit, statistics); the
+model normalises. Per sensor: image [B,T,C,H,W]; optional valid [B,T,H,W] (1 = measured), bands [B,T,C] (1 = measured), dates
+[B,T] day of year 0..364 (-1 = unknown). HR images have `ratio` pixels along one Sentinel-2 pixel. Any subset of the sensors will do.
+"""
+import importlib.util
+import json
+import math
+import pathlib
+import sys
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+
+SENSOR_ORDER = ("hr", "s2", "s1")
+
+
+def pad_corner(x, multiple):
+    """Zero padding at the bottom and the right of [B,C,H,W] up to multiples."""
+    return F.pad(x, (0, -x.shape[3] % multiple, 0, -x.shape[2] % multiple))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, channels, width, patch, norm):
+        super().__init__()
+        self.patch = patch
+        self.projection = nn.Conv2d(channels, width, patch, patch)
+        self.norm = nn.LayerNorm(width) if norm else None
+
+    def forward(self, x):  # [B,C,H,W] -> [B,h,w,width]
+        x = self.projection(pad_corner(x, self.patch)).permute(0, 2, 3, 1)
+        return x if self.norm is None else self.norm(x)
+
+
+class FFN(nn.Module):
+    def __init__(self, width, ratio):
+        super().__init__()
+        hidden = int(width * ratio)
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(width, hidden), nn.GELU()), nn.Linear(hidden, width)])
+
+    def forward(self, x):
+        return self.layers[1](self.layers[0](x))
+
+
+# ---- HR: Swin-V2 -------------------------------------------------------------------------------------------------------
+
+
+class WindowAttention(nn.Module):
+    """Cosine attention inside windows with a bias computed from log-spaced relative positions."""
+
+    def __init__(self, width, heads, window, pretrained_window):
+        super().__init__()
+        self.heads, self.window, self.pretrained_window = heads, window, pretrained_window
+        self.logit_scale = nn.Parameter(torch.log(10 * torch.ones(heads, 1, 1)))
+        self.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, heads, bias=False))
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def position_bias(self):
+        w, device = self.window, self.q_bias.device
+        steps = torch.arange(-(w - 1), w, dtype=torch.float32, device=device)
+        coords = torch.stack(torch.meshgrid(steps, steps, indexing="ij"), -1).reshape(-1, 2)
+        coords = coords / ((self.pretrained_window or w) - 1) * 8
+        coords = torch.sign(coords) * torch.log2(coords.abs() + 1) / 3  # log2(8) = 3
+        table = 16 * torch.sigmoid(self.cpb_mlp(coords.to(self.q_bias.dtype)))
+        y, x = torch.arange(w * w, device=device) // w, torch.arange(w * w, device=device) % w
+        index = (y[:, None] - y + w - 1) * (2 * w - 1) + (x[:, None] - x + w - 1)
+        return table[index].permute(2, 0, 1)  # [heads, w*w, w*w]
+
+    def forward(self, x, mask):  # [B, windows, w*w, C], [windows, w*w, w*w] or None
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = F.linear(x, self.qkv.weight, bias)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5)
+        logits = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+        logits = logits * self.logit_scale.clamp(max=math.log(100)).exp() + self.position_bias()
+        if mask is not None:
+            logits = logits + mask[:, None]
+        return self.proj((logits.softmax(-1) @ v).transpose(2, 3).flatten(3))
+
+
+class ShiftedWindows(nn.Module):
+    """Pad, roll, cut into windows, attend, and undo it. Padding is not masked; other regions of a rolled map get -100."""
+
+    def __init__(self, width, heads, window, pretrained_window, shifted, pad_small_map):
+        super().__init__()
+        self.window, self.shifted, self.pad_small_map = window, shifted, pad_small_map
+        self.w_msa = WindowAttention(width, heads, window, pretrained_window)
+
+    def forward(self, x):  # [B,H,W,C]
+        _, height, width, channels = x.shape
+        w, smaller = self.window, min(height, width)
+        if smaller < w and not self.pad_small_map:
+            raise ValueError(f"a {height}x{width} map is smaller than the window {w}; use a larger input")
+        shift = w // 2 if self.shifted and (smaller != w or self.pad_small_map) else 0
+        x = F.pad(x, (0, 0, 0, -width % w, 0, -height % w))
+        rows, columns, mask = x.shape[1] // w, x.shape[2] // w, None
+        if shift:
+            x = torch.roll(x, (-shift, -shift), (1, 2))
+            mask = self.mask(x.shape[1], x.shape[2], shift, x)
+        x = x.unflatten(2, (columns, w)).unflatten(1, (rows, w)).transpose(2, 3).reshape(len(x), -1, w * w, channels)
+        x = self.w_msa(x, mask)
+        x = x.reshape(len(x), rows, columns, w, w, channels).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        if shift:
+            x = torch.roll(x, (shift, shift), (1, 2))
+        return x[:, :height, :width]
+
+    def mask(self, height, width, shift, like):
+        w = self.window
+
+        def region(length):
+            at = torch.arange(length, device=like.device)
+            return (at >= length - w).long() + (at >= length - shift).long()
+
+        ids = 3 * region(height)[:, None] + region(width)
+        ids = ids.unflatten(1, (-1, w)).unflatten(0, (-1, w)).transpose(1, 2).reshape(-1, w * w)
+        return (ids[:, :, None] != ids[:, None, :]).to(like.dtype) * -100.0
+
+
+class SwinBlock(nn.Module):
+    def __init__(self, width, heads, window, pretrained_window, shifted, pad_small_map, ratio, extra_norm):
+        super().__init__()
+        self.attn = ShiftedWindows(width, heads, window, pretrained_window, shifted, pad_small_map)
+        self.norm1 = nn.LayerNorm(width)
+        self.ffn = FFN(width, ratio)
+        self.norm2 = nn.LayerNorm(width)
+        if extra_norm:
+            self.norm3 = nn.LayerNorm(width)
+
+    def forward(self, x):
+        x = x + self.norm1(self.attn(x))
+        x = x + self.norm2(self.ffn(x))
+        return self.norm3(x) if hasattr(self, "norm3") else x
+
+
+class PatchMerging(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
+        self.norm = nn.LayerNorm(2 * width)
+
+    def forward(self, x):  # [B,H,W,C] -> [B,H/2,W/2,2C]; channel order c*4 + 2*dy + dx
+        x = F.pixel_unshuffle(pad_corner(x.permute(0, 3, 1, 2), 2), 2).permute(0, 2, 3, 1)
+        return self.norm(self.reduction(x))
+
+
+class SwinStage(nn.Module):
+    def __init__(self, width, merge, blocks):
+        super().__init__()
+        if merge:
+            self.downsample = PatchMerging(width // 2)
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x):
+        x = self.downsample(x) if hasattr(self, "downsample") else x
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class SwinTransformerV2(nn.Module):
+    """[B,C,H,W] -> list of [B,C_i,H_i,W_i], strides patch * 2^i."""
+
+    def __init__(self, channels, hr):
+        super().__init__()
+        count, every = len(hr["depths"]), hr["extra_norm_every"]
+        windows, pretrained, heads = (
+            [v] * count if isinstance(v, int) else v for v in (hr["window"], hr["pretrained_windows"], hr["num_heads"]))
+        self.patch_embed = PatchEmbed(channels, hr["embed_dims"], hr["patch"], norm=True)
+        stages = []
+        for s, depth in enumerate(hr["depths"]):
+            width = hr["embed_dims"] * 2**s
+            blocks = [SwinBlock(width, heads[s], windows[s], pretrained[s], bool(b % 2), hr["pad_small_map"], hr["mlp_ratio"],
+                                bool(every) and (b + 1) % every == 0) for b in range(depth)]
+            stages.append(SwinStage(width, s > 0, blocks))
+            self.add_module(f"norm{s}", nn.LayerNorm(width))
+        self.stages = nn.ModuleList(stages)
+
+    def forward(self, x):
+        x, maps = self.patch_embed(x), []
+        for s, stage in enumerate(self.stages):
+            x = stage(x)
+            maps.append(getattr(self, f"norm{s}")(x).permute(0, 3, 1, 2))
+        return maps
+
+
+# ---- S2, S1: ViT; fusion -----------------------------------------------------------------------------------------------
+
+
+class SelfAttention(nn.Module):
+    """Parameters as in torch.nn.MultiheadAttention."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width).normal_(std=0.02))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x, seen):  # [N,n,C], seen [N,n] bool or None
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mask = None if seen is None else seen[:, None, None, :]
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+
+
+class NamedAttention(nn.Module):
+    """One level of nesting that the official names have (attn.attn)."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.attn = SelfAttention(width, heads)
+
+    def forward(self, x, seen):
+        return self.attn(x, seen)
+
+
+class Layer(nn.Module):
+    def __init__(self, width, heads, ratio, eps):
+        super().__init__()
+        self.ln1 = nn.LayerNorm(width, eps)
+        self.attn = NamedAttention(width, heads)
+        self.ln2 = nn.LayerNorm(width, eps)
+        self.ffn = FFN(width, ratio)
+
+    def forward(self, x, seen=None):
+        x = x + self.attn(self.ln1(x), seen)
+        return x + self.ffn(self.ln2(x))
+
+
+class VisionTransformer(nn.Module):
+    """[B,C,H,W] -> [B,width,h,w] of the last layer."""
+
+    def __init__(self, channels, vit):
+        super().__init__()
+        self.grid, self.with_cls = vit["img_size"] // vit["patch"], vit["cls_token"]
+        width = vit["embed_dims"]
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, width))
+        self.patch_embed = PatchEmbed(channels, width, vit["patch"], norm=False)
+        self.layers = nn.ModuleList(Layer(width, vit["num_heads"], vit["mlp_ratio"], vit["eps"]) for _ in range(vit["depth"]))
+
+    def forward(self, x):
+        x = self.patch_embed(x)
+        height, width = x.shape[1:3]
+        positions = self.pos_embed
+        if height * width != self.grid**2:  # resized where the token count differs, as the release does
+            rows = positions[:, 1:].unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
+            rows = F.interpolate(rows, size=(height, width), mode="bicubic", align_corners=False)
+            positions = torch.cat([positions[:, :1], rows.flatten(2).transpose(1, 2)], 1)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], 1) + positions
+        x = x if self.with_cls else x[:, 1:]
+        for layer in self.layers:
+            x = layer(x)
+        x = x[:, 1:] if self.with_cls else x
+        return x.transpose(1, 2).unflatten(2, (height, width))
+
+
+class UPHead(nn.Module):
+    def __init__(self, channels, width, scale):
+        super().__init__()
+        self.decoder = nn.Sequential(nn.Conv2d(channels, width * scale**2, 1), nn.PixelShuffle(scale))
+
+    def forward(self, x):
+        return self.decoder(x)
+
+
+class Fusion(nn.Module):
+    """[N,n,D] sequences, seen [N,n] -> [N,E] at the extra token."""
+
+    def __init__(self, channels, fusion):
+        super().__init__()
+        width = fusion["embed_dims"]
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.porj_linear = nn.Linear(channels, width)
+        self.layers = nn.ModuleList(
+            Layer(width, fusion["num_heads"], fusion["mlp_ratio"], 1e-5) for _ in range(fusion["depth"]))
+
+    def forward(self, x, seen):
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.porj_linear(x)], 1)
+        seen = F.pad(seen, (1, 0), value=True)
+        for layer in self.layers:
+            x = layer(x, seen)
+        return x[:, 0]
+
+
+# ---- the whole ---------------------------------------------------------------------------------------------------------
+
+
+class SkySenseParts:
+    """Construction and forward pass, shared by the plain module and the transformers one."""
+
+    def build(self, architecture, contract):
+        self.architecture, self.contract = architecture, contract
+        width = architecture["width"]
+        for name, rule in contract["sensors"].items():
+            if name == "hr":
+                self.backbone_hr = SwinTransformerV2(len(rule["bands"]), architecture["hr"])
+            else:
+                vit = architecture[name]
+                self.add_module(f"backbone_{name}", VisionTransformer(len(rule["bands"]), vit))
+                self.add_module(f"head_{name}", UPHead(vit["embed_dims"], width, vit["patch"]))
+        self.fusion = Fusion(width, architecture["fusion"])
+        if architecture["calendar"] != "none":
+            self.ctpe = nn.Parameter(torch.zeros(1, 365, width))
+
+    def prepare(self, name, sensor):
+        """Fill in absent masks, check the shapes, normalise. Returns image, valid, dates."""
+        if name not in self.contract["sensors"]:
+            raise ValueError(f"the model takes no {name!r}; it takes {', '.join(self.contract['sensors'])}")
+        rule, image = self.contract["sensors"][name], sensor["image"]
+        if image.ndim != 5 or image.shape[2] != len(rule["bands"]):
+            raise ValueError(f"{name}: image must be [B,T,{len(rule['bands'])},H,W] with bands {rule['bands']} in "
+                             f"{rule['unit']}, got {tuple(image.shape)}")
+        b, t, c, height, width = image.shape
+        image = image.to(self.fusion.cls_token)
+        valid = sensor.get("valid", image.new_ones(b, t, height, width)).to(image)
+        bands = sensor.get("bands", image.new_ones(b, t, c)).to(image)
+        dates = sensor.get("dates", torch.full((b, t), -1)).to(image.device)
+        mean, std = (image.new_tensor(rule[key])[:, None, None] for key in ("mean", "std"))
+        valid = valid * (bands > 0).any(2)[:, :, None, None]
+        use = (valid > 0)[:, :, None] & (bands > 0)[..., None, None]
+        return torch.where(use, (image - mean) / std, 0.0), valid, dates
+
+    def forward(self, inputs):
+        """{sensor: {"image", "valid", "bands", "dates"}} -> dict: fused [B,E,h,w], fused_mask [B,h,w], maps {sensor: [B,T,D,h,w]},
+        mask {sensor: [B,T,h,w]}, and with HR hr_stages: list of [B,T,C_i,H_i,W_i] at strides patch * 2^i (4, 8, 16, 32)."""
+        out, parts, masks = {"maps": {}, "mask": {}}, [], []
+        for name in [n for n in SENSOR_ORDER if n in inputs] + [n for n in inputs if n not in SENSOR_ORDER]:
+            image, valid, dates = self.prepare(name, inputs[name])
+            b, t = image.shape[:2]
+            cell = self.contract["ratio"] if name == "hr" else 1
+            grid = (image.shape[3] // cell, image.shape[4] // cell)
+            if name == "hr":
+                out["hr_stages"] = [m.unflatten(0, (b, t)) for m in self.backbone_hr(image.flatten(0, 1))]
+                x = out["hr_stages"][-1]
+            else:
+                x = getattr(self, f"head_{name}")(getattr(self, f"backbone_{name}")(image.flatten(0, 1)))
+                x = x.unflatten(0, (b, t))[..., : grid[0], : grid[1]]
+            out["maps"][name] = x
+            share = F.avg_pool2d(valid, cell)
+            out["mask"][name] = (share >= 0.5).to(valid.dtype)
+            calendar = self.architecture["calendar"]
+            if calendar == "dated" or (calendar == "s2" and name == "s2"):
+                rows = self.ctpe[0, dates.clamp(0, 364)] * (dates >= 0)[..., None]
+                x = x + rows[..., None, None]
+            parts.append(x.permute(0, 3, 4, 1, 2))
+            masks.append(out["mask"][name].permute(0, 2, 3, 1) > 0)
+        sequence, seen = torch.cat(parts, 3), torch.cat(masks, 3)
+        fused = self.fusion(sequence.flatten(0, 2), seen.flatten(0, 2))
+        out["fused"] = fused.unflatten(0, sequence.shape[:3]).permute(0, 3, 1, 2)
+        out["fused_mask"] = seen.any(-1).to(fused.dtype)
+        return out
+
+
+class SkySense(SkySenseParts, nn.Module):
+    """The model as a plain torch module; `config` is the content of config.json."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.build(config["architecture"], config["input_contract"])
+
+
+if importlib.util.find_spec("transformers") is not None:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    class SkySenseConfig(PretrainedConfig):
+        model_type = "skysense"
+
+        def __init__(self, architecture=None, input_contract=None, **kwargs):
+            self.architecture, self.input_contract = architecture, input_contract
+            super().__init__(**kwargs)
+
+    class SkySenseModel(SkySenseParts, PreTrainedModel):
+        config_class = SkySenseConfig
+        main_input_name = "inputs"
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.build(config.architecture, config.input_contract)
+            self.post_init()
+
+        def _init_weights(self, module):
+            """Weights come from the folder."""
+
+
+def load(folder="."):
+    """The model of an exported folder in eval mode. Strict: a missing, unexpected or misshapen tensor is an error."""
+    folder = pathlib.Path(folder)
+    model = SkySense(json.loads((folder / "config.json").read_text()))
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    return model.eval()
+
+
+def check(folder="."):
+    """Run the frozen batch; returns {output: relative L2 against the stored one}."""
+    stored, inputs = load_file(pathlib.Path(folder) / "parity.safetensors"), {}
+    for key, value in stored.items():
+        kind, *path = key.split(".")
+        if kind == "input":
+            inputs.setdefault(path[0], {})[path[1]] = value
+    with torch.no_grad():
+        outputs = load(folder)(inputs)
+    differences = {}
+    for key, value in stored.items():
+        kind, *path = key.split(".")
+        if kind == "output":
+            got = outputs[path[0]]
+            if len(path) > 1:
+                got = got[int(path[1])] if isinstance(got, list) else got[path[1]]
+            differences[key] = float((got - value).double().norm() / value.double().norm().clamp(min=1e-30))
+    return differences
+
+
+if __name__ == "__main__":
+    where = sys.argv[1] if len(sys.argv) > 1 else str(pathlib.Path(__file__).parent)
+    limit = json.loads((pathlib.Path(where) / "config.json").read_text())["parity"]["tolerance_rel_l2"]
+    result = check(where)
+    for name, difference in sorted(result.items()):
+        print(f"{name:32s} relative L2 {difference:.2e}  {'ok' if difference <= limit else 'DIFFERS'}")
+    sys.exit(0 if max(result.values()) <= limit else 1)

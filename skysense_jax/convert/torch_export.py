@@ -1,0 +1,153 @@
+"""A folder PyTorch reads: model.safetensors in official names, config.json, a frozen batch, a model card, the modelling file."""
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+from typing import Any, Mapping, Sequence
+
+import jax
+import numpy as np
+import safetensors.numpy
+from ml_collections import config_dict
+
+from skysense_jax.convert import keymap
+from skysense_jax.core import trees
+from skysense_jax.models.skysense import Params, make_model, per_stage
+
+MODELING = pathlib.Path(__file__).with_name("modeling_skysense.py")
+PARITY_REL_L2 = 3e-5
+"""Relative L2 within which another implementation must reproduce the frozen batch."""
+
+
+def state_from_params(params: Any, entries: Sequence[keymap.Entry]) -> dict[str, np.ndarray]:
+    """Torch tensors (contiguous numpy, float32) of a module's parameters, or of their gradients, by its entries.
+
+    Raises ValueError where the tree and the entries do not name the same leaves.
+    """
+    leaves = trees.flatten(params)
+    stray = set(leaves) ^ {e.name for e in entries}
+    if stray:
+        raise ValueError(f"the key table and the parameters disagree about {sorted(stray)}")
+    host = {name: np.asarray(leaf, np.float32) for name, leaf in leaves.items()}
+    state = {}
+    for entry in entries:
+        leaf = host[entry.name]
+        value = leaf if entry.index is None else leaf[entry.index]
+        # safetensors writes the buffer in memory order: a transposed view would be stored wrong under the right shape.
+        state[entry.torch] = np.ascontiguousarray(keymap.TRANSFORMS[entry.kind][1](value))
+    return state
+
+
+def frozen_inputs(cfg: Any, contract: Mapping[str, Any], seed: int = 0) -> dict[str, dict[str, np.ndarray]]:
+    """A small deterministic PlaceInput in raw units: two places, with invalid pixels, a masked date and an unmeasured band."""
+    rng = np.random.default_rng(seed)
+    cells = 4
+    if "hr" in contract["sensors"]:
+        windows = per_stage(cfg.hr.window, len(cfg.hr.depths), "window")
+        cells = max(-(-window * cfg.hr.patch * 2**stage // cfg.ratio) for stage, window in enumerate(windows))
+    inputs = {}
+    for name, rule in contract["sensors"].items():
+        dates = 1 if name == "hr" else 3
+        side, bands = cells * (cfg.ratio if rule["grid"] == "hr" else 1), len(rule["bands"])
+        noise = rng.standard_normal((2, dates, side, side, bands))
+        valid = np.ones((2, dates, side, side), np.float32)
+        valid[0, 0, : side // 4] = 0
+        measured = np.ones((2, dates, bands), np.float32)
+        if dates > 1:
+            valid[1, -1] = 0
+            measured[0, 1, 0] = 0
+        days = rng.integers(0, 365, (2, dates)) if name != "hr" else np.full((2, dates), -1)
+        inputs[name] = {
+            "image": (np.asarray(rule["mean"]) + np.asarray(rule["std"]) * noise).astype(np.float32),
+            "valid": valid, "bands": measured, "dates": np.sort(days, axis=1).astype(np.int32)}
+    return inputs
+
+
+def frozen_outputs(
+    params: Params, cfg: Any, contract: Mapping[str, Any], inputs: Mapping[str, Mapping[str, np.ndarray]],
+) -> dict[str, np.ndarray]:
+    """Outputs on a frozen batch in float32 at full matmul precision, flat, in torch's layout: fused [B,E,h,w], fused_mask,
+    maps.<sensor> [B,T,D,h,w], mask.<sensor>, hr_stages.<i> [B,T,C,H,W]."""
+    model = make_model(config_dict.ConfigDict({**cfg.to_dict(), "dtype": "float32"}), contract)
+    with jax.default_matmul_precision("highest"):
+        outputs = jax.device_get(jax.jit(model.apply)(params, inputs))
+    flat = {"fused": _channels_first(outputs["fused"]), "fused_mask": outputs["fused_mask"]}
+    flat |= {f"maps.{name}": _channels_first(x) for name, x in outputs["maps"].items()}
+    flat |= {f"mask.{name}": x for name, x in outputs["mask"].items()}
+    flat |= {f"hr_stages.{i}": _channels_first(x) for i, x in enumerate(outputs.get("hr_stages", ()))}
+    return {k: np.ascontiguousarray(v) for k, v in flat.items()}
+
+
+def export(
+    params: Params, contract: Mapping[str, Any], cfg: Any, out_dir: str | pathlib.Path, provenance: Mapping[str, Any],
+) -> pathlib.Path:
+    """Write the folder and return its path.
+
+    params: the encoder of make_model(cfg, contract). cfg: config.model. provenance: JSON-able account of where the weights come
+    from (commit, config, dataset id, steps, licence, inherited licence). Raises ValueError if out_dir holds another export.
+    """
+    out = pathlib.Path(out_dir)
+    if (out / "model.safetensors").exists():
+        raise ValueError(f"{out} already holds exported weights; choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    state = state_from_params(params, keymap.model_entries(cfg, contract))
+    inputs = frozen_inputs(cfg, contract)
+    frozen = {f"input.{name}.{key}": _channels_first(x) if key == "image" else x
+              for name, sensor in inputs.items() for key, x in sensor.items()}
+    frozen |= {f"output.{k}": v for k, v in frozen_outputs(params, cfg, contract, inputs).items()}
+    counts = count_parameters(params)
+    config = {
+        "model_type": "skysense", "format": 1, "architectures": ["SkySenseModel"],
+        "auto_map": {"AutoConfig": "modeling_skysense.SkySenseConfig", "AutoModel": "modeling_skysense.SkySenseModel"},
+        "architecture": _plain(cfg), "input_contract": _plain(contract), "provenance": _plain(provenance),
+        "parameters": counts, "parity": {"tolerance_rel_l2": PARITY_REL_L2, "computed_with": f"jax {jax.__version__}, float32"},
+    }
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (out / "README.md").write_text(model_card(config))
+    shutil.copyfile(MODELING, out / MODELING.name)
+    safetensors.numpy.save_file({k: np.ascontiguousarray(v) for k, v in frozen.items()}, out / "parity.safetensors")
+    safetensors.numpy.save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def count_parameters(params: Params) -> dict[str, int]:
+    """Number of parameters by top-level name, and "total". Works on ShapeDtypeStructs."""
+    counts = {key: sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(part)) for key, part in params.items()}
+    return counts | {"total": sum(counts.values())}
+
+
+def model_card(config: Mapping[str, Any]) -> str:
+    """README.md of an exported folder: what it is, what it eats, how to load it, where it comes from."""
+    architecture, contract, provenance = config["architecture"], config["input_contract"], config["provenance"]
+    rows = [f"| {name} | {', '.join(s['bands'])} | {s['unit']} | {s['gsd']} m |" for name, s in contract["sensors"].items()]
+    counts = [f"| {name} | {count:,} |" for name, count in config["parameters"].items()]
+    origin = [f"- {key}: {json.dumps(value)}" for key, value in provenance.items()] or ["- not recorded"]
+    return "\n".join([
+        "# SkySense weights exported by skysense_jax", "",
+        "Encoders per sensor on one grid and a fusion transformer per cell. Parameter names are the SkySense release's.", "",
+        "## Input", "", "| sensor | bands, in this order | unit | pixel |", "|---|---|---|---|", *rows, "",
+        f"One base cell is one Sentinel-2 pixel; {contract['ratio']} HR pixels lie along it. Give raw units: the model normalises, "
+        "with the statistics in `config.json`. Invalid pixels and unmeasured bands are declared by masks.", "",
+        "## Use (PyTorch, this folder only)", "", "```python", "from modeling_skysense import load", "", "model = load('.')",
+        "outputs = model({'s2': {'image': image, 'dates': day_of_year}})  # [B,T,C,H,W] raw units, [B,T]",
+        "outputs['fused'], outputs['maps'], outputs.get('hr_stages')", "```", "",
+        "`python modeling_skysense.py` runs the frozen batch in `parity.safetensors` and prints the differences.", "",
+        "## Size", "", "| part | parameters |", "|---|---|", *counts, "",
+        f"Width of the common grid {architecture['width']}, calendar `{architecture['calendar']}`.", "",
+        "## Provenance", "", *origin, ""])
+
+
+def _channels_first(x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(np.moveaxis(np.asarray(x), -1, -3))
+
+
+def _plain(value: Any) -> Any:
+    """ConfigDicts, tuples and numpy numbers as JSON values."""
+    if hasattr(value, "to_dict"):
+        value = value.to_dict()
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    return value.item() if isinstance(value, np.generic) else value
