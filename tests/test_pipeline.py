@@ -1,6 +1,7 @@
 """The input pipeline: batch = f(seed, step), one ground box per view, dates, validity, spec."""
 from __future__ import annotations
 
+import datetime
 import itertools
 import json
 import pathlib
@@ -18,7 +19,7 @@ from ml_collections import config_dict
 
 from configs import skysense_smoke
 from skysense_jax import sensors
-from skysense_jax.data import augment, pipeline, radiometry, sources, spec
+from skysense_jax.data import augment, bench, pipeline, radiometry, sources, spec
 from skysense_jax.ops import crops
 
 TILE, RATIO, PLACES, CLASSES = 12, 4, 7, 3
@@ -169,6 +170,292 @@ def test_every_sensor_of_a_view_shows_the_ground_its_coords_say(cfg, contract):
                     inner = (np.abs(coords - TILE / 2) < TILE / 2 - 1.5).all(-1) & present[:, :, k, None, None]
                     assert far[inner].max(initial=0) < 0.15  # base pixels; a wrong flip or turn is off by several
                     assert np.abs(far / cell)[present[:, :, k]].max(initial=0) < 0.6
-            step_x, step_y = (coords[:, :, 0, 1] - coords[:, :, 0, 0]).reshape(-1, 2), (coords[:, :, 1, 0] - coords[:, :, 0, 0]).reshape(-1, 2)
+            step_x = (coords[:, :, 0, 1] - coords[:, :, 0, 0]).reshape(-1, 2)
+            step_y = (coords[:, :, 1, 0] - coords[:, :, 0, 0]).reshape(-1, 2)
             turned |= {tuple(np.sign(np.round([*a, *b], 5)).astype(int)) for a, b in zip(step_x, step_y)}
     assert len(turned) == 8  # all four turns, mirrored and not
+
+
+def test_views_have_their_own_sorted_dates_and_missing_ones_are_padding(cfg, contract, dataset):
+    places = sources.open_places(dataset, "train")
+    cfg.data.date_jitter_days = 0
+    plan = pipeline.make_plan(cfg, contract, TILE)
+    differ = 0
+    for number in range(PLACES):
+        record = places[number]
+        one = pipeline.sample_place(record, np.random.default_rng(number), plan)
+        for scope, name in itertools.product(("global", "local"), ("hr", "s2", "s1")):
+            given = record[f"{name}_date"]
+            count = min(len(given), cfg.data.dates[name])
+            part = one[scope]["sensors"][name]
+            assert (part["valid"].any((2, 3)) == (np.arange(part["valid"].shape[1]) < count)).all()
+            assert (part["image"][:, count:] == 0).all() and (part["bands"][:, count:] == 0).all() and (part["dates"][:, count:] == -1).all()
+            assert (part["bands"][:, :count] == 1).all()
+            allowed = augment.day_of_year(given).tolist()
+            for drawn in part["dates"][:, :count].tolist():
+                where = [allowed.index(day) for day in drawn]
+                assert where == sorted(where) and (len(set(where)) == len(where) or name == "hr")
+            if name == "s2" and scope == "global" and len(given) > count:
+                differ += not np.array_equal(part["dates"][0], part["dates"][1])
+    assert differ >= 3
+
+
+def test_empty_acquisitions_are_not_drawn(cfg, contract):
+    record = {**make_record(0), "index": 0}
+    record["s2_valid"][:4] = 0
+    one = pipeline.sample_place(record, np.random.default_rng(0), pipeline.make_plan(cfg, contract, TILE))
+    assert (one["global"]["sensors"]["s2"]["valid"].any((2, 3)) == [True, True, False, False]).all()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 40), st.lists(st.integers(-1, 30000), min_size=1, max_size=8))
+def test_jitter_stays_within_its_bounds(seed, days, dates):
+    dates = np.array(dates, np.int32)
+    moved = augment.jitter_days(np.random.default_rng(seed), dates, days)
+    assert (moved[dates < 0] == -1).all()
+    known = dates >= 0
+    assert (np.abs(moved[known] - dates[known]) <= days).all() and (moved[known] >= 0).all()
+
+
+@given(st.dates(min_value=datetime.date(1970, 1, 1), max_value=datetime.date(2100, 12, 31)))
+def test_day_of_year(date):
+    number = (date - datetime.date(1970, 1, 1)).days
+    day = augment.day_of_year(np.array([number, -1]))
+    assert day.tolist() == [min(date.timetuple().tm_yday - 1, 364), -1] and day.dtype == np.int32
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 128), st.floats(0.02, 1.0), st.floats(0.0, 0.5), st.floats(0.3, 1.0), st.floats(1.0, 3.0))
+def test_boxes_lie_in_the_tile_and_keep_area_and_aspect(seed, tile, low, more, narrow, wide):
+    scale = (low, min(low + more, 1.0))
+    box = augment.sample_box(np.random.default_rng(seed), tile, scale, (narrow, wide))
+    eps = 1e-9 * tile
+    assert -eps <= box.left and box.left + box.width <= tile + eps and -eps <= box.top and box.top + box.height <= tile + eps
+    assert narrow - 1e-6 <= box.width / box.height <= wide + 1e-6
+    whole = box.width > tile - eps or box.height > tile - eps  # the fallback
+    assert whole or scale[0] - 1e-6 <= box.width * box.height / tile**2 <= scale[1] + 1e-6
+
+
+def dense(band: augment.Band, n_in: int) -> np.ndarray:
+    full = np.zeros((band[-1][0].stop, n_in), np.float32)
+    for out, src, weights in band:
+        full[out, src] = weights
+    return full
+
+
+@settings(deadline=None)
+@given(st.integers(1, 60), st.integers(1, 90), st.floats(0, 1), st.floats(0.05, 1))
+def test_resampling_weights_average_around_the_cell(n_out, n_in, where, part):
+    extent = part * n_in
+    start = where * (n_in - extent)
+    full = dense(augment.axis_weights(start, extent, n_out, n_in), n_in)
+    assert full.shape == (n_out, n_in) and (full >= 0).all()
+    np.testing.assert_allclose(full.sum(1), 1, atol=1e-5)
+    centres, pixels, reach = start + (np.arange(n_out) + 0.5) * extent / n_out, np.arange(n_in) + 0.5, max(extent / n_out, 1.0)
+    assert (full[np.abs(pixels - np.clip(centres, 0.5, n_in - 0.5)[:, None]) > reach + 1e-6] == 0).all()
+    assert np.abs(full @ pixels - centres)[(centres > reach) & (centres < n_in - reach)].max(initial=0) < 0.1 * reach
+
+
+def test_whole_tile_at_its_own_size_is_untouched_and_blocks_equal_one_matrix():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 255, (2, 40, 40, 3)).astype(np.uint8)
+    valid = np.ones((2, 40, 40), np.uint8)
+    planes, mask = augment.resample(image, valid, None, augment.make_window(augment.Box(0, 0, 10, 10), 40, 4, 40))
+    assert mask is None
+    np.testing.assert_array_equal(planes, np.moveaxis(image, -1, 1))
+    box = augment.Box(1.3, 0.4, 7.1, 8.8)
+    planes, _ = augment.resample(image, valid, np.array([2, 0]), augment.make_window(box, 24, 4, 40))
+    rows, cols = (dense(augment.axis_weights(a * 4, b * 4, 24, 40), 40) for a, b in ((box.top, box.height), (box.left, box.width)))
+    want = np.einsum("yi,tijc,xj->tcyx", rows, image[..., [2, 0]].astype(np.float64), cols)
+    np.testing.assert_allclose(planes, want, rtol=1e-5, atol=1e-3)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 2**32 - 1), st.floats(0.05, 0.95))
+def test_values_under_invalid_pixels_do_not_bleed(seed, share):
+    rng = np.random.default_rng(seed)
+    valid = (rng.random((2, 20, 20)) > share).astype(np.uint8)
+    image = np.where(valid[..., None], 100.0, 1e6).astype(np.float32) * np.ones(2, np.float32)
+    window = augment.make_window(augment.sample_box(rng, 20, (0.2, 1.0), (0.75, 1.33)), 16, 1, 20)
+    planes, mask = augment.resample(image, valid, None, window)
+    mask = np.ones((2, 16, 16)) if mask is None else mask
+    np.testing.assert_allclose(planes, np.broadcast_to(100.0 * mask[:, None], planes.shape), rtol=1e-5)
+    cfg = {**skysense_smoke.get_config().data.augment.to_dict(), "hr_blur": (1.0, 1.0, 1.0), "hr_solarize": 0.0, "hr_jitter": 0.0}
+    grey = np.repeat(planes[:, :1], 3, 1)
+    blurred = radiometry.disturb(rng, "hr", grey, mask.astype(np.float32), "global0", cfg)
+    np.testing.assert_allclose(blurred, grey, rtol=1e-4, atol=1e-3)
+
+
+@given(st.integers(0, 2**32 - 1), st.booleans(), st.booleans(), st.integers(0, 3))
+def test_orientation_is_flips_then_turns(seed, flip_x, flip_y, turns):
+    array = np.random.default_rng(seed).random((2, 3, 3))
+    want = np.flip(array, 2) if flip_x else array
+    want = np.rot90(np.flip(want, 1) if flip_y else want, turns, axes=(1, 2))
+    np.testing.assert_array_equal(augment.orient(array, augment.Orientation(flip_x, flip_y, turns)), want)
+
+
+@given(st.integers(1, 30), st.integers(1, 12), st.integers(0, 2**32 - 1))
+def test_dates_are_drawn_or_spread_in_order_without_repetition(given_, count, seed):
+    rng = np.random.default_rng(seed)
+    usable = np.sort(rng.choice(100, given_, replace=False))
+    clear = rng.random(given_)
+    for chosen in (augment.draw_dates(rng, usable, count), augment.spread_dates(usable, clear, count)):
+        assert len(chosen) == min(count, given_) and (np.diff(chosen) > 0).all() and np.isin(chosen, usable).all()
+    if count == 1:
+        assert chosen[0] == usable[clear.argmax()]
+
+
+def hr(cfg_change: dict, view: str = "global0", seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    planes = rng.uniform(0, 255, (1, 3, 16, 16)).astype(np.float32)
+    off = {"hr_jitter": 0.0, "hr_jitter_strength": (0.4, 0.4, 0.2, 0.1), "hr_gray": 0.0, "hr_blur": (0.0, 0.0, 0.0), "hr_solarize": 0.0}
+    return planes, radiometry.disturb(rng, "hr", planes.copy(), None, view, {**off, **cfg_change})
+
+
+def test_optical_augmentation_does_what_its_names_say():
+    planes, same = hr({})
+    np.testing.assert_array_equal(same, planes)
+    planes, grey = hr({"hr_gray": 1.0})
+    np.testing.assert_allclose(grey[:, 0], np.einsum("c,tchw->thw", [0.299, 0.587, 0.114], planes), rtol=1e-4)
+    assert np.ptp(grey, axis=1).max() < 1e-3
+    for view, touched in (("global0", False), ("local", False), ("global1", True)):
+        planes, out = hr({"hr_solarize": 1.0}, view)
+        assert np.array_equal(out, np.where(planes >= 130, 255 - planes, planes) if touched else planes)
+    for index, view in enumerate(("global0", "global1", "local")):
+        planes, out = hr({"hr_blur": tuple(float(i == index) for i in range(3))}, view)
+        assert not np.array_equal(out, planes) and abs(out.mean() - planes.mean()) < 3
+    for seed in range(5):
+        planes, out = hr({"hr_jitter": 1.0}, seed=seed)
+        assert not np.array_equal(out, planes) and out.min() >= 0 and out.max() <= 255
+
+
+def test_colour_matrix():
+    luma = np.array([0.299, 0.587, 0.114])
+    np.testing.assert_allclose(radiometry.colour_matrix(1, 1, 1, 0, False), np.eye(3), atol=1e-12)
+    np.testing.assert_allclose(radiometry.colour_matrix(1.3, 0.7, 1, 0, False), 0.91 * np.eye(3), atol=1e-12)
+    turned = radiometry.colour_matrix(1, 1, 1.2, 0.1, False)
+    np.testing.assert_allclose(luma @ turned, luma, atol=1e-12)  # hue and saturation keep luma
+    np.testing.assert_allclose(turned @ np.ones(3), np.ones(3), atol=1e-12)  # and grey
+
+
+def test_radar_and_reflectance_disturbances_are_bounded_and_spare_invalid_pixels():
+    rng = np.random.default_rng(0)
+    valid = np.ones((3, 8, 8), np.float32)
+    valid[:, :4] = 0
+    planes = np.full((3, 2, 8, 8), -12.0, np.float32) * valid[:, None]
+    shifted = radiometry.disturb(rng, "s1", planes, valid, "local", {"s1_shift_db": 1.0, "s1_speckle_db": 0.0})
+    assert (shifted[:, :, :4] == 0).all() and np.abs(shifted - planes).max() <= 1 and len(np.unique(shifted)) == 7
+    noisy = radiometry.disturb(rng, "s1", planes, None, "local", {"s1_shift_db": 0.0, "s1_speckle_db": 0.5}) - planes
+    assert 0.4 < noisy.std() < 0.6
+    gained = radiometry.disturb(rng, "s2", planes, valid, "local", {"s2_gain": 0.1, "s2_band_gain": 0.05})[:, :, 4:] / -12
+    assert gained.min() >= 0.9 * 0.95 and gained.max() <= 1.1 * 1.05 and len(np.unique(gained)) == 6
+    assert radiometry.disturb(rng, "dsm", planes, None, "local", {}) is planes
+
+
+def test_unmeasured_bands_stay_zero(cfg, contract):
+    record = {**make_record(0), "index": 0}
+    record["s1_measured"][0, 1] = 0
+    record["s1_image"][0, ..., 1] = 0
+    one = pipeline.sample_place(record, np.random.default_rng(0), pipeline.make_plan(cfg, contract, TILE))["global"]["sensors"]["s1"]
+    assert one["bands"][0].tolist() == [[1, 0], [1, 1], [0, 0]]
+    assert (one["image"][:, 0, ..., 1] == 0).all() and (one["image"][:, 1, ..., 1] != 0).any()
+
+
+def test_evaluation_reads_every_place_once_and_whole(cfg, contract, dataset):
+    places = sources.open_places(dataset, "test")
+    batches = list(pipeline.eval_batches(cfg, contract, "test", 3))
+    assert [batch["weight"].tolist() for batch in batches] == [[1, 1, 1], [1, 1, 0]]
+    index = np.concatenate([batch["place"]["index"][batch["weight"] > 0] for batch in batches])
+    assert index.tolist() == list(range(5))
+    names = np.concatenate([batch["place"]["name"] for batch in batches])
+    assert names[:5].tolist() == [places[i]["place"].decode() for i in range(5)]
+    first, record = batches[0], places[1]
+    assert first["label"][1].tolist() == record["label"].tolist() and (first["label_map"][1] == 1).all()
+    assert first["sensors"]["hr"]["image"].shape == (3, 1, TILE * RATIO, TILE * RATIO, 3)
+    np.testing.assert_array_equal(first["sensors"]["hr"]["image"][1], record["hr_image"])
+    order = [sensors.SENSORS["s2"].bands.index(band) for band in contract["sensors"]["s2"]["bands"]]
+    assert first["sensors"]["s2"]["image"].shape[1] == 4
+    np.testing.assert_array_equal(first["sensors"]["s2"]["image"][1, 0], record["s2_image"][0][..., order])
+    assert (first["sensors"]["s2"]["valid"][1] == 1).all() and (first["sensors"]["s1"]["valid"][1, 2] == 0).all()
+    again = list(pipeline.eval_batches(cfg, contract, "test", 3))
+    for a, b in zip(batches, again):
+        assert_same(a, b)
+
+
+def test_places_can_be_pickled(dataset):
+    places = pickle.loads(pickle.dumps(sources.open_places(dataset, "test")))
+    assert len(places) == 5 and places[4]["index"] == 4
+
+
+def test_errors_name_the_file_and_the_fix(cfg, contract, dataset, tmp_path):
+    with pytest.raises(ValueError, match="not a dataset of places.*data build"):
+        sources.open_places(tmp_path, "train")
+    with pytest.raises(ValueError, match="config.data.dir"):
+        sources.read_metadata("")
+    (tmp_path / sources.METADATA).write_text("{")
+    with pytest.raises(ValueError, match="not readable JSON"):
+        sources.read_metadata(tmp_path)
+    (tmp_path / sources.METADATA).write_text('{"format": 1, "tile": 4}')
+    with pytest.raises(ValueError, match="lacks ratio, sensors"):
+        sources.read_metadata(tmp_path)
+    (tmp_path / sources.METADATA).write_text('{"format": 2, "tile": 4, "ratio": 1, "sensors": []}')
+    with pytest.raises(ValueError, match="format 2"):
+        sources.read_metadata(tmp_path)
+    with pytest.raises(ValueError, match="no split 'validation'; it has test, train"):
+        sources.open_places(dataset, "validation")
+    meta = sources.read_metadata(dataset)
+    sources.check_dataset(meta, contract, cfg)
+    with pytest.raises(ValueError, match="takes 's1', the dataset in .* holds hr, s2"):
+        sources.check_dataset({**meta, "sensors": ["hr", "s2"]}, contract, cfg)
+    with pytest.raises(ValueError, match="has 8 HR pixels along a base pixel, the model 4"):
+        sources.check_dataset({**meta, "ratio": 8}, contract, cfg)
+    with pytest.raises(ValueError, match="global_size=6 must lie in 1..5"):
+        sources.check_dataset({**meta, "tile": 5}, contract, cfg)
+    with pytest.raises(ValueError, match="config.data.batch=4 cannot be shared evenly by 3"):
+        pipeline.train_dataset(cfg, contract, 0, 0, 3)
+    other = sensors.input_contract({**cfg.data.bands.to_dict(), "s1": ("VH", "VV")}, RATIO)
+    with pytest.raises(ValueError, match="config.data.bands has .*'s1'"):
+        sources.check_dataset(meta, other, cfg)
+    cfg.model.ratio = 8
+    with pytest.raises(ValueError, match="config.model.ratio is 8"):
+        sources.check_dataset(meta, contract, cfg)
+    cfg.model.ratio = RATIO
+    del cfg.data.dates["s1"]
+    with pytest.raises(ValueError, match="config.data.dates needs"):
+        sources.check_dataset(meta, contract, cfg)
+
+
+def match_cells_numpy(a, b, cell_a, cell_b):
+    a, b = a.reshape(-1, 2), b.reshape(-1, 2)
+    distance = np.hypot(a[:, None, 0] - b[None, :, 0], a[:, None, 1] - b[None, :, 1])
+    return distance, distance.min(1) <= max(cell_a, cell_b) * np.sqrt(2) / 2
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**32 - 1))
+def test_matched_cells_show_the_same_ground(seed):
+    rng = np.random.default_rng(seed)
+    boxes = [[augment.sample_box(rng, 16, scale, (0.75, 1.33)) for scale in ((0.4, 1.0), (0.1, 0.4))] for _ in range(3)]
+    turns = [[augment.sample_orientation(rng, 0.5, 0.5) for _ in range(2)] for _ in range(3)]
+    a, b = (np.stack([augment.cell_centres(box[v], size, turn[v]) for box, turn in zip(boxes, turns)]) for v, size in ((0, 8), (1, 4)))
+    cell_a, cell_b = (np.array([augment.cell_side(box[v], size) for box in boxes], np.float32) for v, size in ((0, 8), (1, 4)))
+    index, mask = jax.jit(crops.match_cells)(jnp.array(a), jnp.array(b), jnp.array(cell_a), jnp.array(cell_b))
+    assert index.shape == mask.shape == (3, 64) and index.dtype == jnp.int32 and mask.dtype == jnp.float32
+    for i in range(3):
+        distance, near = match_cells_numpy(a[i].astype(np.float64), b[i].astype(np.float64), cell_a[i], cell_b[i])
+        picked = distance[np.arange(64), np.asarray(index[i])]
+        np.testing.assert_allclose(picked, distance.min(1), atol=1e-5)
+        limit = max(cell_a[i], cell_b[i]) * np.sqrt(2) / 2
+        clear_cut = np.abs(distance.min(1) - limit) > 1e-4
+        np.testing.assert_array_equal(np.asarray(mask[i])[clear_cut], near[clear_cut])
+
+
+def test_a_view_matches_itself_cell_by_cell():
+    coords = augment.cell_centres(augment.Box(0, 0, 8, 8), 5, augment.Orientation(True, False, 3))
+    index, mask = crops.match_cells(coords, coords, np.float32(1.6), np.float32(1.6))
+    assert index.tolist() == list(range(25)) and (np.asarray(mask) == 1).all()
+    _, mask = crops.match_cells(coords, coords + 100, np.float32(1.6), np.float32(1.6))
+    assert (np.asarray(mask) == 0).all()
+
+
+def test_bench_measures_the_three_stages(cfg):
+    rates = bench.bench(cfg, 0.1)
+    assert set(rates) == {"read", "place", "batches"} and all(min(rate) > 0 for rate in rates.values())

@@ -6,7 +6,7 @@ relative boxes). Resampling is separable: two banded matrices per view and senso
 """
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 
@@ -63,25 +63,44 @@ def sample_orientation(rng: np.random.Generator, flip: float, rotate: float) -> 
     return Orientation(bool(draws[0] < flip), bool(draws[1] < flip), turns if draws[2] < rotate else 0)
 
 
-def orient(array: np.ndarray, orientation: Orientation, rows: int, cols: int) -> np.ndarray:
-    """`array` flipped and turned in its axes `rows`, `cols`: a view of the same memory. The one rule for images and coordinates."""
-    if orientation.flip_x:
-        array = np.flip(array, cols)
-    if orientation.flip_y:
-        array = np.flip(array, rows)
-    return np.rot90(array, orientation.turns, axes=(rows, cols)) if orientation.turns else array
+def orient(array: np.ndarray, orientation: Orientation) -> np.ndarray:
+    """`array` [..., H, W] flipped and turned: a view of the same memory. The one rule for images, masks and coordinates."""
+    array = array[..., ::-1 if orientation.flip_y else 1, ::-1 if orientation.flip_x else 1]
+    if orientation.turns == 1:
+        return array.swapaxes(-1, -2)[..., ::-1, :]
+    if orientation.turns == 2:
+        return array[..., ::-1, ::-1]
+    return array.swapaxes(-1, -2)[..., ::-1] if orientation.turns == 3 else array
 
 
 def cell_centres(box: Box, size: int, orientation: Orientation) -> np.ndarray:
     """float32 [size, size, 2]: (x, y) of every cell centre of a view in base pixels of the tile, after flips and turns."""
     steps = (np.arange(size) + 0.5) / size
-    x, y = np.meshgrid(box.left + box.width * steps, box.top + box.height * steps)
-    return np.ascontiguousarray(orient(np.stack([x, y], -1), orientation, 0, 1), dtype=np.float32)
+    grid = np.empty((2, size, size), np.float32)
+    grid[0], grid[1] = box.left + box.width * steps, (box.top + box.height * steps)[:, None]
+    return np.stack(orient(grid, orientation), -1)
 
 
 def cell_side(box: Box, size: int) -> float:
     """Side of one cell in base pixels (geometric mean of its two sides)."""
     return float(np.sqrt(box.width * box.height)) / size
+
+
+def make_band(centres: np.ndarray, reach: float, n_in: int, kernel: Callable[[np.ndarray], np.ndarray]) -> Band:
+    """The banded matrix of a kernel around ascending `centres` (in pixels, 0.5 = centre of the first), rows summing to one.
+
+    kernel: distances in pixels -> weights >= 0, which must be 0 beyond `reach` and positive at the pixel nearest to a centre.
+    """
+    first = np.arange(0, len(centres), _BLOCK)
+    low = np.maximum(np.floor(centres[first] - reach).astype(int), 0)
+    high = np.minimum(np.ceil(centres[np.minimum(first + _BLOCK, len(centres)) - 1] + reach).astype(int), n_in)
+    span = int((high - low).max())
+    low = np.minimum(low, n_in - span)
+    rows = np.minimum(first[:, None] + np.arange(_BLOCK), len(centres) - 1)
+    weights = kernel((low[:, None] + 0.5 + np.arange(span))[:, None, :] - centres[rows][:, :, None])
+    weights = (weights / weights.sum(2, keepdims=True)).astype(np.float32)
+    return [(slice(a, min(a + _BLOCK, len(centres))), slice(b, b + span), block[:len(centres) - a])
+            for a, b, block in zip(first.tolist(), low.tolist(), weights)]
 
 
 def axis_weights(start: float, extent: float, n_out: int, n_in: int) -> Band:
@@ -92,16 +111,8 @@ def axis_weights(start: float, extent: float, n_out: int, n_in: int) -> Band:
     """
     step = extent / n_out
     reach = max(step, 1.0)
-    centres = start + (np.arange(n_out) + 0.5) * step
-    blocks = []
-    for first in range(0, n_out, _BLOCK):
-        centre = np.clip(centres[first:first + _BLOCK], 0.5, n_in - 0.5)
-        low, high = max(int(centre[0] - reach), 0), min(int(centre[-1] + reach) + 1, n_in)
-        pixels = np.arange(low, high) + 0.5
-        weights = np.maximum(1.0 - np.abs(pixels[None, :] - centre[:, None]) / reach, 0.0)
-        weights /= weights.sum(1, keepdims=True)
-        blocks.append((slice(first, first + len(centre)), slice(low, high), weights.astype(np.float32)))
-    return blocks
+    centres = np.clip(start + (np.arange(n_out) + 0.5) * step, 0.5, n_in - 0.5)
+    return make_band(centres, reach, n_in, lambda distance: np.maximum(1.0 - np.abs(distance) / reach, 0.0))
 
 
 def apply_axes(planes: np.ndarray, rows: Band, cols: Band) -> np.ndarray:
@@ -136,38 +147,45 @@ def weighted(planes: np.ndarray, valid: np.ndarray | None, rows: Band, cols: Ban
     return apply_axes(planes * mask, rows, cols) / np.where(total > 1e-6, total, np.inf)
 
 
-def nearest(start: float, extent: float, n_out: int, n_in: int) -> np.ndarray:
-    """Input pixel under every output cell centre along one axis, int64 [n_out]."""
-    return np.clip(np.floor(start + (np.arange(n_out) + 0.5) * (extent / n_out)).astype(np.int64), 0, n_in - 1)
+class Window(NamedTuple):
+    """Where a view lies in a sensor's raster: the part of it in reach, the weights relative to that part, the nearest pixels."""
+
+    part: tuple[slice, slice]
+    rows: Band
+    cols: Band
+    near: tuple[np.ndarray, np.ndarray]
+
+
+def make_window(box: Box, size: int, per_base: int, n_in: int) -> Window:
+    """A box seen by a sensor with `per_base` pixels per base pixel in a raster of `n_in` pixels, to be put on `size` pixels a side."""
+    axes = []
+    for start, extent in ((box.top * per_base, box.height * per_base), (box.left * per_base, box.width * per_base)):
+        band = axis_weights(start, extent, size, n_in)
+        part = slice(band[0][1].start, band[-1][1].stop)
+        band = [(out, slice(src.start - part.start, src.stop - part.start), weights) for out, src, weights in band]
+        near = np.floor(start + (np.arange(size) + 0.5) * (extent / size)).astype(int)
+        axes.append((part, band, np.clip(near, 0, n_in - 1)))
+    (part_y, rows, near_y), (part_x, cols, near_x) = axes
+    return Window((part_y, part_x), rows, cols, (near_y[:, None], near_x[None, :]))
 
 
 def resample(
-    image: np.ndarray, valid: np.ndarray, bands: np.ndarray | None, box: Box, per_base: int, size: int
+    image: np.ndarray, valid: np.ndarray, bands: np.ndarray | None, window: Window
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """A box of a sensor's stack, on `size` x `size` pixels, not yet flipped or turned.
+    """A window of a sensor's stack on the view's pixels, not yet flipped or turned.
 
-    image: [T, S, S, C] any dtype; valid: [T, S, S] uint8; bands: indices into C, None = all; per_base: pixels per base pixel.
-    Returns planes float32 [T, C', size, size] (0 where invalid) and valid float32 [T, size, size], None where everything is valid
+    image: [T, S, S, C] any dtype; valid: [T, S, S] uint8; bands: indices into C, None = all.
+    Returns planes float32 [T, C', H, W] (0 where invalid) and valid float32 [T, H, W], None where everything is valid
     (the common case, kept cheap). Valid is taken from the nearest pixel; values are averaged over valid pixels only.
     """
-    pixels = image.shape[1]
-    span_x = (box.left * per_base, box.width * per_base)
-    span_y = (box.top * per_base, box.height * per_base)
-    rows, cols = axis_weights(*span_y, size, pixels), axis_weights(*span_x, size, pixels)
-    window = (slice(None), slice(rows[0][1].start, rows[-1][1].stop), slice(cols[0][1].start, cols[-1][1].stop))
-    rows, cols = _shift(rows, window[1].start), _shift(cols, window[2].start)
-    stack = np.moveaxis(image[window], -1, 1)
+    stack = image[:, *window.part].transpose(0, 3, 1, 2)
     stack = np.ascontiguousarray(stack if bands is None else stack[:, bands], dtype=np.float32)
-    seen = valid[window]
+    seen = valid[:, *window.part]
     if seen.all():
-        return apply_axes(stack, rows, cols), None
-    planes = weighted(stack, seen, rows, cols)
-    mask = valid[:, nearest(*span_y, size, pixels)[:, None], nearest(*span_x, size, pixels)[None, :]].astype(np.float32)
+        return apply_axes(stack, window.rows, window.cols), None
+    planes = weighted(stack, seen, window.rows, window.cols)
+    mask = valid[:, *window.near].astype(np.float32)
     return planes * mask[:, None], mask
-
-
-def _shift(band: Band, start: int) -> Band:
-    return [(out, slice(src.start - start, src.stop - start), weights) for out, src, weights in band]
 
 
 def draw_dates(rng: np.random.Generator, usable: np.ndarray, count: int) -> np.ndarray:

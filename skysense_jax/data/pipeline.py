@@ -97,16 +97,18 @@ def _sample_views(
         box = augment.sample_box(rng, plan.tile, views.scale, plan.aspect)
         turn = augment.sample_orientation(rng, plan.flip, plan.rotate)
         coords[view], cell[view] = augment.cell_centres(box, size, turn), augment.cell_side(box, size)
+        windows = {k: augment.make_window(box, size * k, k, plan.tile * k) for k in {p.per_base for p in plan.sensors}}
         for p in plan.sensors:
             chosen = augment.draw_dates(rng, usable[p.name], p.count)
             if not len(chosen):
                 continue
             image, valid = _pick(record, f"{p.name}_image", chosen), _pick(record, f"{p.name}_valid", chosen)
-            planes, mask = augment.resample(image, valid, p.bands, box, p.per_base, size * p.per_base)
-            planes = radiometry.disturb(rng, p.name, planes, mask, name, plan.augment)
-            dates = augment.jitter_days(rng, record[f"{p.name}_date"][chosen], plan.jitter)
-            _fill(inputs[p.name], (view,), p, record, chosen, augment.orient(np.moveaxis(planes, 1, -1), turn, 1, 2),
-                  1.0 if mask is None else augment.orient(mask, turn, 1, 2), dates)
+            planes, mask = augment.resample(image, valid, p.bands, windows[p.per_base])
+            planes = augment.orient(radiometry.disturb(rng, p.name, planes, mask, name, plan.augment), turn)
+            mask = 1.0 if mask is None else augment.orient(mask, turn)
+            _fill(inputs[p.name], (view,), p, record, chosen, planes.transpose(0, 2, 3, 1), mask)
+    for one in inputs.values():
+        one["dates"] = augment.day_of_year(augment.jitter_days(rng, one["dates"], plan.jitter))
     return {"sensors": inputs, "coords": coords, "cell": cell}
 
 
@@ -126,9 +128,9 @@ def _empty(lead: tuple[int, ...], pixels: int, channels: int) -> dict[str, np.nd
 
 def _fill(
     inputs: dict[str, np.ndarray], at: tuple[int, ...], plan: SensorPlan, record: Mapping[str, Any], chosen: np.ndarray,
-    image: np.ndarray, valid: Any, dates: np.ndarray,
+    image: np.ndarray, valid: Any,
 ) -> None:
-    """Writes the chosen acquisitions into the first rows of `inputs` at the leading index `at`; unmeasured bands stay 0."""
+    """Writes the chosen acquisitions into the first rows of `inputs` at the leading index `at`: dates as days since 1970, unmeasured bands 0."""
     measured = record[f"{plan.name}_measured"][chosen]
     measured = measured if plan.bands is None else measured[:, plan.bands]
     rows = (*at, slice(0, len(chosen)))
@@ -137,7 +139,7 @@ def _fill(
         inputs["image"][rows] *= measured[:, None, None, :]
     inputs["valid"][rows] = valid
     inputs["bands"][rows] = measured
-    inputs["dates"][rows] = augment.day_of_year(dates)
+    inputs["dates"][rows] = record[f"{plan.name}_date"][chosen]
 
 
 def train_dataset(
@@ -196,7 +198,8 @@ def whole_place(record: Mapping[str, Any], plans: tuple[SensorPlan, ...], tile: 
         if len(chosen):
             image = record[f"{p.name}_image"][chosen] * valid[chosen][..., None]
             image = image if p.bands is None else image[..., p.bands]
-            _fill(inputs[p.name], (), p, record, chosen, image, valid[chosen], record[f"{p.name}_date"][chosen])
+            _fill(inputs[p.name], (), p, record, chosen, image, valid[chosen])
+        inputs[p.name]["dates"] = augment.day_of_year(inputs[p.name]["dates"])
     name = record["place"]
     place = {**_place(record), "name": np.array(name.decode() if isinstance(name, bytes) else str(name))}
     return {"sensors": inputs, "label": record["label"], "label_map": record["label_map"], "place": place}

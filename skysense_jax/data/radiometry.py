@@ -38,16 +38,9 @@ def colour_matrix(brightness: float, contrast: float, saturation: float, hue: fl
 
 def blur_band(sigma: float, size: int) -> augment.Band:
     """Gaussian blur along an axis of `size` pixels as a banded matrix; truncated at three sigma, renormalised at the border."""
-    reach = max(int(np.ceil(3.0 * sigma)), 1)
-    blocks = []
-    for first in range(0, size, 16):
-        last = min(first + 16, size)
-        low, high = max(first - reach, 0), min(last + reach, size)
-        offsets = np.arange(low, high)[None, :] - np.arange(first, last)[:, None]
-        weights = np.where(np.abs(offsets) <= reach, np.exp(-0.5 * (offsets / sigma) ** 2), 0.0)
-        weights /= weights.sum(1, keepdims=True)
-        blocks.append((slice(first, last), slice(low, high), weights.astype(np.float32)))
-    return blocks
+    reach = max(3.0 * sigma, 0.5)
+    return augment.make_band(np.arange(size) + 0.5, reach, size,
+                             lambda distance: np.exp(-0.5 * np.square(distance / sigma)) * (np.abs(distance) <= reach))
 
 
 def optical(
@@ -55,7 +48,7 @@ def optical(
 ) -> np.ndarray:
     """HR: colour jitter, grayscale, blur, solarize (second global view only), on R, G, B in 0..255, clipped to it.
 
-    planes: float32 [T, 3, H, W]; valid: [T, H, W] or None = all; view: "global0", "global1" or "local".
+    planes: float32 [T, 3, H, H]; valid: [T, H, H] or None = all; view: "global0", "global1" or "local".
     """
     chance = rng.random(4)
     bright, contrast, saturation, hue = rng.uniform(-1.0, 1.0, 4) * np.asarray(cfg["hr_jitter_strength"])
@@ -75,7 +68,8 @@ def optical(
         mixed += level[:, None, None, None]
         planes = np.clip(mixed, 0.0, 255.0, out=mixed)
     if chance[2] < cfg["hr_blur"][("global0", "global1", "local").index(view)]:
-        planes = augment.weighted(planes, valid, blur_band(sigma, planes.shape[2]), blur_band(sigma, planes.shape[3]))
+        band = blur_band(sigma, planes.shape[-1])
+        planes = augment.weighted(planes, valid, band, band)
     if view == "global1" and chance[3] < cfg["hr_solarize"]:
         planes = np.where(planes >= SOLARIZE_THRESHOLD, 255.0 - planes, planes)
     return planes
