@@ -1,8 +1,9 @@
-"""Geometry of a view: the crop box, its orientation, the resampling of every sensor onto it, and the choice and disturbance of dates.
+"""Geometry of a view: crop box, orientation, resampling of every sensor onto it, choice and disturbance of dates.
 
-One box per view, in continuous base pixels of the tile, is applied to every sensor at the sensor's own resolution, so the sensors
-of a view show the same ground (SkySense paper 3.1; SkySense++ lib/datasets/utils/transforms.py, MSSSLRandomResizedCrop, does the same with
-relative boxes). Resampling is separable: two banded matrices per view and sensor, applied in blocks so that the work is linear in the size.
+One box per view, in continuous base pixels of the tile, is applied to every sensor at the sensor's own resolution, so
+the sensors of a view show the same ground (SkySense paper 3.1; SkySense++ lib/datasets/utils/transforms.py,
+MSSSLRandomResizedCrop, does the same with relative boxes). Resampling is separable: two banded matrices per view and
+sensor, applied in blocks so that the work is linear in the size.
 """
 from __future__ import annotations
 
@@ -11,8 +12,9 @@ from typing import Callable, NamedTuple
 import numpy as np
 
 _BLOCK = 16  # output cells per matrix block: skips the zeros of the band
-_PRODUCT = 200_000  # multiplications per matrix product: OpenBLAS hands larger ones (2**18) to its own threads, which fight with the
-# reader threads of the pipeline: measured on two cores, twelve times slower than this
+# Multiplications per matrix product: OpenBLAS hands larger ones (2**18) to its own threads, which fight with the reader
+# threads of the pipeline: measured on two cores, twelve times slower than this.
+_PRODUCT = 200_000
 _EPOCH_DAYS = np.datetime64("1970-01-01", "D")
 LAST_DAY = 364
 """Last row of the calendar table; 31 December of a leap year is clamped to it."""
@@ -42,29 +44,31 @@ Band = list[tuple[slice, slice, np.ndarray]]
 def sample_box(rng: np.random.Generator, tile: int, scale: tuple[float, float], aspect: tuple[float, float]) -> Box:
     """A random box inside a tile of `tile` x `tile` base pixels.
 
-    Area uniform in `scale` (fraction of the tile), width/height log-uniform in `aspect`, ten attempts, then the largest box of the
-    nearest admissible aspect in the middle: the rule of torchvision's RandomResizedCrop, without rounding to pixels.
+    Area uniform in `scale` (fraction of the tile), width/height log-uniform in `aspect`, ten attempts, then the
+    largest box of the nearest admissible aspect in the middle: the rule of torchvision's RandomResizedCrop, without
+    rounding to pixels.
     """
     low, high = np.log(aspect[0]), np.log(aspect[1])
     for _ in range(10):
         area, ratio = rng.uniform(*scale) * tile * tile, np.exp(rng.uniform(low, high))
         width, height = np.sqrt(area * ratio), np.sqrt(area / ratio)
         if width <= tile and height <= tile:
-            return Box(float(rng.uniform(0.0, tile - width)), float(rng.uniform(0.0, tile - height)), float(width), float(height))
+            left, top = rng.uniform(0.0, tile - width), rng.uniform(0.0, tile - height)
+            return Box(float(left), float(top), float(width), float(height))
     ratio = min(max(1.0, aspect[0]), aspect[1])
     width, height = tile * min(1.0, ratio), tile / max(1.0, ratio)
     return Box((tile - width) / 2, (tile - height) / 2, width, height)
 
 
 def sample_orientation(rng: np.random.Generator, flip: float, rotate: float) -> Orientation:
-    """Horizontal and vertical flip with probability `flip` each; a turn by 90, 180 or 270 degrees with probability `rotate`."""
+    """Horizontal and vertical flip with probability `flip` each, a turn by 90, 180 or 270 degrees with `rotate`."""
     draws = rng.random(3)
     turns = int(rng.integers(1, 4))
     return Orientation(bool(draws[0] < flip), bool(draws[1] < flip), turns if draws[2] < rotate else 0)
 
 
 def orient(array: np.ndarray, orientation: Orientation) -> np.ndarray:
-    """`array` [..., H, W] flipped and turned: a view of the same memory. The one rule for images, masks and coordinates."""
+    """`array` [..., H, W] flipped and turned (the same memory): the one rule for images, masks and coordinates."""
     array = array[..., ::-1 if orientation.flip_y else 1, ::-1 if orientation.flip_x else 1]
     if orientation.turns == 1:
         return array.swapaxes(-1, -2)[..., ::-1, :]
@@ -74,7 +78,7 @@ def orient(array: np.ndarray, orientation: Orientation) -> np.ndarray:
 
 
 def cell_centres(box: Box, size: int, orientation: Orientation) -> np.ndarray:
-    """float32 [size, size, 2]: (x, y) of every cell centre of a view in base pixels of the tile, after flips and turns."""
+    """float32 [size, size, 2]: (x, y) of every cell centre in base pixels of the tile, after flips and turns."""
     steps = (np.arange(size) + 0.5) / size
     grid = np.empty((2, size, size), np.float32)
     grid[0], grid[1] = box.left + box.width * steps, (box.top + box.height * steps)[:, None]
@@ -87,9 +91,10 @@ def cell_side(box: Box, size: int) -> float:
 
 
 def make_band(centres: np.ndarray, reach: float, n_in: int, kernel: Callable[[np.ndarray], np.ndarray]) -> Band:
-    """The banded matrix of a kernel around ascending `centres` (in pixels, 0.5 = centre of the first), rows summing to one.
+    """Banded matrix of a kernel around ascending `centres` (pixels, 0.5 = centre of the first); rows sum to one.
 
-    kernel: distances in pixels -> weights >= 0, which must be 0 beyond `reach` and positive at the pixel nearest to a centre.
+    kernel: distances in pixels -> weights >= 0, which must be 0 beyond `reach` and positive at the pixel nearest to a
+    centre.
     """
     first = np.arange(0, len(centres), _BLOCK)
     low = np.maximum(np.floor(centres[first] - reach).astype(int), 0)
@@ -104,10 +109,10 @@ def make_band(centres: np.ndarray, reach: float, n_in: int, kernel: Callable[[np
 
 
 def axis_weights(start: float, extent: float, n_out: int, n_in: int) -> Band:
-    """Bilinear weights along one axis, antialiased when shrinking (triangle as wide as an output cell); rows sum to one.
+    """Bilinear weights along one axis, antialiased when shrinking (triangle as wide as an output cell).
 
-    start, extent: the crop in input pixels; n_out cells over it; n_in pixels in the input. Input pixels outside the box but inside the
-    tile may contribute. The identity crop gives the identity matrix.
+    start, extent: the crop in input pixels; n_out cells over it; n_in pixels in the input. Input pixels outside the
+    box but inside the tile may contribute. The identity crop gives the identity matrix.
     """
     step = extent / n_out
     reach = max(step, 1.0)
@@ -148,7 +153,7 @@ def weighted(planes: np.ndarray, valid: np.ndarray | None, rows: Band, cols: Ban
 
 
 class Window(NamedTuple):
-    """Where a view lies in a sensor's raster: the part of it in reach, the weights relative to that part, the nearest pixels."""
+    """A view in a sensor's raster: the part in reach, the weights relative to that part, the nearest pixels."""
 
     part: tuple[slice, slice]
     rows: Band
@@ -157,7 +162,7 @@ class Window(NamedTuple):
 
 
 def make_window(box: Box, size: int, per_base: int, n_in: int) -> Window:
-    """A box seen by a sensor with `per_base` pixels per base pixel in a raster of `n_in` pixels, to be put on `size` pixels a side."""
+    """A box in a raster of `n_in` pixels, `per_base` per base pixel, to be put on `size` pixels a side."""
     axes = []
     for start, extent in ((box.top * per_base, box.height * per_base), (box.left * per_base, box.width * per_base)):
         band = axis_weights(start, extent, size, n_in)
@@ -196,7 +201,7 @@ def draw_dates(rng: np.random.Generator, usable: np.ndarray, count: int) -> np.n
 
 
 def spread_dates(usable: np.ndarray, clear: np.ndarray, count: int) -> np.ndarray:
-    """At most `count` acquisitions evenly over time, for evaluation: the clearest one of each of `count` consecutive groups.
+    """At most `count` acquisitions evenly over time, for evaluation: the clearest of each of `count` groups in a row.
 
     usable: indices in time order; clear: clear fraction of each of them. Equal clearness: the first of the group.
     """

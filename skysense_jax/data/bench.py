@@ -1,6 +1,7 @@
-"""`skysense-jax data bench`: how fast the input pipeline is on this machine, on a real dataset and with a real configuration.
+"""`skysense-jax data bench`: how fast the input pipeline is on this machine, with a given dataset and configuration.
 
-CPU time of this process, not the wall clock, is what "per core" divides by, so that other work on the machine doesn't change the figure.
+CPU time of this process, not the wall clock, is what "per core" divides by, so that other work on the machine doesn't
+change the figure.
 """
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from skysense_jax.data import pipeline, sources
 
 
 class Rate(NamedTuple):
-    """One measured stage: places per second of wall clock, places per second of CPU time, megabytes (1e6) per second of wall clock."""
+    """One measured stage: places per second of wall clock, places per second of CPU time, MB (1e6) per second."""
 
     places_per_s: float
     places_per_core_s: float
@@ -39,10 +40,11 @@ def _measure(produce: Callable[[], tuple[int, int]], seconds: float) -> Rate:
 
 
 def bench(cfg: Any, seconds: float = 5.0) -> dict[str, Rate]:
-    """Rates of three stages: "read" (decode records, bytes of the record), "place" (augment them one at a time, no reading) and "batches"
+    """Rates of three stages: "read" (decode records, bytes of the record), "place" (augment, no reading) and "batches"
     (the training iterator with `config.data.threads`, bytes of the batch). Each runs for about `seconds`.
 
-    The input contract is the configuration's bands with the table's statistics. Raises ValueError as `pipeline.train_dataset`.
+    The input contract is the configuration's bands with the table's statistics. Raises ValueError as
+    `pipeline.train_dataset`.
     """
     contract = sensors.input_contract(cfg.data.bands.to_dict(), cfg.model.ratio)
     iterator = pipeline.make_train_iterator(cfg, contract, cfg.seed)
@@ -85,16 +87,17 @@ def _run_bench(args: argparse.Namespace) -> int:
             "batches": f"training batches of {cfg.data.batch}, {cfg.data.threads} threads"}
     print(f"{args.dir} with {args.config}, {os.cpu_count()} cores, {args.seconds:g} s a line")
     for stage, rate in rates.items():
-        print(f"{text[stage]:<42}{rate.places_per_s:>9.1f} places/s{rate.places_per_core_s:>9.1f} places/s per core{rate.mb_per_s:>9.1f} MB/s")
+        print(f"{text[stage]:<42}{rate.places_per_s:>9.1f} places/s{rate.places_per_core_s:>9.1f} places/s per core"
+              f"{rate.mb_per_s:>9.1f} MB/s")
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
     return 0
 
 
 def add_parsers_bench(subparsers: Any) -> None:
-    """Adds `bench` to the `data` commands; the parsed namespace carries `run`, a function of the namespace that returns the exit status."""
+    """Adds `bench` to the `data` commands; the parsed namespace carries `run(namespace) -> exit status`."""
     parser = subparsers.add_parser("bench", help="measure the input pipeline: places/s, places/s per core, MB/s")
     parser.add_argument("dir", help="folder that `data build` wrote")
-    parser.add_argument("--config", default="configs/skysense_smoke.py", help="configuration whose views, dates and threads are used")
+    parser.add_argument("--config", default="configs/skysense_smoke.py", help="configuration to measure")
     parser.add_argument("--seconds", type=float, default=5.0, help="duration of each of the three measurements")
     parser.add_argument("--threads", type=int, default=0, help="reader threads instead of config.data.threads")
     parser.set_defaults(run=_run_bench)

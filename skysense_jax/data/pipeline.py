@@ -1,8 +1,9 @@
 """From records to batches: every training batch is a function of (configuration, seed, step) and of nothing else.
 
-grain keeps everything a random-access dataset until the batch: shuffle and repeat are index arithmetic and the augmentation's generator
-belongs to the index in the global order. Processes take consecutive rows of the global batch, so the local batches concatenated in
-process order are the batch of one process, whatever the number of processes and threads.
+grain keeps everything a random-access dataset until the batch: shuffle and repeat are index arithmetic and the
+augmentation's generator belongs to the index in the global order. Processes take consecutive rows of the global batch,
+so the local batches concatenated in process order are the batch of one process, whatever the number of processes and
+threads.
 """
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ from skysense_jax.data import augment, radiometry, sources
 
 
 class SensorPlan(NamedTuple):
-    """How one sensor is read. bands: indices of the contract's bands in the record, None = all in order; per_base: its pixels per base pixel;
-    count, eval_count: acquisitions per training view and per evaluated place."""
+    """How one sensor is read. bands: indices of the contract's bands in the record, None = all in order; per_base: its
+    pixels per base pixel; count, eval_count: acquisitions per training view and per evaluated place."""
 
     name: str
     bands: np.ndarray | None
@@ -29,7 +30,7 @@ class SensorPlan(NamedTuple):
 
 
 class ViewPlan(NamedTuple):
-    """The views of one static shape. names: one per view, `radiometry.disturb`'s view; size: base pixels; scale: area of the box."""
+    """Views of one static shape. names: `radiometry.disturb`'s, one each; size: base pixels; scale: box area."""
 
     names: tuple[str, ...]
     size: int
@@ -37,7 +38,7 @@ class ViewPlan(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Everything `sample_place` needs, as plain values (the configuration object is slow to read and not for the hot loop)."""
+    """Everything `sample_place` needs, as plain values: the configuration object is too slow for the hot loop."""
 
     sensors: tuple[SensorPlan, ...]
     views: dict[str, ViewPlan]
@@ -57,7 +58,8 @@ def sensor_plans(cfg: Any, contract: Mapping[str, Any]) -> tuple[SensorPlan, ...
         index = [table.index(band) for band in rule["bands"]]
         per_base = contract["ratio"] if rule["grid"] == "hr" else 1
         bands = None if index == list(range(len(table))) else np.array(index)
-        plans.append(SensorPlan(name, bands, per_base, len(index), int(cfg.data.dates[name]), int(cfg.data.eval_dates[name])))
+        count, eval_count = int(cfg.data.dates[name]), int(cfg.data.eval_dates[name])
+        plans.append(SensorPlan(name, bands, per_base, len(index), count, eval_count))
     return tuple(plans)
 
 
@@ -74,8 +76,8 @@ def make_plan(cfg: Any, contract: Mapping[str, Any], tile: int) -> Plan:
 def sample_place(record: Mapping[str, Any], rng: np.random.Generator, plan: Plan) -> dict[str, Any]:
     """One place's part of a training batch (the leading axis is the view), all randomness from `rng`."""
     usable = {p.name: _usable(record, p.name) for p in plan.sensors}
-    element: dict[str, Any] = {scope: _sample_views(record, usable, rng, plan, views) for scope, views in plan.views.items()}
-    return {**element, "place": _place(record)}
+    scopes = {scope: _sample_views(record, usable, rng, plan, views) for scope, views in plan.views.items()}
+    return {**scopes, "place": _place(record)}
 
 
 def _usable(record: Mapping[str, Any], name: str) -> np.ndarray:
@@ -121,8 +123,10 @@ def _pick(record: Mapping[str, Any], key: str, chosen: np.ndarray) -> np.ndarray
 def _empty(lead: tuple[int, ...], pixels: int, channels: int) -> dict[str, np.ndarray]:
     """A SensorInput of padded dates: nothing valid, nothing measured, no date."""
     return {
-        "image": np.zeros((*lead, pixels, pixels, channels), np.float32), "valid": np.zeros((*lead, pixels, pixels), np.float32),
-        "bands": np.zeros((*lead, channels), np.float32), "dates": np.full(lead, -1, np.int32),
+        "image": np.zeros((*lead, pixels, pixels, channels), np.float32),
+        "valid": np.zeros((*lead, pixels, pixels), np.float32),
+        "bands": np.zeros((*lead, channels), np.float32),
+        "dates": np.full(lead, -1, np.int32),
     }
 
 
@@ -130,7 +134,7 @@ def _fill(
     inputs: dict[str, np.ndarray], at: tuple[int, ...], plan: SensorPlan, record: Mapping[str, Any], chosen: np.ndarray,
     image: np.ndarray, valid: Any,
 ) -> None:
-    """Writes the chosen acquisitions into the first rows of `inputs` at the leading index `at`: dates as days since 1970, unmeasured bands 0."""
+    """Writes the chosen acquisitions into the first rows of `inputs` at index `at`; dates still as days since 1970."""
     measured = record[f"{plan.name}_measured"][chosen]
     measured = measured if plan.bands is None else measured[:, plan.bands]
     rows = (*at, slice(0, len(chosen)))
@@ -145,7 +149,7 @@ def _fill(
 def train_dataset(
     cfg: Any, contract: Mapping[str, Any], seed: int, process_index: int = 0, process_count: int = 1
 ) -> grain.MapDataset:
-    """The endless training data of one process by random access: `train_dataset(...)[step]` is its part of that step's batch.
+    """The endless training data of one process: `train_dataset(...)[step]` is its part of that step's batch.
 
     Raises ValueError for a folder that is no dataset, a missing split, a dataset that does not fit the contract
     (`sources.check_dataset`), or a batch that the processes cannot share evenly.
@@ -166,9 +170,10 @@ def _sample_place(plan: Plan, record: Mapping[str, Any], rng: np.random.Generato
 
 
 def make_train_iterator(
-    cfg: Any, contract: Mapping[str, Any], seed: int, start_step: int = 0, process_index: int = 0, process_count: int = 1
+    cfg: Any, contract: Mapping[str, Any], seed: int, start_step: int = 0, process_index: int = 0,
+    process_count: int = 1,
 ) -> grain.DatasetIterator:
-    """Local batches from `start_step` on, read ahead by `config.data.threads` threads, `config.data.prefetch` batches deep.
+    """Local batches from `start_step` on, `config.data.prefetch` of them read ahead by `config.data.threads` threads.
 
     The position is the step and nothing else, on any number of processes. Call `.close()` when done with it.
     """
@@ -186,7 +191,8 @@ def train_batch(cfg: Any, contract: Mapping[str, Any], seed: int, step: int) -> 
 def whole_place(record: Mapping[str, Any], plans: tuple[SensorPlan, ...], tile: int) -> dict[str, Any]:
     """One place's part of an evaluation batch: the whole tile as stored, nothing random.
 
-    Of more acquisitions than `eval_count` it takes the clearest of `eval_count` consecutive groups (`augment.spread_dates`).
+    Of more acquisitions than `eval_count` it takes the clearest of `eval_count` consecutive groups
+    (`augment.spread_dates`).
     """
     inputs = {}
     for p in plans:
@@ -208,16 +214,17 @@ def whole_place(record: Mapping[str, Any], plans: tuple[SensorPlan, ...], tile: 
 def eval_batches(cfg: Any, contract: Mapping[str, Any], split: str, batch: int) -> Iterator[dict[str, Any]]:
     """Every place of `split` once, in stored order, in batches of the static size `batch`.
 
-    Yields {"sensors": PlaceInput, "label" uint8 [B, K], "label_map" uint8 [B, N, N], "place": {"index", "lon", "lat", "name" (str)}, "weight"
-    float32 [B]}: the last batch is filled up by repeating its last place with weight 0. Raises as `train_dataset`.
+    Yields {"sensors": PlaceInput, "label" uint8 [B, K], "label_map" uint8 [B, N, N], "place": {"index", "lon", "lat",
+    "name" (str)}, "weight" float32 [B]}: the last batch is filled up by repeating its last place with weight 0. Raises
+    as `train_dataset`.
     """
     meta = sources.read_metadata(cfg.data.dir)
     sources.check_dataset(meta, contract, cfg)
     places = sources.open_places(cfg.data.dir, split)
     rule = functools.partial(whole_place, plans=sensor_plans(cfg, contract), tile=int(meta["tile"]))
     options = grain.ReadOptions(num_threads=int(cfg.data.threads), prefetch_buffer_size=int(cfg.data.prefetch))
-    filled = grain.MapDataset.range(0, -(-len(places) // batch) * batch).map(functools.partial(_clamped, places)).map(rule)
-    iterator = iter(filled.batch(batch).to_iter_dataset(options))
+    filled = grain.MapDataset.range(0, -(-len(places) // batch) * batch).map(functools.partial(_clamped, places))
+    iterator = iter(filled.map(rule).batch(batch).to_iter_dataset(options))
     try:
         for first, elements in zip(range(0, len(places), batch), iterator):
             yield {**elements, "weight": (np.arange(first, first + batch) < len(places)).astype(np.float32)}

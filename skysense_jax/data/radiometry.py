@@ -1,7 +1,8 @@
 """Radiometric augmentation of one view of one sensor, in the sensor's raw unit, on planes [T, C, H, W].
 
-HR gets DINO's optical set; S2 and S1 get what disturbs their radiometry: a gain of the reflectance (illumination, atmosphere), an offset
-and residual speckle in decibel. The numbers are configuration (`config.data.augment`): the paper gives none.
+HR gets DINO's optical set; S2 and S1 get what disturbs their radiometry: a gain of the reflectance (illumination,
+atmosphere), an offset and residual speckle in decibel. The numbers are configuration (`config.data.augment`): the
+paper gives none.
 """
 from __future__ import annotations
 
@@ -24,8 +25,9 @@ SOLARIZE_THRESHOLD = 130.0
 def colour_matrix(brightness: float, contrast: float, saturation: float, hue: float, gray: bool) -> np.ndarray:
     """float64 [3, 3] M and the rule out = M rgb + (1 - contrast) * brightness * mean luma of rgb.
 
-    brightness, contrast, saturation: factors, 1 = unchanged; hue: part of a full turn about the grey axis (YIQ). All four keep or
-    scale luma, so they commute and one matrix holds them; the result is clipped once, at the end. gray: chroma removed after them.
+    brightness, contrast, saturation: factors, 1 = unchanged; hue: part of a full turn about the grey axis (YIQ). All
+    four keep or scale luma, so they commute and one matrix holds them; the result is clipped once, at the end. gray:
+    chroma removed after them.
     """
     angle = 2.0 * np.pi * hue
     turn = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]])
@@ -37,7 +39,7 @@ def colour_matrix(brightness: float, contrast: float, saturation: float, hue: fl
 
 
 def blur_band(sigma: float, size: int) -> augment.Band:
-    """Gaussian blur along an axis of `size` pixels as a banded matrix; truncated at three sigma, renormalised at the border."""
+    """Gaussian blur along an axis of `size` pixels: truncated at three sigma, renormalised at the border."""
     reach = max(3.0 * sigma, 0.5)
     return augment.make_band(np.arange(size) + 0.5, reach, size,
                              lambda distance: np.exp(-0.5 * np.square(distance / sigma)) * (np.abs(distance) <= reach))
@@ -61,7 +63,8 @@ def optical(
         if valid is None:
             mean = planes.mean((2, 3), dtype=np.float64)
         else:
-            mean = np.einsum("tchw,thw->tc", planes, valid, dtype=np.float64) / np.maximum(valid.sum((1, 2)), 1.0)[:, None]
+            total = np.einsum("tchw,thw->tc", planes, valid, dtype=np.float64)
+            mean = total / np.maximum(valid.sum((1, 2)), 1.0)[:, None]
         level = (mean @ _LUMA * -contrast * (1.0 + bright)).astype(np.float32)
         mixed = np.empty_like(planes)
         np.matmul(matrix, planes.transpose(0, 2, 1, 3), out=mixed.transpose(0, 2, 1, 3))
@@ -78,7 +81,7 @@ def optical(
 def reflectance(
     rng: np.random.Generator, planes: np.ndarray, valid: np.ndarray | None, view: str, cfg: Mapping[str, Any]
 ) -> np.ndarray:
-    """S2: one gain per acquisition times one per acquisition and band, uniform in 1 +- `s2_gain`, 1 +- `s2_band_gain`."""
+    """S2: a gain per acquisition times one per acquisition and band, uniform in 1 +- `s2_gain`, `s2_band_gain`."""
     del valid, view
     common = 1.0 + rng.uniform(-1.0, 1.0, (planes.shape[0], 1, 1, 1)) * cfg["s2_gain"]
     band = 1.0 + rng.uniform(-1.0, 1.0, (*planes.shape[:2], 1, 1)) * cfg["s2_band_gain"]
@@ -88,7 +91,7 @@ def reflectance(
 def backscatter(
     rng: np.random.Generator, planes: np.ndarray, valid: np.ndarray | None, view: str, cfg: Mapping[str, Any]
 ) -> np.ndarray:
-    """S1: a shift per acquisition and band, uniform in +-`s1_shift_db`, plus normal noise of `s1_speckle_db` per pixel; both in dB."""
+    """S1, in dB: a shift per acquisition and band in +-`s1_shift_db`, normal noise of `s1_speckle_db` per pixel."""
     del valid, view
     shift = rng.uniform(-1.0, 1.0, (*planes.shape[:2], 1, 1)).astype(np.float32) * np.float32(cfg["s1_shift_db"])
     noise = rng.standard_normal(planes.shape, dtype=np.float32) * np.float32(cfg["s1_speckle_db"])
@@ -100,9 +103,10 @@ RULES: dict[str, Callable[..., np.ndarray]] = {"hr": optical, "s2": reflectance,
 
 
 def disturb(
-    rng: np.random.Generator, sensor: str, planes: np.ndarray, valid: np.ndarray | None, view: str, cfg: Mapping[str, Any]
+    rng: np.random.Generator, sensor: str, planes: np.ndarray, valid: np.ndarray | None, view: str,
+    cfg: Mapping[str, Any],
 ) -> np.ndarray:
-    """The sensor's rule applied to planes float32 [T, C, H, W]; invalid pixels (valid [T, H, W] = 0) are 0 again afterwards."""
+    """The sensor's rule applied to planes float32 [T, C, H, W]; pixels with valid [T, H, W] = 0 are 0 afterwards."""
     if sensor not in RULES or not len(planes):
         return planes
     planes = RULES[sensor](rng, planes, valid, view, cfg)

@@ -1,4 +1,4 @@
-"""Reading a dataset of places: random access to its records, its metadata, and the check that it fits a model's input contract."""
+"""Reading a dataset of places: random access to records, metadata, and the check against a model's input contract."""
 from __future__ import annotations
 
 import json
@@ -11,7 +11,10 @@ METADATA = "places.json"
 
 
 class Places:
-    """Random access to one split: `len(places)`, `places[i]` -> decoded record (dict of arrays) with its number under "index". Picklable."""
+    """One split by random access: `len(places)`, `places[i]` -> record (dict of arrays, its number under "index").
+
+    Can be pickled.
+    """
 
     def __init__(self, records: Any):
         self._records = records
@@ -25,12 +28,15 @@ class Places:
 
 
 def read_metadata(folder: str | pathlib.Path) -> dict[str, Any]:
-    """The metadata `skysense-jax data build` wrote beside the records. ValueError when `folder` is not such a dataset."""
+    """The metadata `skysense-jax data build` wrote beside the records. ValueError when absent or broken."""
     path = pathlib.Path(folder) / METADATA
     if not str(folder):
         raise ValueError("no dataset given: set config.data.dir to a folder written by `skysense-jax data build`")
     if not path.is_file():
-        raise ValueError(f"{folder} is not a dataset of places: {METADATA} is missing; write one with `skysense-jax data build --out DIR`")
+        raise ValueError(
+            f"{folder} is not a dataset of places: {METADATA} is missing; "
+            "write one with `skysense-jax data build --out DIR`"
+        )
     try:
         meta = json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -44,10 +50,12 @@ def read_metadata(folder: str | pathlib.Path) -> dict[str, Any]:
 
 
 def open_places(folder: str | pathlib.Path, split: str) -> Places:
-    """Random access to the records of a split. ValueError when the folder is no dataset, or has no or an empty such split."""
+    """The records of a split by random access. ValueError: no dataset, or split absent or empty."""
     read_metadata(folder)
     if not (pathlib.Path(folder) / "dataset_info.json").is_file():
-        raise ValueError(f"{folder}: dataset_info.json is missing, the build did not finish; run `skysense-jax data build` again")
+        raise ValueError(
+            f"{folder}: dataset_info.json is missing, the build did not finish; run `skysense-jax data build` again"
+        )
     builder = tfds.builder_from_directory(str(folder))
     if split not in builder.info.splits:
         raise ValueError(f"{folder} has no split {split!r}; it has {', '.join(sorted(builder.info.splits)) or 'none'}")
@@ -59,7 +67,8 @@ def open_places(folder: str | pathlib.Path, split: str) -> Places:
 def check_dataset(meta: Mapping[str, Any], contract: Mapping[str, Any], cfg: Any) -> None:
     """Raises ValueError, naming field and fix, unless dataset, input contract and configuration fit together.
 
-    meta: `read_metadata`; contract: `sensors.input_contract`; cfg: the whole configuration (`cfg.data`, `cfg.model.ratio` are read).
+    meta: `read_metadata`; contract: `sensors.input_contract`; cfg: the whole configuration (`cfg.data`,
+    `cfg.model.ratio` are read).
     """
     data = cfg.data
     for name, rule in contract["sensors"].items():
@@ -82,9 +91,11 @@ def check_dataset(meta: Mapping[str, Any], contract: Mapping[str, Any], cfg: Any
     on_hr_grid = [name for name, rule in contract["sensors"].items() if rule["grid"] == "hr"]
     if on_hr_grid and meta["ratio"] != contract["ratio"]:
         raise ValueError(
-            f"the dataset in {data.dir} has {meta['ratio']} HR pixels along a base pixel, the model {contract['ratio']}; "
-            f"build the dataset with --ratio {contract['ratio']} or change the model"
+            f"the dataset in {data.dir} has {meta['ratio']} HR pixels along a base pixel, "
+            f"the model {contract['ratio']}; build the dataset with --ratio {contract['ratio']} or change the model"
         )
     for field in ("global_size", "local_size") if data.n_local else ("global_size",):
         if not 0 < data[field] <= meta["tile"]:
-            raise ValueError(f"config.data.{field}={data[field]} must lie in 1..{meta['tile']}, the dataset's tile in base pixels")
+            raise ValueError(
+                f"config.data.{field}={data[field]} must lie in 1..{meta['tile']}, the dataset's tile in base pixels"
+            )

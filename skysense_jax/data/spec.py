@@ -1,4 +1,4 @@
-"""The element specs: what a record holds (its TFDS features), and what a training batch looks like. Shapes only, no data."""
+"""The element specs: what a record holds (its TFDS features) and what a training batch looks like. Shapes only."""
 from __future__ import annotations
 
 from typing import Any, Mapping, NamedTuple, Sequence
@@ -10,21 +10,23 @@ from skysense_jax.sensors import SENSORS
 
 
 def record_features(sensors: Sequence[str], tile: int, ratio: int, n_classes: int) -> tfds.features.FeaturesDict:
-    """Features of a record: one place of `tile` x `tile` base pixels, N = tile, S = N (grid "s2") or N * ratio (grid "hr").
+    """Features of a record: one place of N x N base pixels (N = tile), S = N (grid "s2") or N * ratio (grid "hr").
 
-    place, crs: text. lon, lat: float64 degrees of the centre. footprint: float64 [4] left, bottom, right, top in `crs`. label: uint8 [K] multi-hot
-    (K = max(n_classes, 1); all 0 = unlabelled). label_map: uint8 [N, N], 255 = unlabelled. For each sensor x with C bands (all bands of
-    its table row) and T dates: x_image [T, S, S, C] in the stored dtype and unit, 0 where invalid; x_valid, x_clear uint8 [T, S, S];
-    x_measured uint8 [T, C]; x_date int32 [T] days since 1970-01-01, ascending. A missing sensor has T = 0.
+    place, crs: text. lon, lat: float64 degrees of the centre. footprint: float64 [4] left, bottom, right, top in
+    `crs`. label: uint8 [K] multi-hot (K = max(n_classes, 1); all 0 = unlabelled). label_map: uint8 [N, N], 255 =
+    unlabelled. For each sensor x with C bands (all bands of its table row) and T dates: x_image [T, S, S, C] in the
+    stored dtype and unit, 0 where invalid; x_valid, x_clear uint8 [T, S, S]; x_measured uint8 [T, C]; x_date int32 [T]
+    days since 1970-01-01, ascending. A missing sensor has T = 0.
 
-    Tensors are stored as raw bytes: encoding a 1 MB series this way costs milliseconds, TFDS's default costs a hundred times that.
+    Tensors are stored as raw bytes: encoding a 1 MB series this way costs milliseconds, TFDS's default costs a hundred
+    times that.
     """
     def tensor(shape: tuple[int | None, ...], dtype: str) -> tfds.features.Tensor:
         return tfds.features.Tensor(shape=shape, dtype=np.dtype(dtype), encoding="bytes")
 
     features = {
         "place": tfds.features.Text(), "crs": tfds.features.Text(),
-        "lon": tfds.features.Scalar(np.float64), "lat": tfds.features.Scalar(np.float64),
+        "lon": tensor((), "float64"), "lat": tensor((), "float64"),  # bytes: a TFDS scalar is stored as float32
         "footprint": tensor((4,), "float64"), "label": tensor((max(n_classes, 1),), "uint8"),
         "label_map": tensor((tile, tile), "uint8"),
     }
@@ -49,8 +51,9 @@ class Leaf(NamedTuple):
 def batch_spec(cfg: Any, contract: Mapping[str, Any]) -> dict[str, Any]:
     """The nested dict of a global training batch (`pipeline.train_batch`) with a `Leaf` in the place of every array.
 
-    cfg: the whole configuration (`cfg.data` is read); contract: `sensors.input_contract`. Axes: B places, V views, T dates, then rows,
-    columns, channels. "local" is absent when `config.data.n_local` is 0. Models and objectives are built from it, without data.
+    cfg: the whole configuration (`cfg.data` is read); contract: `sensors.input_contract`. Axes: B places, V views, T
+    dates, then rows, columns, channels. "local" is absent when `config.data.n_local` is 0. Models and objectives are
+    built from it, without data.
     """
     data, batch = cfg.data, int(cfg.data.batch)
     f32, i32 = np.dtype(np.float32), np.dtype(np.int32)
@@ -65,7 +68,8 @@ def batch_spec(cfg: Any, contract: Mapping[str, Any]) -> dict[str, Any]:
                 "image": Leaf((*lead, pixels, pixels, channels), f32), "valid": Leaf((*lead, pixels, pixels), f32),
                 "bands": Leaf((*lead, channels), f32), "dates": Leaf(lead, i32),
             }
-        return {"sensors": inputs, "coords": Leaf((batch, count, size, size, 2), f32), "cell": Leaf((batch, count), f32)}
+        coords = Leaf((batch, count, size, size, 2), f32)
+        return {"sensors": inputs, "coords": coords, "cell": Leaf((batch, count), f32)}
 
     spec = {"global": views(2, int(data.global_size))}
     if data.n_local:

@@ -10,14 +10,14 @@ def match_cells(
 ) -> tuple[jax.Array, jax.Array]:
     """For every cell of view a the nearest cell of view b, and whether it is near enough to be the same ground.
 
-    coords_a: [..., ha, wa, 2] (x, y) of the cell centres in base pixels of the place; coords_b: [..., hb, wb, 2]; cell_a, cell_b: [...] side of
-    one cell in base pixels. Batched over the leading axes.
-    Returns index int32 [..., ha*wa] into b's cells flattened row by row, and mask float32 [..., ha*wa]: 1 where the centres lie at most half the
-    diagonal of the larger cell apart. Equal distances: the first cell.
+    coords_a: [..., ha, wa, 2] (x, y) of the cell centres in base pixels of the place; coords_b: [..., hb, wb, 2];
+    cell_a, cell_b: [...] side of one cell in base pixels. Batched over the leading axes.
+    Returns index int32 [..., ha*wa] into b's cells flattened row by row, and mask float32 [..., ha*wa]: 1 where the
+    centres lie at most half the diagonal of the larger cell apart. Equal distances: the first cell.
     """
     flat_a = coords_a.reshape(*coords_a.shape[:-3], -1, 1, 2)
     flat_b = coords_b.reshape(*coords_b.shape[:-3], 1, -1, 2)
-    distance = jnp.sum(jnp.square(flat_a - flat_b), axis=-1)  # not by the dot product: cancellation would move the matches
+    distance = jnp.sum(jnp.square(flat_a - flat_b), axis=-1)  # not by a dot product: cancellation would move matches
     index = jnp.argmin(distance, axis=-1).astype(jnp.int32)
     limit = 0.5 * jnp.square(jnp.maximum(cell_a, cell_b))[..., None]  # (side * sqrt(2) / 2) squared
     return index, (jnp.min(distance, axis=-1) <= limit).astype(jnp.float32)
