@@ -33,19 +33,21 @@ def get_config() -> config_dict.ConfigDict:
     c.model.ratio = 32
     c.model.hr = config_dict.ConfigDict({
         "patch": 4, "embed_dims": 352, "depths": (2, 2, 18, 2), "num_heads": (8, 16, 32, 64), "window": 8, "mlp_ratio": 4,
-        "extra_norm_every": 6, "pretrained_windows": (0, 0, 0, 0), "pad_small_map": False, "drop_path": 0.2,
+        "eps": 1e-5, "extra_norm_every": 6, "pretrained_windows": (0, 0, 0, 0), "pad_small_map": False, "drop_path": 0.2,
         "drop_path_before_norm": False,
     })
     vit = {"patch": 4, "embed_dims": 1024, "depth": 24, "num_heads": 16, "mlp_ratio": 4, "img_size": 64, "drop_path": 0.3,
            "cls_token": False, "eps": 1e-6}
     c.model.s2 = config_dict.ConfigDict(vit)
     c.model.s1 = config_dict.ConfigDict(vit)
-    c.model.fusion = config_dict.ConfigDict({"embed_dims": 1024, "depth": 24, "num_heads": 16, "mlp_ratio": 4, "drop_path": 0.3})
+    c.model.fusion = config_dict.ConfigDict({"embed_dims": 1024, "depth": 24, "num_heads": 16, "mlp_ratio": 4, "drop_path": 0.3,
+                                              "eps": 1e-5})
 
     c.objective.head = config_dict.ConfigDict({"hidden": 2048, "bottleneck": 256, "layers": 3, "prototypes": 65536})
     c.objective.clusters = 16
     c.objective.align_dim = 256
     c.objective.align_grid = 4
+    c.objective.chunk = 512  # 512 x 65536 float32 logits = 128 MiB per place, against 4 GiB for all rows of a sensor
 
     c.schedule.lr = 2e-4
     c.schedule.final_lr = 1e-6

@@ -15,6 +15,7 @@ def get_config() -> config_dict.ConfigDict:
     c.data = config_dict.ConfigDict()
     c.data.dir = ""  # folder that `skysense-jax data build` wrote
     c.data.split = "train"
+    c.data.statistics = "table"  # the model normalises with the sensor table's statistics, or with the "dataset"'s own (`data stats`)
     c.data.batch = 16  # places per step, over all processes
     c.data.bands = config_dict.ConfigDict({
         "hr": ("R", "G", "B"),
@@ -49,14 +50,15 @@ def get_config() -> config_dict.ConfigDict:
     c.model.calendar = "dated"
     c.model.hr = config_dict.ConfigDict({
         "patch": 4, "embed_dims": 16, "depths": (2, 2, 2), "num_heads": (1, 2, 4), "window": 4, "mlp_ratio": 4,
-        "extra_norm_every": 6, "pretrained_windows": (0, 0, 0), "pad_small_map": False, "drop_path": 0.1,
+        "eps": 1e-5, "extra_norm_every": 6, "pretrained_windows": (0, 0, 0), "pad_small_map": False, "drop_path": 0.1,
         "drop_path_before_norm": False,
     })
     vit = {"patch": 2, "embed_dims": 64, "depth": 4, "num_heads": 4, "mlp_ratio": 4, "img_size": 16, "drop_path": 0.1,
            "cls_token": False, "eps": 1e-6}
     c.model.s2 = config_dict.ConfigDict(vit)
     c.model.s1 = config_dict.ConfigDict(vit)
-    c.model.fusion = config_dict.ConfigDict({"embed_dims": 64, "depth": 3, "num_heads": 4, "mlp_ratio": 4, "drop_path": 0.1})
+    c.model.fusion = config_dict.ConfigDict({"embed_dims": 64, "depth": 3, "num_heads": 4, "mlp_ratio": 4, "drop_path": 0.1,
+                                              "eps": 1e-5})
 
     c.objective = config_dict.ConfigDict()
     c.objective.head = config_dict.ConfigDict({"hidden": 256, "bottleneck": 64, "layers": 3, "prototypes": 512})
@@ -70,14 +72,17 @@ def get_config() -> config_dict.ConfigDict:
     c.objective.align_dim = 64
     c.objective.align_temp = 0.07
     c.objective.align_grid = 2  # alignment on grid x grid regions of a view; 1 = whole views
+    c.objective.chunk = 4096  # rows of one place whose logits are held at once; more are scanned with rematerialisation
 
     c.optim = config_dict.ConfigDict({"b1": 0.9, "b2": 0.999, "eps": 1e-8, "clip": 3.0})
     c.schedule = config_dict.ConfigDict({
+        "rule": "cosine", "warmup_lr": 0.0,  # linear to lr over the warm-up, then "cosine" or "linear" to final_lr ("gfm": GFM's own)
         "lr": 1e-3, "final_lr": 1e-5, "warmup_steps": 30, "weight_decay": 0.04, "final_weight_decay": 0.2,
         "teacher_momentum": 0.99, "final_teacher_momentum": 1.0, "teacher_temp": 0.07, "warmup_teacher_temp": 0.04,
         "warmup_teacher_temp_steps": 100, "freeze_last_layer_steps": 20,
     })
     c.mesh = config_dict.ConfigDict({"data": 1, "fsdp": -1})  # -1: all remaining devices
-    c.run = config_dict.ConfigDict({"save_every": 100, "keep": 2, "log_every": 10, "max_skipped": 10})
+    c.run = config_dict.ConfigDict({"save_every": 100, "keep": 2, "log_every": 10, "max_skipped": 10,
+                                    "watchdog_s": 1800})  # no step for so long ends the process with 70; longer than the longest save
     c.eval = config_dict.ConfigDict({"batch": 16, "knn_k": 20, "knn_temp": 0.07, "patch": 4, "bootstrap": 1000})
     return c

@@ -65,7 +65,8 @@ def build_modules(cfg: Any, contract: Mapping[str, Any]) -> dict[str, Any]:
             hr.embed_dims, hr.patch, tuple(hr.depths), per_stage(hr.num_heads, stages, "num_heads"),
             per_stage(hr.window, stages, "window"), per_stage(hr.pretrained_windows, stages, "pretrained_windows"),
             mlp_ratio=hr.mlp_ratio, extra_norm_every=hr.extra_norm_every, pad_small_map=hr.pad_small_map, drop=hr.drop_path,
-            before_norm=hr.drop_path_before_norm, outputs=tuple(range(stages)), remat=cfg.remat, dtype=dtype)
+            before_norm=hr.drop_path_before_norm, outputs=tuple(range(stages)), eps=hr.eps,
+            remat=cfg.remat, dtype=dtype)
     for name in ("s2", "s1"):
         if name in sensors:
             vit = cfg[name]
@@ -74,7 +75,7 @@ def build_modules(cfg: Any, contract: Mapping[str, Any]) -> dict[str, Any]:
                 mlp_ratio=vit.mlp_ratio, eps=vit.eps, drop=vit.drop_path, cls_token=vit.cls_token, remat=cfg.remat, dtype=dtype)
             modules[f"head_{name}"] = UPHead(cfg.width, vit.patch, dtype)
     fusion = cfg.fusion
-    modules["fusion"] = Fusion(fusion.embed_dims, fusion.depth, fusion.num_heads, mlp_ratio=fusion.mlp_ratio,
+    modules["fusion"] = Fusion(fusion.embed_dims, fusion.depth, fusion.num_heads, mlp_ratio=fusion.mlp_ratio, eps=fusion.eps,
                                drop=fusion.drop_path, remat=cfg.remat, dtype=dtype)
     return modules
 

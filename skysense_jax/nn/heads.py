@@ -24,12 +24,18 @@ class UPHead(nn.Module):
         return pixel_shuffle(x, self.scale)
 
 
+def unit_prototypes(v: jax.Array) -> jax.Array:
+    """The last layer's weight with the gain fixed at 1: [bottleneck, prototypes] -> same, columns of length 1."""
+    return v * jax.lax.rsqrt(jnp.sum(v * v, axis=0, keepdims=True))
+
+
 class DINOHead(nn.Module):
     """MLP with exact GELU, L2 normalisation, weight-normalised linear layer (facebookresearch/dino, vision_transformer.DINOHead).
 
     x: [...,C] -> logits [...,prototypes] float32. layers: linear layers of the MLP (1: a single linear map to the bottleneck).
     Parameters mlp0.., last_layer_v [bottleneck, prototypes] and, with gain=True, last_layer_g [prototypes]; without it the
-    weight norm's gain is fixed at 1, as DINO trains it.
+    weight norm's gain is fixed at 1, as DINO trains it. bottleneck=True stops before the last layer: normalised [...,bottleneck]
+    float32, for a loss that never holds all logits.
     """
 
     hidden: int
@@ -40,13 +46,15 @@ class DINOHead(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, bottleneck: bool = False) -> jax.Array:
         widths = [self.hidden] * (max(self.layers, 1) - 1) + [self.bottleneck]
         for i, width in enumerate(widths):
             x = dense(width, f"mlp{i}", self.dtype)(gelu(x) if i else x.astype(self.dtype))
         x = l2_normalise(x)
+        if bottleneck:
+            return x
         v = self.param("last_layer_v", trunc_normal, (self.bottleneck, self.prototypes), jnp.float32)
-        weight = v * jax.lax.rsqrt(jnp.sum(v * v, axis=0, keepdims=True))
+        weight = unit_prototypes(v)
         if self.gain:
             weight = weight * self.param("last_layer_g", nn.initializers.ones, (self.prototypes,), jnp.float32)
         return jnp.einsum("...c,ck->...k", x.astype(self.dtype), weight.astype(self.dtype),
