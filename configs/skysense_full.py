@@ -22,8 +22,10 @@ def get_config() -> config_dict.ConfigDict:
     c.data.dates = config_dict.ConfigDict({"hr": 1, "s2": 20, "s1": 10})
     c.data.eval_dates = config_dict.ConfigDict({"hr": 1, "s2": 20, "s1": 10})
     c.data.global_size = 16  # HR 512 px
+    c.data.global_scale = (0.0625, 0.25)  # 16 to 32 of a tile's 64 base pixels: native resolution to half of it
     c.data.n_local = 4
     c.data.local_size = 8  # HR 256 px
+    c.data.local_scale = (0.0156, 0.0625)  # 8 to 16 base pixels
     c.data.threads = 16
     c.data.prefetch = 4
 

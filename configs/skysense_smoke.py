@@ -38,7 +38,7 @@ def get_config() -> config_dict.ConfigDict:
         "hr_jitter": 0.8, "hr_jitter_strength": (0.4, 0.4, 0.2, 0.1), "hr_gray": 0.2, "hr_blur": (1.0, 0.1, 0.5),
         "hr_solarize": 0.2, "s2_gain": 0.1, "s2_band_gain": 0.05, "s1_shift_db": 1.0, "s1_speckle_db": 0.5,
     })
-    c.data.threads = 2
+    c.data.threads = 1  # a second one gains nothing on two cores: the arrays are small, Python's lock is the bound
     c.data.prefetch = 2
 
     c.model = config_dict.ConfigDict()
