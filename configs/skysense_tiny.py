@@ -1,0 +1,41 @@
+"""SkySense, test size: the smoke configuration with everything that costs time made small. The suite uses it; it learns nothing.
+
+Command:   python -m skysense_jax.train --config configs/skysense_tiny.py --workdir DIR --config.data.dir=DATA
+Cost:      seconds on one core; about 0.1 M parameters. DATA: tiles of at least 8 base pixels with 4 x 4 HR pixels under each.
+"""
+import pathlib
+import runpy
+
+from ml_collections import config_dict
+
+
+def get_config() -> config_dict.ConfigDict:
+    """The smoke configuration at test size: same stages, same sensors, width 32, six steps of four places."""
+    c = runpy.run_path(str(pathlib.Path(__file__).with_name("skysense_smoke.py")))["get_config"]()
+    c.steps = 6
+
+    c.data.batch = 4
+    c.data.dates = config_dict.ConfigDict({"hr": 1, "s2": 2, "s1": 2})
+    c.data.eval_dates = config_dict.ConfigDict({"hr": 1, "s2": 2, "s1": 2})
+    c.data.global_size = 4
+    c.data.n_local = 1
+    c.data.local_size = 2
+
+    c.model.width = 32
+    c.model.ratio = 4
+    c.model.hr.patch, c.model.hr.embed_dims, c.model.hr.window = 2, 16, 2
+    c.model.hr.depths, c.model.hr.num_heads, c.model.hr.pretrained_windows = (2, 2), (1, 2), (0, 0)
+    for vit in (c.model.s2, c.model.s1):
+        vit.embed_dims, vit.depth, vit.num_heads, vit.img_size = 32, 1, 2, 8
+    c.model.fusion.embed_dims, c.model.fusion.depth, c.model.fusion.num_heads = 32, 1, 2
+
+    c.objective.head = config_dict.ConfigDict({"hidden": 32, "bottleneck": 16, "layers": 2, "prototypes": 32})
+    c.objective.clusters = 2
+    c.objective.align_dim = 16
+
+    c.schedule.warmup_steps = 2
+    c.schedule.warmup_teacher_temp_steps = 3
+    c.schedule.freeze_last_layer_steps = 1
+    c.run.save_every = 2
+    c.run.log_every = 1
+    return c

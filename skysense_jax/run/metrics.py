@@ -1,0 +1,167 @@
+"""What a run says while it runs: JSON lines, TensorBoard, one status line; and where its time goes.
+
+Metrics are read back one step late, so that the device never waits for the host. `metrics.jsonl` holds each logged step exactly once: a
+resumed run first drops the records past the step it resumes from, and a record is on disk before the checkpoint that follows it.
+"""
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import resource
+import sys
+import time
+from typing import Any, Iterator, Mapping
+
+import jax
+import numpy as np
+import tensorboardX
+
+from skysense_jax.run import digest
+
+FILE = "metrics.jsonl"
+
+PEAK_FLOPS = {
+    # Dense bfloat16 products per second of one jax device, from the vendors' data sheets.
+    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12, "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+"""Peak by jax's device_kind; no MFU is printed for a device that is not here."""
+
+
+class Timers:
+    """Seconds by purpose (compile, restore, data, step, save, eval), summed over all starts of a run: the goodput split."""
+
+    def __init__(self, earlier: Mapping[str, float] | None = None) -> None:
+        self.seconds: dict[str, float] = dict(earlier or {})
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.add(name, time.monotonic() - start)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Count `seconds` to `name`."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+
+def peak_memory() -> int:
+    """Peak bytes of device 0 where the backend tells (TPU, GPU), else of this process's resident memory."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Device metrics as JSON values: integers, floats (exactly float32), a digest pair as hex; NaN and infinities as text."""
+    values = {}
+    for name, value in jax.device_get(dict(metrics)).items():
+        value = np.asarray(value)
+        if value.dtype == np.uint32 and value.shape == (2,):
+            values[name] = digest.hexadecimal(value)
+        elif np.issubdtype(value.dtype, np.integer):
+            values[name] = int(value)
+        else:
+            number = float(value)
+            values[name] = number if math.isfinite(number) else str(number)
+    return values
+
+
+def truncate(file: pathlib.Path, step: int) -> int:
+    """Drop the records past `step` and a line cut short by a kill; returns how many were dropped. Atomic."""
+    if not file.exists():
+        return 0
+    kept, dropped = [], 0
+    for line in file.read_text().splitlines(keepends=True):
+        if line.endswith("\n") and json.loads(line)["step"] <= step:
+            kept.append(line)
+        else:
+            dropped += 1
+    temporary = file.with_suffix(".tmp")
+    with open(temporary, "w") as out:
+        out.writelines(kept)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(temporary, file)
+    return dropped
+
+
+class Log:
+    """The writers of one process; only process 0 writes files. A record's "step" counts the steps done, its own included."""
+
+    def __init__(
+        self, workdir: pathlib.Path, start: int, total: int, every: int, places: int, flops: float, timers: Timers
+    ) -> None:
+        """places: of a global batch. flops: model FLOPs of one step, all devices together."""
+        if every < 1:
+            raise ValueError(f"config.run.log_every={every}: at least 1")
+        self._total, self._every, self._places, self._flops, self._timers = total, every, places, flops, timers
+        self._writes = jax.process_index() == 0
+        kind, count = jax.devices()[0].device_kind, jax.device_count()
+        self._peak = PEAK_FLOPS[kind] * count if kind in PEAK_FLOPS else None
+        self._pending: tuple[int, Any] | None = None
+        self._mark, self._mark_step, self._mark_data = time.monotonic(), start, timers.seconds.get("data", 0.0)
+        if self._writes:
+            truncate(workdir / FILE, start)
+            self._file = open(workdir / FILE, "a")
+            self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+
+    def put(self, step: int, metrics: Mapping[str, Any]) -> int:
+        """Hand over the metrics of `step` (device arrays) and write those of the step before; returns updates skipped so far."""
+        skipped = self.flush()
+        self._pending = (step, metrics)
+        return skipped
+
+    def flush(self) -> int:
+        """Write what is pending, to the disk; returns the number of skipped updates it tells (0 where nothing was pending)."""
+        if self._pending is None:
+            return 0
+        (step, metrics), self._pending = self._pending, None
+        values = plain(metrics)
+        unsound = values["finite"] == 0
+        if step % self._every == 0 or step == self._total or step == self._mark_step + 1 == 1 or unsound:
+            self._write(step, values)
+        return int(values["skipped"])
+
+    def _write(self, step: int, values: dict[str, Any]) -> None:
+        now, data = time.monotonic(), self._timers.seconds.get("data", 0.0)
+        wall, steps = max(now - self._mark, 1e-9), max(step - self._mark_step, 1)
+        rate = steps * self._places / wall
+        speed = {"places_per_s": rate, "step_s": wall / steps, "input_wait": (data - self._mark_data) / wall, "peak_bytes": peak_memory()}
+        if self._peak is not None:
+            speed["mfu"] = self._flops * steps / wall / self._peak
+        self._mark, self._mark_step, self._mark_data = now, step, data
+        if not self._writes:
+            return
+        record = {"step": step, **values, "time": {**speed, "unix": time.time(), "seconds": dict(self._timers.seconds)}}
+        self._file.write(json.dumps(record) + "\n")
+        for name, value in {**values, **{f"time/{k}": v for k, v in speed.items()}}.items():
+            if isinstance(value, (int, float)):
+                self._board.add_scalar(name, value, step)
+        left = (self._total - step) * wall / steps
+        mfu = f" | MFU {speed['mfu']:.1%}" if "mfu" in speed else ""
+        loss = values["loss"] if isinstance(values["loss"], str) else f"{values['loss']:.4f}"
+        skips = f" | skipped {values['skipped']}" if values["skipped"] else ""
+        print(f"step {step}/{self._total} | loss {loss}{skips} | {rate:.1f} places/s{mfu} | input wait {speed['input_wait']:.0%} | "
+              f"ETA {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}", file=sys.stderr, flush=True)
+
+    def sync(self) -> int:
+        """As flush, and everything written so far is on the disk when it returns: called before a checkpoint is saved."""
+        skipped = self.flush()
+        if self._writes:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._board.flush()
+        return skipped
+
+    def close(self) -> None:
+        """Write what is pending and close the files."""
+        self.sync()
+        if self._writes:
+            self._file.close()
+            self._board.close()

@@ -1,0 +1,51 @@
+"""SIGTERM: the scheduler wants the machine back. Inside the loop, save and leave; before it, leave at once (nothing to save)."""
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+
+import jax
+from jax.experimental import multihost_utils
+
+EXIT_PREEMPTED = 75
+
+
+class Preemption:
+    """Listens for SIGTERM from the moment it is made.
+
+    Until :meth:`enter_loop` the process exits with 75 as soon as the signal comes, even inside a compilation (a wake-up pipe is read by a
+    thread, because Python runs no handler while it waits in C++). From then on :meth:`requested` tells, at the same step on
+    every process, that the run should save and stop.
+    """
+
+    def __init__(self) -> None:
+        self._seen = threading.Event()
+        self._in_loop = False
+        if jax.process_count() > 1:
+            return  # jax.distributed listens itself and agrees with the other processes on a step
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        signal.signal(signal.SIGTERM, lambda *_: self._seen.set())
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(read,), name="sigterm", daemon=True).start()
+
+    def _listen(self, pipe: int) -> None:
+        while True:
+            if signal.SIGTERM in os.read(pipe, 64):
+                self._seen.set()
+                if not self._in_loop:
+                    sys.stderr.write("SIGTERM before the first step: nothing to save\n")
+                    sys.stderr.flush()
+                    os._exit(EXIT_PREEMPTED)
+
+    def enter_loop(self) -> None:
+        """From here on the signal is answered by the loop, with a checkpoint."""
+        self._in_loop = True
+
+    def requested(self, step: int) -> bool:
+        """Whether to save and stop before `step`; every process gets the same answer at the same step."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._seen.is_set()

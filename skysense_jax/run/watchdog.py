@@ -1,0 +1,49 @@
+"""A run that no longer moves is ended: all stacks are written and the process exits with 70, so that a scheduler restarts it."""
+from __future__ import annotations
+
+import faulthandler
+import os
+import pathlib
+import sys
+import threading
+import time
+
+EXIT_HUNG = 70
+
+
+class Watchdog:
+    """Ends the process when `beat` was not called for `seconds`. Use as a context manager around the loop.
+
+    stacks: file that gets every thread's stack (stderr gets them too). A save or an evaluation counts as a step: give it the time.
+    """
+
+    def __init__(self, seconds: float, stacks: pathlib.Path) -> None:
+        if seconds <= 0:
+            raise ValueError(f"config.run.watchdog_s={seconds}: a positive number of seconds")
+        self._seconds, self._stacks = float(seconds), stacks
+        self._last, self._done = time.monotonic(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._last = time.monotonic()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def beat(self) -> None:
+        """Something moved."""
+        self._last = time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._done.wait(min(1.0, self._seconds / 4)):
+            silent = time.monotonic() - self._last
+            if silent > self._seconds:
+                sys.stderr.write(f"\nwatchdog: no step for {silent:.0f} s (config.run.watchdog_s={self._seconds:g}); stacks in {self._stacks}\n")
+                faulthandler.dump_traceback(sys.stderr, all_threads=True)
+                with open(self._stacks, "w") as out:
+                    faulthandler.dump_traceback(out, all_threads=True)
+                sys.stderr.flush()
+                os._exit(EXIT_HUNG)  # a hung step cannot be unwound; the last complete checkpoint stands

@@ -1,0 +1,306 @@
+"""Pretraining, the one loop for every model:   python -m skysense_jax.train --config FILE --workdir DIR [--config.field=value ...]
+
+A workdir that has begun is continued from its newest sound checkpoint; a finished one says so. The run is a function of the configuration,
+the seed and the data: kill it anywhere, start it again, and it ends in the same state.
+
+Exit codes: 0 done. 75 preempted (SIGTERM) and saved. 70 no step within config.run.watchdog_s. 65 more than config.run.max_skipped updates
+were not finite. 78 bad configuration or data.
+"""
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import platform
+import sys
+import time
+from typing import Any, Callable, Mapping, NamedTuple, Sequence
+
+import jax
+from absl import flags
+from ml_collections import config_dict, config_flags
+
+from skysense_jax import __version__, sensors
+from skysense_jax.core import mesh as meshes
+from skysense_jax.core import sharding, trees, xla_flags
+from skysense_jax.data import pipeline, sources
+from skysense_jax.data import spec as specs
+from skysense_jax.objectives import skysense
+from skysense_jax.run import checkpoint, metrics, optim, state, step, watchdog
+from skysense_jax.run.preempt import EXIT_PREEMPTED, Preemption
+
+EXIT_DONE, EXIT_NOT_FINITE, EXIT_BAD_INPUT = 0, 65, 78
+COMPLETE = "TRAIN_COMPLETE"
+OBJECTIVES: dict[str, Callable[..., Any]] = {"skysense": skysense.make_objective}
+
+MAY_CHANGE = ("run.", "mesh.", "eval.", "data.dir", "data.threads", "data.prefetch")
+"""Fields a resumed run may have otherwise: they change how it runs, not what it computes (the dataset is known by its id)."""
+
+
+class Options(NamedTuple):
+    """What the command line says."""
+
+    config: config_dict.ConfigDict
+    workdir: pathlib.Path
+
+
+class Plan(NamedTuple):
+    """A run before anything is allocated: everything the compiler needs, and what the run folder tells about it."""
+
+    contract: dict[str, Any]
+    spec: trees.Tree
+    objective: Any
+    state: state.TrainState  # shapes with shardings
+    batch: trees.Tree  # shapes with shardings
+    step: Callable[..., Any]  # to be jitted
+    flops: float
+
+
+class Start(NamedTuple):
+    """Where the run starts from."""
+
+    state: state.TrainState
+    step: int
+    seconds: dict[str, float]
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """Command line (without the program's name) to options; raises ValueError for an unknown flag, field or type of value."""
+    argv = ["skysense-jax train", *argv]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "configuration file; fields: --config.section.field=value", flag_values=values,
+                                    sys_argv=argv, lock_config=True)
+    flags.DEFINE_string("workdir", None, "folder of this run; continued where it has begun", flag_values=values)
+    flags.DEFINE_bool("help", False, "show this text", flag_values=values, short_name="h")
+    if "--help" in argv or "-h" in argv:
+        print(f"{__doc__}\n{values.module_help('skysense_jax.train')}")
+        sys.exit(EXIT_DONE)
+    try:
+        rest = values(argv)[1:]
+    except (flags.Error, AttributeError, KeyError, TypeError, FileNotFoundError) as error:
+        raise ValueError(str(error)) from error
+    if rest or values.config is None or values.workdir is None:
+        raise ValueError(f"unexpected {rest}" if rest else "both --config FILE and --workdir DIR are needed")
+    return Options(values.config, pathlib.Path(values.workdir).resolve())
+
+
+def make_contract(cfg: config_dict.ConfigDict) -> dict[str, Any]:
+    """The model's input contract: bands from the configuration, statistics from the sensor table or from the dataset itself."""
+    if cfg.data.statistics not in ("table", "dataset"):
+        raise ValueError(f"config.data.statistics={cfg.data.statistics!r}: 'table' or 'dataset'")
+    statistics = None
+    if cfg.data.statistics == "dataset":
+        statistics = sources.read_metadata(cfg.data.dir).get("statistics")
+        if not statistics:
+            raise ValueError(f"{cfg.data.dir} has no statistics of its own: run `skysense-jax data stats {cfg.data.dir}`")
+    return sensors.input_contract(cfg.data.bands.to_dict(), cfg.model.ratio, statistics)
+
+
+def make_plan(cfg: config_dict.ConfigDict, contract: Mapping[str, Any], mesh: jax.sharding.Mesh) -> Plan:
+    """Spec, objective, shapes and shardings, and the step, from the configuration alone: no data is read, no array made."""
+    if cfg.model.name not in OBJECTIVES:
+        raise ValueError(f"config.model.name={cfg.model.name!r}; objectives are {', '.join(OBJECTIVES)}")
+    spec = specs.batch_spec(cfg, contract)
+    objective = OBJECTIVES[cfg.model.name](cfg, contract)
+    batch = state.batch_shapes(spec, mesh)
+    shapes = state.state_shapes(objective, batch, cfg.seed, mesh)
+    update = step.make_step(objective, cfg, optim.decay_mask(shapes.params))
+    return Plan(dict(contract), spec, objective, shapes, batch, update, float(objective.flops(batch)))
+
+
+def compile_step(plan: Plan, mesh: jax.sharding.Mesh) -> Any:
+    """The compiled step; prints what it needs per device and what it computes."""
+    placed = jax.tree.map(lambda leaf: leaf.sharding, plan.state)
+    jitted = jax.jit(plan.step, donate_argnums=0, out_shardings=(placed, meshes.replicated(mesh)))
+    begin = time.monotonic()
+    compiled = jitted.lower(plan.state, plan.batch).compile()
+    memory = compiled.memory_analysis()
+    parts = {
+        "arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
+        "outputs": memory.output_size_in_bytes, "of these in place": memory.alias_size_in_bytes,
+    }
+    say(f"compiled in {time.monotonic() - begin:.1f} s; per device: " + ", ".join(f"{k} {v / 2**20:.1f} MiB" for k, v in parts.items())
+        + f"; model FLOPs of a step: {plan.flops:.3e}")
+    return compiled
+
+
+def check_same_run(cfg: config_dict.ConfigDict, contract: Mapping[str, Any], dataset_id: str, meta: Mapping[str, Any]) -> None:
+    """A checkpoint may be continued only by the run that wrote it: ValueError naming the fields that differ."""
+    now, before = flat_config(as_json(cfg)), flat_config(meta["config"])
+    differ = [name for name in sorted(set(now) | set(before)) if now.get(name) != before.get(name) and not name.startswith(MAY_CHANGE)]
+    if differ:
+        raise ValueError("this workdir was begun with another configuration: " + "; ".join(
+            f"config.{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in differ[:8]) + ". Use another --workdir.")
+    if meta["dataset_id"] != dataset_id:
+        raise ValueError(f"this workdir was begun on dataset {meta['dataset_id']}, config.data.dir={cfg.data.dir} is {dataset_id}")
+    if meta["contract"] != json.loads(json.dumps(contract)):
+        raise ValueError("this workdir was begun with another input contract (bands, statistics or ratio). Use another --workdir.")
+
+
+def where_to_start(cfg: config_dict.ConfigDict, workdir: pathlib.Path, plan: Plan, dataset_id: str) -> Start:
+    """1. the newest sound checkpoint of this workdir; 2. scratch."""
+    found = checkpoint.restore_latest_valid(
+        workdir, plan.state, lambda meta: check_same_run(cfg, plan.contract, dataset_id, meta))
+    if found is not None:
+        if found.data != data_position(cfg, found.step):
+            raise ValueError(f"checkpoint {found.step} stands at {found.data} in the data, this run would be at {data_position(cfg, found.step)}")
+        say(f"resuming from step {found.step}")
+        return Start(found.state, found.step, found.meta["seconds"])
+    say("starting from scratch")
+    return Start(state.create(plan.objective, plan.batch, cfg.seed, plan.state), 0, {})
+
+
+def data_position(cfg: config_dict.ConfigDict, done: int) -> dict[str, int]:
+    """Where the data stream stands after `done` steps: everything that the next batch depends on."""
+    return {"step": done, "seed": int(cfg.seed), "batch": int(cfg.data.batch), "places_seen": done * int(cfg.data.batch)}
+
+
+def write_run_folder(options: Options, plan: Plan, mesh: jax.sharding.Mesh, meta: Mapping[str, Any]) -> None:
+    """What this run is, for people: config, contract, element spec, shardings, versions. Rewritten by every start."""
+    reports = {
+        name: sharding.report(getattr(plan.state, name), jax.tree.map(lambda leaf: leaf.sharding, getattr(plan.state, name)))
+        for name in checkpoint.TREES
+    }
+    for name, report in reports.items():
+        say(f"{name}: {report.total / 2**20:.1f} MiB, per device {report.per_device / 2**20:.1f} MiB, "
+            f"replicated {report.replicated / 2**20:.1f} MiB")
+    spec = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in trees.flatten(plan.batch).items()}
+    files = {
+        "config.json": meta["config"], "contract.json": plan.contract, "element_spec.json": spec,
+        "sharding.json": {"mesh": dict(mesh.shape), **{name: report._asdict() for name, report in reports.items()}},
+        "versions.json": {**meta["code"], "device": jax.devices()[0].device_kind, "devices": jax.device_count(),
+                          "processes": jax.process_count(), "xla_flags": os.environ.get("XLA_FLAGS", "")},
+    }
+    if jax.process_index() == 0:
+        for name, value in files.items():
+            (options.workdir / name).write_text(json.dumps(value, indent=1) + "\n")
+
+
+def run_meta(cfg: config_dict.ConfigDict, contract: Mapping[str, Any], dataset_id: str) -> dict[str, Any]:
+    """What every checkpoint of the run says about itself."""
+    code = {"skysense_jax": __version__, "jax": jax.__version__, "python": platform.python_version()}
+    return {"format": 1, "config": as_json(cfg), "contract": dict(contract), "dataset_id": dataset_id, "code": code}
+
+
+def as_json(cfg: config_dict.ConfigDict) -> dict[str, Any]:
+    """The configuration as plain JSON values."""
+    return json.loads(cfg.to_json())
+
+
+def flat_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Fields by dotted name."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= flat_config(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
+
+
+def say(text: str) -> None:
+    """One line for the person who watches, from one process."""
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def train(options: Options) -> int:
+    """The run, from flags to TRAIN_COMPLETE; returns the exit code."""
+    cfg, workdir = options.config, options.workdir
+
+    # 1. Compiler flags and processes, before the first device is touched; then listen for SIGTERM.
+    xla_flags.apply(os.environ)
+    process, processes = meshes.start_processes()
+    preemption = Preemption()
+    workdir.mkdir(parents=True, exist_ok=True)
+
+    # 2. What is to be learnt from: the dataset and the input contract.
+    dataset = sources.read_metadata(cfg.data.dir)
+    contract = make_contract(cfg)
+    sources.check_dataset(dataset, contract, cfg)
+    meta = run_meta(cfg, contract, str(dataset["dataset_id"]))
+
+    # 3. Mesh, objective, shapes, shardings.
+    mesh = meshes.make_mesh(cfg.mesh.to_dict())
+    plan = make_plan(cfg, contract, mesh)
+    if (workdir / COMPLETE).exists():
+        check_same_run(cfg, contract, meta["dataset_id"], checkpoint.load_meta(workdir))
+        say(f"{workdir} is done ({cfg.steps} steps); nothing to do")
+        return EXIT_DONE
+    write_run_folder(options, plan, mesh, meta)
+
+    with jax.set_mesh(mesh):
+        # 4. Compile before anything runs: out of memory and unmatched shapes show here.
+        timers = metrics.Timers()
+        with timers("compile"):
+            train_step = compile_step(plan, mesh)
+
+        # 5. Where do we start from?
+        with timers("restore"):
+            start = where_to_start(cfg, workdir, plan, meta["dataset_id"])
+        for name, seconds in start.seconds.items():
+            timers.add(name, seconds)
+        now, done = start.state, start.step
+        saver = checkpoint.Saver(workdir, cfg.run.keep)
+        log = metrics.Log(workdir, done, cfg.steps, cfg.run.log_every, cfg.data.batch, plan.flops, timers)
+        batches = pipeline.make_train_iterator(cfg, contract, cfg.seed, done, process, processes)
+
+        def save() -> None:
+            with timers("save"):
+                log.sync()  # the records of every step a checkpoint contains are on disk before it is
+                saver.save(now, data_position(cfg, done), {**meta, "seconds": timers.seconds})
+
+        def not_finite() -> int:
+            log.close()
+            say(f"{skipped} updates were not finite, config.run.max_skipped is {cfg.run.max_skipped}; the metrics are in {workdir / metrics.FILE}")
+            return EXIT_NOT_FINITE
+
+        # 6. The loop. Order matters: save -> next batch -> step -> log; a checkpoint describes one instant of state, data and clocks.
+        preemption.enter_loop()
+        skipped = 0
+        try:
+            with watchdog.Watchdog(cfg.run.watchdog_s, workdir / "stacks.txt") as dog:
+                while done < cfg.steps:
+                    stop = preemption.requested(done)
+                    if stop or (done % cfg.run.save_every == 0 and done > start.step):
+                        save()
+                    if stop:
+                        saver.wait()
+                        log.close()
+                        say(f"preempted: saved at step {done}")
+                        return EXIT_PREEMPTED
+                    with timers("data"):
+                        batch = state.put_batch(next(batches), plan.batch)
+                    with timers("step"):
+                        now, measured = train_step(now, batch)
+                        done += 1
+                        skipped = log.put(done, measured)
+                    dog.beat()
+                    if skipped > cfg.run.max_skipped:
+                        return not_finite()
+
+                # 7. Finish: the last records, the last checkpoint, the mark.
+                skipped = log.flush()
+                if skipped > cfg.run.max_skipped:
+                    return not_finite()
+                save()
+                saver.wait()
+                log.close()
+        finally:
+            batches.close()
+            saver.close()
+        if process == 0:
+            (workdir / COMPLETE).write_text(f"{cfg.steps} steps\n")
+        spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in timers.seconds.items())
+        say(f"done: {cfg.steps} steps in {workdir} ({spent})")
+        return EXIT_DONE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses `argv` (without the program's name) and trains; bad configuration or data becomes exit code 78 and one line."""
+    try:
+        return train(parse(sys.argv[1:] if argv is None else argv))
+    except ValueError as error:
+        print(f"skysense-jax train: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())
