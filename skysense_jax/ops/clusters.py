@@ -34,21 +34,19 @@ def assign(features: jax.Array, mask: jax.Array, seeds: np.ndarray, epsilon: flo
     Returns [..., N, C] float32 (float64 for float64): rows of valid cells sum to 1, of others are 0; a cluster whose seed is
     invalid stays empty, and the others share the cells. With no valid seed at all everything is 0.
     """
-    unit = _normalise(features.astype(jnp.promote_types(features.dtype, jnp.float32)))
-    scores = jnp.einsum("...nd,...cd->...nc", unit, unit[..., seeds, :])
-    return sinkhorn(scores / epsilon, iterations, mask, mask[..., seeds])
+    wide = jnp.promote_types(features.dtype, jnp.float32)
+    dots = jnp.einsum("...nd,...cd->...nc", features, features[..., seeds, :], preferred_element_type=wide)
+    scale = jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(features.astype(wide)), axis=-1), 1e-24))
+    cosine = dots * scale[..., :, None] * scale[..., seeds][..., None, :]
+    return sinkhorn(cosine / epsilon, iterations, mask, mask[..., seeds])
 
 
 def centres(features: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Weighted means of the cells' features.
 
-    features: [..., N, D]; weight: [..., N, C] >= 0. Returns (centres [..., C, D] float32 or wider, mass [..., C] = sum of the weights);
-    a cluster without mass has centre 0.
+    features: [..., N, D]; weight: [..., N, C] >= 0. Returns (centres [..., C, D] float32 or wider, accumulated there over products in the
+    features' dtype; mass [..., C] = sum of the weights); a cluster without mass has centre 0.
     """
     mass = weight.sum(-2)
-    share = weight / jnp.maximum(mass, 1e-6)[..., None, :]
-    return jnp.einsum("...nc,...nd->...cd", share, features, preferred_element_type=share.dtype), mass
-
-
-def _normalise(x: jax.Array) -> jax.Array:
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
+    share = (weight / jnp.maximum(mass, 1e-6)[..., None, :]).astype(features.dtype)
+    return jnp.einsum("...nc,...nd->...cd", share, features, preferred_element_type=mass.dtype), mass

@@ -1,0 +1,152 @@
+"""Analytic model FLOPs of one training step, the numerator of MFU.
+
+What is counted: every multiply-accumulate of a matrix product or convolution as 2 FLOPs (linear layers, attention logits and values,
+patch embedding, heads, prototypes, alignment, the objective's own products); padding that the architecture itself asks for (Swin windows).
+Forward + backward of the student = 3 x forward; the teacher and everything without gradient = 1 x forward.
+What is not counted: rematerialisation (it is a choice, not work the model needs), normalisations, softmax, elementwise work, the optimiser.
+Backward products that nobody needs (gradients of the input images) are counted by the 3 x convention; they are below 1 %.
+A test holds these formulas against the products in the traced step.
+"""
+from __future__ import annotations
+
+from typing import Any, Mapping
+
+TRAINED = 3.0
+"""Forward + backward in units of the forward pass."""
+
+
+def linear(rows: float, d_in: float, d_out: float) -> float:
+    """A linear layer over `rows` vectors."""
+    return 2.0 * rows * d_in * d_out
+
+
+def attention(rows: float, keys: float, width: float) -> float:
+    """Logits and values of `rows` queries that see `keys` keys each, over all heads; projections apart."""
+    return 4.0 * rows * keys * width
+
+
+def mlp(rows: float, width: float, ratio: float) -> float:
+    """Two linear layers width -> ratio * width -> width."""
+    return 2.0 * linear(rows, width, int(width * ratio))
+
+
+def transformer(sequences: float, tokens: float, width: float, depth: int, ratio: float) -> float:
+    """`depth` plain transformer layers over `sequences` sequences of `tokens` tokens."""
+    rows = sequences * tokens
+    return depth * (linear(rows, width, 4 * width) + attention(rows, tokens, width) + mlp(rows, width, ratio))
+
+
+def vit(cfg: Any, images: float, height: int, width: int, bands: int) -> float:
+    """A ViT (fields of config.model.s2) over images of height x width pixels; its UP head apart."""
+    rows, columns = -(-height // cfg.patch), -(-width // cfg.patch)
+    embed = linear(images * rows * columns, cfg.patch**2 * bands, cfg.embed_dims)
+    tokens = rows * columns + (1 if cfg.cls_token else 0)
+    return embed + transformer(images, tokens, cfg.embed_dims, cfg.depth, cfg.mlp_ratio)
+
+
+def up_head(cfg: Any, images: float, height: int, width: int, out: int) -> float:
+    """The UP head after :func:`vit`: each token becomes patch^2 cells of `out` channels."""
+    return linear(images * -(-height // cfg.patch) * -(-width // cfg.patch), cfg.embed_dims, cfg.patch**2 * out)
+
+
+def swin(cfg: Any, images: float, height: int, width: int, bands: int) -> float:
+    """A Swin-V2 (fields of config.model.hr) over images of height x width pixels. The bias network runs once per block, not per image."""
+    rows, columns, channels = -(-height // cfg.patch), -(-width // cfg.patch), cfg.embed_dims
+    total = linear(images * rows * columns, cfg.patch**2 * bands, channels)
+    for stage, depth in enumerate(cfg.depths):
+        if stage:
+            rows, columns, channels = -(-rows // 2), -(-columns // 2), 2 * channels
+            total += linear(images * rows * columns, 2 * channels, channels)
+        window = cfg.window if isinstance(cfg.window, int) else cfg.window[stage]
+        heads = cfg.num_heads if isinstance(cfg.num_heads, int) else cfg.num_heads[stage]
+        padded = images * -(-rows // window) * -(-columns // window) * window**2
+        offsets = (2 * window - 1) ** 2
+        block = linear(padded, channels, 4 * channels) + attention(padded, window**2, channels)
+        block += mlp(images * rows * columns, channels, cfg.mlp_ratio) + linear(offsets, 2, 512) + linear(offsets, 512, heads)
+        total += depth * block
+    return total
+
+
+def fusion(cfg: Any, cells: float, dates: float, width: int) -> float:
+    """The fusion transformer (fields of config.model.fusion) over `cells` sequences of `dates` vectors of `width`, and its extra token."""
+    return linear(cells * dates, width, cfg.embed_dims) + transformer(cells, dates + 1, cfg.embed_dims, cfg.depth, cfg.mlp_ratio)
+
+
+def skysense_encoder(cfg: Any, shapes: Mapping[str, tuple[int, ...]], ratio: int) -> dict[str, float]:
+    """Forward FLOPs of a SkySense model by module. cfg: config.model; shapes: sensor -> [places, T, H, W, C]; ratio: HR pixels per base pixel."""
+    parts, dates, cells = {}, 0, 0.0
+    for name, (places, t, height, width, bands) in shapes.items():
+        if name == "hr":
+            parts[name] = swin(cfg.hr, places * t, height, width, bands)
+            height, width = height // ratio, width // ratio
+        else:
+            parts[name] = vit(cfg[name], places * t, height, width, bands)
+            parts[f"head_{name}"] = up_head(cfg[name], places * t, height, width, cfg.width)
+        dates, cells = dates + t, float(places * height * width)
+    return {**parts, "fusion": fusion(cfg.fusion, cells, dates, cfg.width)}
+
+
+def dino_trunk(cfg: Any, rows: float, width: float) -> float:
+    """The MLP of a DINO head (fields of config.objective.head) up to the bottleneck."""
+    widths = [width] + [cfg.hidden] * (cfg.layers - 1) + [cfg.bottleneck]
+    return sum(linear(rows, a, b) for a, b in zip(widths, widths[1:]))
+
+
+def distillation(cfg: Any, width: int, places: int, dates: int, cells: int, locals_: int, local_cells: int) -> dict[str, float]:
+    """FLOPs of one head's pixel, object and image terms in a step, forward and backward, two global views.
+
+    cfg: config.objective; cells, local_cells: per view; locals_: local views per place (0 = none).
+    """
+    head, c = cfg.head, cfg.clusters
+    maps, local_maps, pairs = 2 * places * dates, locals_ * places * dates, 2 * locals_ * places * dates
+    student_rows = maps * (cells + c + 1) + local_maps * (local_cells + 1) + pairs * c
+    teacher_rows = maps * (cells + c + 1) + pairs * c
+    targets = maps * (cells + c + 1) + pairs * (local_cells + c + 1)
+    trunks = TRAINED * dino_trunk(head, student_rows, width) + dino_trunk(head, teacher_rows, width)
+    prototypes = TRAINED * linear(student_rows, head.bottleneck, head.prototypes) + linear(targets, head.bottleneck, head.prototypes)
+    # Cluster scores; assignment there and back; the teacher's centres, and the student's (features have a gradient, weights none).
+    matched = linear(maps * cells, cells, 2 * c + head.bottleneck) + linear(pairs * local_cells, cells, 2 * c + head.bottleneck)
+    centres = linear(maps * cells, c, width * (1 + 1 + 2)) + linear(pairs * c, width, cells + 2 * local_cells)
+    means = linear(maps * cells, 1, width * 3) + linear(local_maps * local_cells, 1, width * 2)
+    return {"trunks": trunks, "prototypes": prototypes, "matching": matched + centres + means}
+
+
+def skysense_step(cfg: Any, contract: Mapping[str, Any], spec: Mapping[str, Any]) -> float:
+    """Model FLOPs of one step of the SkySense objective over the global batch; see :func:`skysense_parts`."""
+    return sum(skysense_parts(cfg, contract, spec).values())
+
+
+def skysense_parts(cfg: Any, contract: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str, float]:
+    """The same by part: {"hr", "s2", "head_s2", ..., "fusion", "trunks", "prototypes", "matching", "align"}.
+
+    cfg: the whole configuration; contract: the input contract; spec: the training batch's nested dict with leaves that have a shape.
+    """
+    def shapes(scope: str) -> dict[str, tuple[int, ...]]:
+        folded = {}
+        for name, sensor in spec[scope]["sensors"].items():
+            b, views, *rest = sensor["image"].shape
+            folded[name] = (b * views, *rest)
+        return folded
+
+    parts: dict[str, float] = {}
+
+    def add(more: Mapping[str, float], times: float = 1.0) -> None:
+        for name, value in more.items():
+            parts[name] = parts.get(name, 0.0) + times * value
+
+    add(skysense_encoder(cfg.model, shapes("global"), contract["ratio"]), TRAINED + 1)  # student and teacher
+    places, views, h, w = spec["global"]["coords"].shape[:4]
+    locals_, local_cells = 0, 0
+    if "local" in spec:
+        add(skysense_encoder(cfg.model, shapes("local"), contract["ratio"]), TRAINED)
+        locals_ = spec["local"]["coords"].shape[1]
+        local_cells = spec["local"]["coords"].shape[2] * spec["local"]["coords"].shape[3]
+    dates = {name: shape[1] for name, shape in shapes("global").items()}
+    for name, t in dates.items():
+        add(distillation(cfg.objective, cfg.model.width, places, t, h * w, locals_, local_cells))
+    add(distillation(cfg.objective, cfg.model.fusion.embed_dims, places, 1, h * w, locals_, local_cells))
+    regions, n = places * views * cfg.objective.align_grid**2, len(dates)
+    projected = n * linear(regions, cfg.model.width, cfg.objective.align_dim)
+    compared = n * (n - 1) / 2 * linear(regions, cfg.objective.align_dim, regions)
+    add({"align": TRAINED * (projected + compared)})
+    return parts
