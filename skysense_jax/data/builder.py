@@ -1,15 +1,16 @@
 """Builds a dataset from a catalog: parallel over processes, resumable, each part written once and atomically.
 
-The catalog's places, sorted by name, fall into fixed units of one split each. A unit becomes DIR/parts/<split>-<number>.array_record plus a JSON
-sidecar, both written under a temporary name, synced and renamed, the sidecar last: a unit with a sidecar is done, whatever happened to the
-process afterwards. At the end the non-empty parts are renamed to TFDS shard names, TFDS's own metadata are written, and places.json, written
-last, marks the dataset as complete. `check` is the same without writing.
+The catalog's places, sorted by name, fall into fixed units of one split each. A unit becomes
+DIR/parts/<split>-<number>.array_record plus a JSON sidecar, both written under a temporary name, synced and renamed,
+the sidecar last: a unit with a sidecar is done, whatever happened to the process afterwards. At the end the non-empty
+parts are renamed to TFDS shard names, TFDS's own metadata are written, and places.json, written last, marks the
+dataset as complete. `check` is the same without writing.
 """
+
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
 import hashlib
 import json
 import multiprocessing
@@ -23,14 +24,13 @@ from pathlib import Path
 from typing import Any, Iterator, NamedTuple, Sequence
 
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
-from skysense_jax.data.catalog import SPLITS, Catalog, CatalogError, Row, read_catalog
-from skysense_jax.data.ingest import Settings, ingest_place
-from skysense_jax.data.raster import MAX_PIXELS, BrokenFile, Files, gdal_settings
+from skysense_jax.data.catalog import SPLITS, Catalog, Row, read_catalog
+from skysense_jax.data.ingest import Settings
+from skysense_jax.data.parts import Unit, encode, features_of, move, run_unit, write_atomically
+from skysense_jax.data.raster import MAX_PIXELS
 from skysense_jax.data.report import REFUSED, merge, new_report, summary
-from skysense_jax.data.spec import record_features
 from skysense_jax.sensors import SENSORS
 
 FORMAT = 1
@@ -38,16 +38,20 @@ NAME = "places"
 META = "places.json"
 FILES = "files.jsonl"
 PARTS = "parts"
-WRITER_OPTIONS = "group_size:1"  # one record per chunk: random access reads one record and no more
 
 
 class BuildError(ValueError):
     """The build cannot be done as asked: wrong options, or a folder that holds something else."""
 
 
+class WorkerDied(RuntimeError):
+    """A process was killed; what was finished is kept and the same command continues."""
+
+
 class Options(NamedTuple):
-    """Options that decide what the records are (workers and progress do not). sensors: () = all of the catalog. holdout: share of places that
-    go to the test split by hash of their name, where the catalog does not say."""
+    """Options that decide what the records are (workers and progress do not). sensors: () = all of the catalog.
+    holdout: share of places that go to the test split by hash of their name, where the catalog does not say.
+    """
 
     tile: int = 16
     gsd: float = 10.0
@@ -59,39 +63,10 @@ class Options(NamedTuple):
     max_upsample: float = 8.0
 
 
-class Unit(NamedTuple):
-    """The places of one part, in order."""
-
-    name: str
-    split: str
-    places: tuple[tuple[str, tuple[Row, ...]], ...]
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file so that it is either absent (or the old one) or complete, also after a crash."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    _move(temporary, path)
-
-
-def _move(source: Path, target: Path) -> None:
-    os.replace(source, target)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
-
-
 def split_of(place: str, rows: Sequence[Row], holdout: float) -> str:
-    """"train" or "test": the catalog's word, else by a hash of the place's name (the same for every catalog it appears in)."""
+    """Split "train" or "test": the catalog's word, else by a hash of the place's name (the same for every catalog it
+    appears in).
+    """
     if rows[0].split:
         return rows[0].split
     draw = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big") / 2**64
@@ -102,73 +77,45 @@ def plan(catalog: Catalog, options: Options) -> tuple[Settings, list[Unit]]:
     """The settings every worker gets, and the fixed units of the build. Raises BuildError."""
     unknown = [name for name in options.sensors if name not in catalog.sensors]
     if unknown:
-        raise BuildError(f"--sensors {','.join(unknown)}: no such images in the catalog, which has {','.join(catalog.sensors)}")
+        raise BuildError(
+            f"--sensors {','.join(unknown)}: no such images in the catalog, which has {','.join(catalog.sensors)}"
+        )
     sensors = tuple(name for name in SENSORS if name in (options.sensors or catalog.sensors))
     if not sensors:
-        raise BuildError(f"{catalog.path}: no usable image row" + "".join(
-            f"\n  row {entry['row']}: {entry['path']}: {entry['reason']}" for entry in catalog.refused[:10]))
-    if options.tile < 1 or options.ratio < 1 or options.gsd <= 0 or options.shard_places < 1 or not 0 <= options.holdout <= 1:
+        raise BuildError(
+            f"{catalog.path}: no usable image row"
+            + "".join(f"\n  row {entry['row']}: {entry['path']}: {entry['reason']}" for entry in catalog.refused[:10])
+        )
+    if (
+        options.tile < 1
+        or options.ratio < 1
+        or options.gsd <= 0
+        or options.shard_places < 1
+        or not 0 <= options.holdout <= 1
+    ):
         raise BuildError(f"tile, ratio, gsd and shard places must be positive and holdout within 0..1, got {options}")
-    settings = Settings(options.tile, options.gsd, options.ratio, sensors, catalog.label_classes, catalog.root, options.max_pixels,
-                        options.max_upsample)
+    settings = Settings(
+        options.tile,
+        options.gsd,
+        options.ratio,
+        sensors,
+        catalog.label_classes,
+        catalog.root,
+        options.max_pixels,
+        options.max_upsample,
+    )
     by_split: dict[str, list] = {split: [] for split in SPLITS}
     for place, rows in catalog.places.items():
         rows = tuple(row for row in rows if not row.sensor or row.sensor in sensors)
         if rows:
             by_split[split_of(place, rows, options.holdout)].append((place, rows))
     step = options.shard_places
-    units = [Unit(f"{split}-{start // step:05d}", split, tuple(places[start : start + step]))
-             for split, places in by_split.items() for start in range(0, len(places), step)]
+    units = [
+        Unit(f"{split}-{start // step:05d}", split, tuple(places[start : start + step]))
+        for split, places in by_split.items()
+        for start in range(0, len(places), step)
+    ]
     return settings, units
-
-
-@functools.lru_cache(maxsize=1)
-def _features(settings: Settings) -> tfds.features.FeaturesDict:
-    return record_features(settings.sensors, settings.tile, settings.ratio, len(settings.label_classes))
-
-
-def _records(unit: Unit, settings: Settings, broken: dict[Path, str], report: dict[str, Any]) -> Iterator[bytes]:
-    features = _features(settings)
-    with gdal_settings(), contextlib.closing(Files()) as files:
-        for place, rows in unit.places:
-            part = new_report(settings.sensors)
-            for record in ingest_place(place, rows, settings, files, broken, part):
-                yield features.serialize_example(record)
-            merge(report, part)
-
-
-def run_unit(unit: Unit, settings: Settings, folder: Path | None, key: str) -> dict[str, Any]:
-    """Ingests one unit, writes its part and sidecar into `folder` (None: only reads), returns the sidecar's content.
-
-    {"key", "length": records, "bytes", "sha256" over the records, "places", "report"}. A file that fails while being read is taken out and the unit starts over.
-    """
-    broken: dict[Path, str] = {}
-    while True:
-        report, digest, length, size = new_report(settings.sensors), hashlib.sha256(), 0, 0
-        temporary = folder and folder / f".{unit.name}.tmp-{os.getpid()}"
-        writer = ArrayRecordWriter(str(temporary), WRITER_OPTIONS) if temporary else None
-        try:
-            for record in _records(unit, settings, broken, report):
-                digest.update(len(record).to_bytes(8, "little") + record)
-                length, size = length + 1, size + len(record)
-                if writer:
-                    writer.write(record)
-            break
-        except BrokenFile as error:
-            broken[error.path] = error.reason
-        finally:
-            if writer:
-                writer.close()
-    done = {"key": key, "length": length, "bytes": size, "sha256": digest.hexdigest(), "places": len(unit.places), "report": report}
-    if temporary:
-        if length:
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            _move(temporary, folder / f"{unit.name}.array_record")
-        else:
-            temporary.unlink()
-        write_atomically(folder / f"{unit.name}.json", _json(done))
-    return done
 
 
 def _leave_with_parent() -> None:
@@ -182,7 +129,9 @@ def _leave_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _run_units(units: Sequence[Unit], settings: Settings, folder: Path | None, key: str, workers: int) -> Iterator[tuple[Unit, dict[str, Any]]]:
+def _run_units(
+    units: Sequence[Unit], settings: Settings, folder: Path | None, key: str, workers: int
+) -> Iterator[tuple[Unit, dict[str, Any]]]:
     if workers == 1 or len(units) <= 1:
         for unit in units:
             yield unit, run_unit(unit, settings, folder, key)
@@ -193,7 +142,10 @@ def _run_units(units: Sequence[Unit], settings: Settings, folder: Path | None, k
         for future in as_completed(pending):
             yield pending[future], future.result()
     except BrokenProcessPool as error:
-        raise RuntimeError("a worker process died (killed, or out of memory: try fewer --workers); run the same command again to continue") from error
+        raise WorkerDied(
+            "a worker process died (killed, or out of memory: try fewer --workers); run the same command again to "
+            "continue"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -212,8 +164,14 @@ def _collect(done: Sequence[dict[str, Any]], catalog: Catalog, settings: Setting
 
 
 def _progress(units: Sequence[Unit], finished: Sequence[dict[str, Any]], show: bool) -> tqdm:
-    return tqdm(total=sum(len(unit.places) for unit in units), initial=sum(part["places"] for part in finished), unit="place",
-                desc="ingest", disable=not show, mininterval=0.5)
+    return tqdm(
+        total=sum(len(unit.places) for unit in units),
+        initial=sum(part["places"] for part in finished),
+        unit="place",
+        desc="ingest",
+        disable=not show,
+        mininterval=0.5,
+    )
 
 
 def check(catalog_path: str | Path, options: Options, workers: int = 1, progress: bool = True) -> dict[str, Any]:
@@ -234,7 +192,10 @@ def _claimed(out: Path, key: str, described: dict[str, Any]) -> Iterator[Path]:
     folder = out / PARTS
     others = [entry.name for entry in out.iterdir() if entry.name != PARTS] if out.is_dir() else []
     if others and not (folder / "build.json").is_file():
-        raise BuildError(f"{out} is neither empty nor an unfinished build (it has {', '.join(sorted(others)[:5])}); choose another --out")
+        raise BuildError(
+            f"{out} is neither empty nor an unfinished build (it has {', '.join(sorted(others)[:5])}); choose "
+            f"another --out"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         try:
@@ -245,7 +206,7 @@ def _claimed(out: Path, key: str, described: dict[str, Any]) -> Iterator[Path]:
         if stamp.is_file():
             _same(json.loads(stamp.read_bytes()), key, described, out)
         else:
-            write_atomically(stamp, _json({"build_key": key} | described))
+            write_atomically(stamp, encode({"build_key": key} | described))
         for left in folder.glob(".*.tmp-*"):
             left.unlink()
         yield folder
@@ -254,24 +215,34 @@ def _claimed(out: Path, key: str, described: dict[str, Any]) -> Iterator[Path]:
 def _same(found: dict[str, Any], key: str, described: dict[str, Any], out: Path) -> None:
     if found.get("build_key") != key:
         theirs = found.get("build", {})
-        different = [f"{name}: {theirs.get(name)!r} there, {value!r} now" for name, value in described["build"].items() if theirs.get(name) != value]
-        raise BuildError(f"{out} was built with another catalog or other options ({'; '.join(different)}); choose another --out")
+        different = [
+            f"{name}: {theirs.get(name)!r} there, {value!r} now"
+            for name, value in described["build"].items()
+            if theirs.get(name) != value
+        ]
+        raise BuildError(
+            f"{out} was built with another catalog or other options ({'; '.join(different)}); choose another --out"
+        )
 
 
 def build(
     catalog_path: str | Path, out: str | Path, options: Options = Options(), workers: int = 1, progress: bool = True
 ) -> tuple[dict[str, Any], bool]:
-    """Builds, continues or finds complete the dataset in `out`; returns (content of places.json, whether anything was done).
+    """Builds, continues or finds complete the dataset in `out`; returns (content of places.json, whether anything was
+    done).
 
-    Raises CatalogError (unusable catalog), BuildError (options, or `out` holds something else; also where nothing usable came out).
+    Raises CatalogError (unusable catalog), BuildError (options, or `out` holds something else; also where nothing
+    usable came out).
     """
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise BuildError(f"{out} is not a folder")
     catalog = read_catalog(catalog_path)
     settings, units = plan(catalog, options)
-    described = {"build": {"format": FORMAT, "catalog_sha256": catalog.sha256} | json.loads(json.dumps(options._asdict()))}
-    key = hashlib.sha256(_json(described)).hexdigest()
+    described = {
+        "build": {"format": FORMAT, "catalog_sha256": catalog.sha256} | json.loads(json.dumps(options._asdict()))
+    }
+    key = hashlib.sha256(encode(described)).hexdigest()
     if (out / META).is_file():
         meta = json.loads((out / META).read_bytes())
         _same(meta, key, described, out)
@@ -279,7 +250,11 @@ def build(
             shutil.rmtree(out / PARTS)  # the last step of a build that was stopped right there
         return meta, False
     with _claimed(out, key, described) as folder:
-        done = {unit.name: json.loads((folder / f"{unit.name}.json").read_bytes()) for unit in units if (folder / f"{unit.name}.json").is_file()}
+        done = {
+            unit.name: json.loads((folder / f"{unit.name}.json").read_bytes())
+            for unit in units
+            if (folder / f"{unit.name}.json").is_file()
+        }
         todo = [unit for unit in units if unit.name not in done]
         with _progress(units, list(done.values()), progress) as bar:
             for unit, result in _run_units(todo, settings, folder, key, workers):
@@ -287,44 +262,78 @@ def build(
                 bar.update(len(unit.places))
         total = _collect([done[unit.name] for unit in units], catalog, settings)
         if not total["tiles"]:
-            reasons = "".join(f"\n  row {entry['row']}: {entry['path']}: {entry['reason']}" for entry in total["files"] if entry["status"] == REFUSED)
-            raise BuildError(f"no tile has a single valid pixel, nothing to write; {out}/{PARTS} can be deleted.{reasons[:4000]}")
+            reasons = "".join(
+                f"\n  row {entry['row']}: {entry['path']}: {entry['reason']}"
+                for entry in total["files"]
+                if entry["status"] == REFUSED
+            )
+            raise BuildError(
+                f"no tile has a single valid pixel, nothing to write; {out}/{PARTS} can be deleted.{reasons[:4000]}"
+            )
         meta = _finish(out, folder, units, done, total, catalog, settings, key, described)
     shutil.rmtree(folder)
     return meta, True
 
 
-def _finish(out: Path, folder: Path, units: Sequence[Unit], done: dict[str, dict[str, Any]], total: dict[str, Any], catalog: Catalog,
-            settings: Settings, key: str, described: dict[str, Any]) -> dict[str, Any]:
+def _finish(
+    out: Path,
+    folder: Path,
+    units: Sequence[Unit],
+    done: dict[str, dict[str, Any]],
+    total: dict[str, Any],
+    catalog: Catalog,
+    settings: Settings,
+    key: str,
+    described: dict[str, Any],
+) -> dict[str, Any]:
     """Names the parts as TFDS shards and writes the metadata. Every step can be repeated after a crash."""
     infos = []
     for split in SPLITS:
         full = [unit for unit in units if unit.split == split and done[unit.name]["length"]]
         for number, unit in enumerate(full):
-            shard, part = out / f"{NAME}-{split}.array_record-{number:05d}-of-{len(full):05d}", folder / f"{unit.name}.array_record"
+            shard, part = (
+                out / f"{NAME}-{split}.array_record-{number:05d}-of-{len(full):05d}",
+                folder / f"{unit.name}.array_record",
+            )
             if part.is_file():
-                _move(part, shard)
+                move(part, shard)
             elif not shard.is_file():
                 raise BuildError(f"{part} is gone; delete {folder / (unit.name + '.json')} and build again")
         if full:
-            infos.append(tfds.core.SplitInfo(
-                name=split, shard_lengths=[done[unit.name]["length"] for unit in full], num_bytes=sum(done[unit.name]["bytes"] for unit in full),
-                filename_template=tfds.core.ShardedFileTemplate(
-                    data_dir=str(out), dataset_name=NAME, split=split, filetype_suffix="array_record",
-                    template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}")))
+            infos.append(
+                tfds.core.SplitInfo(
+                    name=split,
+                    shard_lengths=[done[unit.name]["length"] for unit in full],
+                    num_bytes=sum(done[unit.name]["bytes"] for unit in full),
+                    filename_template=tfds.core.ShardedFileTemplate(
+                        data_dir=str(out),
+                        dataset_name=NAME,
+                        split=split,
+                        filetype_suffix="array_record",
+                        template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+                    ),
+                )
+            )
     # check_data would open every shard through TensorFlow; lengths come from the writers.
-    tfds.folder_dataset.write_metadata(data_dir=str(out), features=_features(settings), split_infos=infos, check_data=False)
+    tfds.folder_dataset.write_metadata(
+        data_dir=str(out), features=features_of(settings), split_infos=infos, check_data=False
+    )
     write_atomically(out / FILES, b"".join(json.dumps(entry).encode() + b"\n" for entry in total["files"]))
     records = [done[unit.name]["sha256"] for unit in units]
     meta = {
-        "format": FORMAT, "tile": settings.tile, "ratio": settings.ratio, "gsd": settings.gsd, "sensors": list(settings.sensors),
-        "label_classes": list(settings.label_classes), "label_map_classes": {str(k): v for k, v in catalog.label_map_classes.items()},
-        "synthetic": any(entry.get("synthetic", False) for entry in total["files"]), "catalog_sha256": catalog.sha256,
-        "splits": {info.name: info.num_examples for info in infos}, "report": summary(total), "build_key": key,
-        "dataset_id": hashlib.sha256(_json([described, records])).hexdigest(),
+        "format": FORMAT,
+        "tile": settings.tile,
+        "ratio": settings.ratio,
+        "gsd": settings.gsd,
+        "sensors": list(settings.sensors),
+        "label_classes": list(settings.label_classes),
+        "label_map_classes": {str(k): v for k, v in catalog.label_map_classes.items()},
+        "synthetic": any(entry.get("synthetic", False) for entry in total["files"]),
+        "catalog_sha256": catalog.sha256,
+        "splits": {info.name: info.num_examples for info in infos},
+        "report": summary(total),
+        "build_key": key,
+        "dataset_id": hashlib.sha256(encode([described, records])).hexdigest(),
     } | described
-    write_atomically(out / META, _json(meta))
+    write_atomically(out / META, encode(meta))
     return meta
-
-
-CONFIGURATION_ERRORS = (CatalogError, BuildError)

@@ -1,10 +1,13 @@
-"""The catalog: one row per raster, read from CSV or GeoParquet and validated with row numbers before any raster is opened.
+"""The catalog: one row per raster, read from CSV or GeoParquet and validated with row numbers before any raster is
+opened.
 
-Columns: place, sensor, datetime, path (relative to the catalog's folder), and optionally bands, units, scale, offset, nodata, classes,
-split. `sensor` is a sensor of the table, `label`, `label_map` or `mask:<sensor>`. A mistake in the table itself (unknown column or
-sensor, unreadable date or number) is a :class:`CatalogError` listing every such row; something wrong with one raster (path outside
-the root, file missing, date missing) refuses that row alone, and the refusal is counted and named.
+Columns: place, sensor, datetime, path (relative to the catalog's folder), and optionally bands, units, scale, offset,
+nodata, classes, split. `sensor` is a sensor of the table, `label`, `label_map` or `mask:<sensor>`. A mistake in the
+table itself (unknown column or sensor, unreadable date or number) is a :class:`CatalogError` listing every such row;
+something wrong with one raster (path outside the root, file missing, date missing) refuses that row alone, and the
+refusal is counted and named.
 """
+
 from __future__ import annotations
 
 import csv
@@ -34,11 +37,12 @@ class CatalogError(ValueError):
 class Row(NamedTuple):
     """One validated catalog row.
 
-    number: line in the CSV file (the header is line 1) or 1-based row of the parquet file. kind: "image", "mask", "label_map" or
-    "label". sensor: sensor of the table ("" for labels). date: days since 1970-01-01 or NO_DATE. path: resolved file (None for
-    "label"); name: as written. bands: canonical names in file order, SKIPPED_BAND for an unused band; () = take them from the file.
-    scale, offset, nodata: one number, or one per band of the file; () = not given. drop_nodata: the file's own nodata value is to be ignored.
-    classes: label names, "id=name" pairs of a label map, or clear values of a mask. split: "train", "test" or "".
+    number: line in the CSV file (the header is line 1) or 1-based row of the parquet file. kind: "image", "mask",
+    "label_map" or "label". sensor: sensor of the table ("" for labels). date: days since 1970-01-01 or NO_DATE. path:
+    resolved file (None for "label"); name: as written. bands: canonical names in file order, SKIPPED_BAND for an
+    unused band; () = take them from the file. scale, offset, nodata: one number, or one per band of the file; () =
+    not given. drop_nodata: the file's own nodata value is to be ignored. classes: label names, "id=name" pairs of a
+    label map, or clear values of a mask. split: "train", "test" or "".
     """
 
     number: int
@@ -59,8 +63,10 @@ class Row(NamedTuple):
 
 
 class Catalog(NamedTuple):
-    """places: name -> rows in catalog order, names sorted. refused: rows that cannot be used, as {"row", "place", "sensor", "path", "reason"}.
-    sensors: sensors with at least one row, in the table's order. label_classes: sorted union. label_map_classes: id -> name."""
+    """places: name -> rows in catalog order, names sorted. refused: rows that cannot be used, as {"row", "place",
+    "sensor", "path", "reason"}. sensors: sensors with at least one row, in the table's order. label_classes: sorted
+    union. label_map_classes: id -> name.
+    """
 
     path: Path
     root: Path
@@ -130,12 +136,18 @@ def _classes(kind: str, text: str) -> tuple[str, ...]:
 
 
 def local_file(root: Path, text: str) -> Path:
-    """The regular file `text` names under `root`, symlinks resolved. Raises ValueError for anything else (network paths included)."""
+    """The regular file `text` names under `root`, symlinks resolved. Raises ValueError for anything else (network
+    paths included).
+    """
     if "://" in text or text.lstrip("/\\").lower().startswith("vsi"):
-        raise ValueError("not a local path: network and virtual paths are not read; download the file below the catalog's folder")
+        raise ValueError(
+            "not a local path: network and virtual paths are not read; download the file below the catalog's folder"
+        )
     path = (root / text).resolve()
     if not path.is_relative_to(root):
-        raise ValueError(f"outside the catalog's folder {root} (symlinks resolved); put the catalog in a folder above its rasters")
+        raise ValueError(
+            f"outside the catalog's folder {root} (symlinks resolved); put the catalog in a folder above its rasters"
+        )
     if not path.exists():
         raise ValueError("file not found")
     if not path.is_file():
@@ -145,6 +157,7 @@ def local_file(root: Path, text: str) -> Path:
 
 def _row(number: int, cells: Mapping[str, str]) -> Row:
     """Validates everything that needs no file. Raises ValueError naming the column."""
+
     def checked(column: str, function: Any, *arguments: Any) -> Any:
         try:
             return function(*arguments)
@@ -179,21 +192,37 @@ def _row(number: int, cells: Mapping[str, str]) -> Row:
     if any(math.isnan(value) for value in offset):
         raise ValueError("offset: must be a number")
     return Row(
-        number=number, place=place, kind=kind, sensor=sensor, date=checked("datetime", parse_date, cells["datetime"]), path=None,
-        name=cells["path"], bands=checked("bands", _bands, sensor, cells["bands"]) if cells["bands"] and kind == "image" else (),
-        units=units, scale=scale, offset=offset, nodata=() if drop_nodata else checked("nodata", _numbers, cells["nodata"]),
-        drop_nodata=drop_nodata, classes=checked("classes", _classes, kind, cells["classes"]), split=cells["split"],
+        number=number,
+        place=place,
+        kind=kind,
+        sensor=sensor,
+        date=checked("datetime", parse_date, cells["datetime"]),
+        path=None,
+        name=cells["path"],
+        bands=checked("bands", _bands, sensor, cells["bands"]) if cells["bands"] and kind == "image" else (),
+        units=units,
+        scale=scale,
+        offset=offset,
+        nodata=() if drop_nodata else checked("nodata", _numbers, cells["nodata"]),
+        drop_nodata=drop_nodata,
+        classes=checked("classes", _classes, kind, cells["classes"]),
+        split=cells["split"],
     )
 
 
 def _read_csv(path: Path) -> Iterable[tuple[int, dict[str, str]]]:
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, restkey="", strict=True)
-        yield 1, {name: "" for name in reader.fieldnames or ()}
-        for cells in reader:
-            if "" in cells:
-                raise CatalogError(f"{path} row {reader.line_num}: more cells than columns; quote a cell that contains a comma")
-            yield reader.line_num, {name: (value or "").strip() for name, value in cells.items()}
+        try:
+            yield 1, {name.strip(): "" for name in reader.fieldnames or ()}
+            for cells in reader:
+                if "" in cells:
+                    raise CatalogError(
+                        f"{path} row {reader.line_num}: more cells than columns; quote a cell that contains a comma"
+                    )
+                yield reader.line_num, {name.strip(): (value or "").strip() for name, value in cells.items()}
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise CatalogError(f"{path} is not UTF-8 CSV, after line {reader.line_num}: {error}") from error
 
 
 def _text(value: Any) -> str:
@@ -209,6 +238,10 @@ def _text(value: Any) -> str:
 def _read_parquet(path: Path) -> Iterable[tuple[int, dict[str, str]]]:
     import pyarrow.parquet  # slow to import, and only GeoParquet catalogs need it
 
+    try:
+        pyarrow.parquet.read_metadata(path)
+    except pyarrow.ArrowInvalid as error:
+        raise CatalogError(f"{path} is not a parquet file: {error}") from error
     names = [name for name in pyarrow.parquet.read_schema(path).names if name not in ("geometry", "bbox")]
     yield 0, {name: "" for name in names}
     number = 0
@@ -230,7 +263,9 @@ def _label_map_classes(rows: Iterable[Row], problems: list[str]) -> dict[int, st
         for pair in row.classes if row.kind == "label_map" else ():
             value, _, name = pair.partition("=")
             if found.setdefault(int(value), name.strip()) != name.strip():
-                problems.append(f"row {row.number}: classes: {pair} contradicts {value}={found[int(value)]} of an earlier row")
+                problems.append(
+                    f"row {row.number}: classes: {pair} contradicts {value}={found[int(value)]} of an earlier row"
+                )
     return dict(sorted(found.items()))
 
 
@@ -241,9 +276,14 @@ def read_catalog(path: str | Path) -> Catalog:
         raise CatalogError(f"{path}: no such catalog")
     lines = iter((_read_parquet if path.suffix.lower() in (".parquet", ".geoparquet") else _read_csv)(path))
     _, header = next(lines)
-    unknown, missing = [name for name in header if name not in COLUMNS], [name for name in REQUIRED if name not in header]
+    unknown, missing = (
+        [name for name in header if name not in COLUMNS],
+        [name for name in REQUIRED if name not in header],
+    )
     if unknown or missing:
-        raise CatalogError(f"{path}: unknown columns {unknown}, missing columns {missing}; a catalog has {', '.join(COLUMNS)}")
+        raise CatalogError(
+            f"{path}: unknown columns {unknown}, missing columns {missing}; a catalog has {', '.join(COLUMNS)}"
+        )
 
     root, rows, refused, problems = path.parent, [], [], []
     splits: dict[str, tuple[str, int]] = {}
@@ -266,7 +306,9 @@ def read_catalog(path: str | Path) -> Catalog:
         if row.kind in ("image", "mask") and row.date == NO_DATE and SENSORS[row.sensor].dated:
             reason = reason or f"no datetime, and {row.sensor} is a dated sensor"
         if reason:
-            refused.append({"row": number, "place": row.place, "sensor": cells["sensor"], "path": row.name, "reason": reason})
+            refused.append(
+                {"row": number, "place": row.place, "sensor": cells["sensor"], "path": row.name, "reason": reason}
+            )
         else:
             rows.append(row)
     label_map_classes = _label_map_classes(rows, problems)
@@ -280,8 +322,11 @@ def read_catalog(path: str | Path) -> Catalog:
         places.setdefault(row.place, []).append(place)
     present = {row.sensor for row in rows if row.kind == "image"}
     return Catalog(
-        path=path, root=root, sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-        places={name: tuple(places[name]) for name in sorted(places)}, refused=tuple(refused),
+        path=path,
+        root=root,
+        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        places={name: tuple(places[name]) for name in sorted(places)},
+        refused=tuple(refused),
         sensors=tuple(name for name in SENSORS if name in present),
         label_classes=tuple(sorted({name for row in rows if row.kind == "label" for name in row.classes})),
         label_map_classes=label_map_classes,

@@ -1,4 +1,5 @@
 """Ground geometry: the grid of a place, its tiles, and bringing pixels of any raster onto one tile's grid."""
+
 from __future__ import annotations
 
 import math
@@ -8,11 +9,10 @@ import numpy as np
 from affine import Affine
 from rasterio.crs import CRS
 from rasterio.enums import Resampling
-from rasterio.errors import RasterioError
 from rasterio.warp import reproject, transform, transform_bounds
 from rasterio.windows import Window
 
-from skysense_jax.data.raster import Header, RasterRefused
+from skysense_jax.data.raster import GDAL_ERRORS, Header, RasterRefused
 
 ANCHORS = ("s2", "s1", "hr", "dsm")
 """The first of these sensors a place has decides its CRS and, in a single-tile place, where the grid starts."""
@@ -59,24 +59,30 @@ def at(grid: Affine, column: float, row: float) -> tuple[float, float]:
 
 def is_metric(crs: CRS) -> bool:
     """Projected with the metre as its unit, and not a world Mercator, whose metres are metres at the equator only."""
-    return crs.is_projected and crs.linear_units_factor[1] == 1.0 and crs.to_dict().get("proj") not in ("merc", "webmerc")
+    return (
+        crs.is_projected and crs.linear_units_factor[1] == 1.0 and crs.to_dict().get("proj") not in ("merc", "webmerc")
+    )
 
 
 def corners(head: Header) -> tuple[float, float, float, float]:
     """left, bottom, right, top of a raster in its own CRS (rotated ones: of the rectangle around it)."""
-    points = [at(head.transform, *point) for point in ((0, 0), (head.width, 0), (0, head.height), (head.width, head.height))]
+    points = [
+        at(head.transform, *point) for point in ((0, 0), (head.width, 0), (0, head.height), (head.width, head.height))
+    ]
     xs, ys = zip(*points)
     return min(xs), min(ys), max(xs), max(ys)
 
 
 def place_crs(head: Header) -> CRS:
-    """The place's CRS from its reference raster: its own if metric, else the UTM zone of its centre, polar stereographic beyond 84 N and 80 S."""
+    """The place's CRS from its reference raster: its own if metric, else the UTM zone of its centre, polar
+    stereographic beyond 84 N and 80 S.
+    """
     if is_metric(head.crs):
         return head.crs
     left, bottom, right, top = corners(head)
     try:
         x, y = transform(head.crs, "EPSG:4326", [(left + right) / 2], [(bottom + top) / 2])
-    except RasterioError as error:
+    except GDAL_ERRORS as error:
         raise RasterRefused(f"its CRS cannot be related to longitude and latitude: {error}") from error
     lon, lat = (x[0] + 180) % 360 - 180, y[0]
     if not (math.isfinite(lon) and -90 <= lat <= 90):
@@ -89,17 +95,23 @@ def place_crs(head: Header) -> CRS:
 
 
 def extent(head: Header, crs: CRS) -> tuple[tuple[float, float, float, float], tuple[float, float, float, float]]:
-    """(bounds, core) of a raster in `crs`. bounds encloses it; core spans the middles of its edges, so that a raster turned against the grid
-    (another UTM zone, degrees) does not look larger than it is. Raises RasterRefused where it cannot be located."""
+    """(bounds, core) of a raster in `crs`. bounds encloses it; core spans the middles of its edges, so that a raster
+    turned against the grid (another UTM zone, degrees) does not look larger than it is. Raises RasterRefused where it
+    cannot be located.
+    """
     own = corners(head)
     if head.crs == crs:
         return own, own
     left, bottom, right, top = own
     try:
         bounds = transform_bounds(head.crs, crs, *own, densify_pts=21)
-        xs, ys = transform(head.crs, crs, [left, right, (left + right) / 2, (left + right) / 2],
-                           [(bottom + top) / 2, (bottom + top) / 2, bottom, top])
-    except RasterioError as error:
+        xs, ys = transform(
+            head.crs,
+            crs,
+            [left, right, (left + right) / 2, (left + right) / 2],
+            [(bottom + top) / 2, (bottom + top) / 2, bottom, top],
+        )
+    except GDAL_ERRORS as error:
         raise RasterRefused(f"cannot be brought into the place's CRS {crs_text(crs)[:40]}: {error}") from error
     core = min(xs[0], xs[1]), min(ys[2], ys[3]), max(xs[0], xs[1]), max(ys[2], ys[3])
     if not all(math.isfinite(value) for value in (*bounds, *core)):
@@ -115,9 +127,10 @@ def reference(heads: Sequence[tuple[str, Header]]) -> Header:
 def tiles_of(place: str, head: Header, extents: Sequence[tuple], crs: CRS, tile: int, gsd: float) -> Iterator[Tile]:
     """The tiles of a place, north to south, west to east.
 
-    head: reference raster. extents: (bounds, core) of every image of the place. One tile starting on the reference raster's corner (moved by
-    whole base pixels where another sensor reaches further) if everything fits within one base pixel; otherwise all tiles of the CRS's
-    ground grid (origin 0, 0) that touch a raster. Raises RasterRefused for an absurd number.
+    head: reference raster. extents: (bounds, core) of every image of the place. One tile starting on the reference
+    raster's corner (moved by whole base pixels where another sensor reaches further) if everything fits within one
+    base pixel; otherwise all tiles of the CRS's ground grid (origin 0, 0) that touch a raster, named PLACE@COLUMN_ROW
+    (evaluation keeps the tiles of a place together). Raises RasterRefused for an absurd number.
     """
     side = tile * gsd
     cores = [core for _, core in extents]
@@ -135,12 +148,14 @@ def tiles_of(place: str, head: Header, extents: Sequence[tuple], crs: CRS, tile:
         columns = range(math.floor((x0 + slack) / side), math.ceil((x1 - slack) / side))
         rows = range(math.floor((y0 + slack) / side), math.ceil((y1 - slack) / side))
         if len(columns) * len(rows) > MAX_TILES:
-            raise RasterRefused(f"the place would be cut into {len(columns)} x {len(rows)} tiles of {side:g} m; limit {MAX_TILES}")
+            raise RasterRefused(
+                f"the place would be cut into {len(columns)} x {len(rows)} tiles of {side:g} m; limit {MAX_TILES}"
+            )
         wanted.update((row, column) for row in rows for column in columns)
     if len(wanted) > MAX_TILES:
         raise RasterRefused(f"the place would be cut into {len(wanted)} tiles of {side:g} m; limit {MAX_TILES}")
     for row, column in sorted(wanted, key=lambda key: (-key[0], key[1])):
-        yield Tile(f"{place}_{column}_{row}", crs, column * side, (row + 1) * side, side)
+        yield Tile(f"{place}@{column}_{row}", crs, column * side, (row + 1) * side, side)
 
 
 def _same_grid(head: Header, crs: CRS, grid: Affine, size: int) -> tuple[int, int] | None:
@@ -157,10 +172,12 @@ def _same_grid(head: Header, crs: CRS, grid: Affine, size: int) -> tuple[int, in
 
 
 def _around(head: Header, tile: Tile, grid: Affine) -> Window | None:
-    """The part of the raster that can influence the tile, with a margin for the resampling kernel; None where it misses the raster."""
+    """The part of the raster that can influence the tile, with a margin for the resampling kernel; None where it
+    misses the raster.
+    """
     try:
         left, bottom, right, top = transform_bounds(tile.crs, head.crs, *tile.bounds, densify_pts=21)
-    except RasterioError:
+    except GDAL_ERRORS:
         return None  # the tile lies where the raster's CRS is not defined, hence not on the raster
     points = [at(~head.transform, *point) for point in ((left, bottom), (left, top), (right, bottom), (right, top))]
     if not all(math.isfinite(value) for point in points for value in point):
@@ -168,19 +185,26 @@ def _around(head: Header, tile: Tile, grid: Affine) -> Window | None:
     columns, rows = zip(*points)
     shrink = max(max(columns) - min(columns), max(rows) - min(rows)) / (tile.side / grid.a)
     margin = 2 + math.ceil(shrink)
-    first_column, last_column = max(0, math.floor(min(columns)) - margin), min(head.width, math.ceil(max(columns)) + margin)
+    first_column, last_column = (
+        max(0, math.floor(min(columns)) - margin),
+        min(head.width, math.ceil(max(columns)) + margin),
+    )
     first_row, last_row = max(0, math.floor(min(rows)) - margin), min(head.height, math.ceil(max(rows)) + margin)
     if first_column >= last_column or first_row >= last_row:
         return None
     return Window(first_column, first_row, last_column - first_column, last_row - first_row)
 
 
-def onto_tile(head: Header, tile: Tile, size: int, bands: int, read: Callable[[Window], np.ndarray], nearest: bool) -> np.ndarray | None:
-    """Brings a raster onto the tile's size x size grid: [bands, size, size], or None where it does not reach the tile.
+def onto_tile(
+    head: Header, tile: Tile, size: int, bands: int, read: Callable[[Window], np.ndarray], nearest: bool
+) -> np.ndarray | None:
+    """Brings a raster onto the tile's size x size grid: [bands, size, size], or None where it does not reach the
+    tile.
 
-    read(window) -> [bands, h, w]: float32 with NaN for bilinear resampling, int32 with -1 for nearest; the result has the same missing value.
-    Where the grids coincide, values are copied unchanged. Otherwise bilinear over the valid source pixels alone, each result weighted
-    by their share; where less than half of the weight is valid, the result is NaN.
+    read(window) -> [bands, h, w]: float32 with NaN for bilinear resampling, int32 with -1 for nearest; the result has
+    the same missing value. Where the grids coincide, values are copied unchanged. Otherwise bilinear over the valid
+    source pixels alone, each result weighted by their share; where less than half of the weight is valid, the result
+    is NaN.
     """
     grid, missing = tile.grid(size), -1 if nearest else np.nan
     out = np.full((bands, size, size), missing, np.int32 if nearest else np.float32)

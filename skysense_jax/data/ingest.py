@@ -1,28 +1,31 @@
 """Turns the rasters of one catalog place into records: inspect every file, lay the grid, read tile by tile.
 
-A file that cannot be used is refused with its reason and the rest of the place goes on without it. A file whose pixels turn out to be
-unreadable only while a tile is read raises :class:`BrokenFile`; the caller starts the place again without it, so that a record never
-depends on how far a broken file could be read.
+A file that cannot be used is refused with its reason and the rest of the place goes on without it. A file whose
+pixels turn out to be unreadable only while a tile is read raises :class:`BrokenFile`; the caller starts the place
+again without it, so that a record never depends on how far a broken file could be read.
 """
+
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Iterator, Mapping, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
 from skysense_jax.data.catalog import Row
 from skysense_jax.data.grid import Tile, crs_text, extent, onto_tile, place_crs, reference, tiles_of
 from skysense_jax.data.layers import Layer, duplicate_bands, inspect_classes, inspect_image, to_labels
-from skysense_jax.data.raster import BrokenFile, Files, RasterRefused, read_window
+from skysense_jax.data.raster import GDAL_ERRORS, BrokenFile, Files, RasterRefused, read_window
 from skysense_jax.data.report import REFUSED, USED, add_dates, file_entry
 from skysense_jax.data.units import convert
 from skysense_jax.sensors import NO_DATE, SENSORS, UNLABELLED
 
 
 class Settings(NamedTuple):
-    """What a build is asked for. tile: base pixels along a tile. gsd: metres of a base pixel. ratio: HR pixels along a base pixel. sensors: those of
-    the dataset. label_classes: order of the multi-hot label. root: the catalog's folder. max_pixels, max_upsample: limits of one file."""
+    """What a build is asked for. tile: base pixels along a tile. gsd: metres of a base pixel. ratio: HR pixels along
+    a base pixel. sensors: those of the dataset. label_classes: order of the multi-hot label. root: the catalog's
+    folder. max_pixels, max_upsample: limits of one file.
+    """
 
     tile: int
     gsd: float
@@ -41,7 +44,9 @@ class _Place(NamedTuple):
     labels: tuple[str, ...]
 
 
-def _inspect(rows: Sequence[Row], settings: Settings, files: Files, broken: Mapping[Path, str], report: dict[str, Any]) -> _Place:
+def _inspect(
+    rows: Sequence[Row], settings: Settings, files: Files, broken: Mapping[Path, str], report: dict[str, Any]
+) -> _Place:
     """Inspects every row of a place; refusals go into the report."""
     place = _Place({}, {}, [], tuple(name for row in rows if row.kind == "label" for name in row.classes))
     masks: list[tuple[Layer, int]] = []
@@ -52,12 +57,16 @@ def _inspect(rows: Sequence[Row], settings: Settings, files: Files, broken: Mapp
             if row.path in broken:
                 raise RasterRefused(broken[row.path])
             if row.kind == "image":
-                layer = inspect_image(row, files, settings.root, settings.gsd, settings.ratio, settings.max_pixels, settings.max_upsample)
+                layer = inspect_image(
+                    row, files, settings.root, settings.gsd, settings.ratio, settings.max_pixels, settings.max_upsample
+                )
                 same = place.images.setdefault(row.sensor, {}).setdefault(row.date, [])
                 twice = duplicate_bands(same, layer)
                 if twice:
                     when = "without a date" if row.date == NO_DATE else "on this date"
-                    raise RasterRefused(f"twice {when}: {','.join(twice)} of {row.sensor} already comes from row {same[0].row.number}")
+                    raise RasterRefused(
+                        f"twice {when}: {','.join(twice)} of {row.sensor} already comes from row {same[0].row.number}"
+                    )
                 same.append(layer)
             else:
                 layer = inspect_classes(row, files, settings.max_pixels)
@@ -75,12 +84,16 @@ def _inspect(rows: Sequence[Row], settings: Settings, files: Files, broken: Mapp
         if place.images.get(row.sensor, {}).get(row.date):
             place.masks.setdefault((row.sensor, row.date), []).append(layer)
         else:
-            report["files"][entry] = file_entry(row, REFUSED, reason=f"a mask without a usable {row.sensor} raster of the same date")
+            report["files"][entry] = file_entry(
+                row, REFUSED, reason=f"a mask without a usable {row.sensor} raster of the same date"
+            )
     return place
 
 
 def _drop_unlocated(place: _Place, crs: Any, report: dict[str, Any]) -> list[tuple]:
-    """Extents of the images in the place's CRS; an image that cannot be located there leaves the place and is refused."""
+    """Extents of the images in the place's CRS; an image that cannot be located there leaves the place and is
+    refused.
+    """
     extents = []
     for dates in place.images.values():
         for layers in dates.values():
@@ -94,19 +107,29 @@ def _drop_unlocated(place: _Place, crs: Any, report: dict[str, Any]) -> list[tup
     return extents
 
 
+def _onto_tile(
+    layer: Layer, tile: Tile, size: int, bands: int, read: Callable[[Any], np.ndarray], nearest: bool
+) -> np.ndarray | None:
+    try:
+        return onto_tile(layer.reading.header, tile, size, bands, read, nearest)
+    except GDAL_ERRORS as error:
+        raise BrokenFile(layer.row.path, f"cannot be brought onto the grid of {tile.name}: {error}") from error
+
+
 def _read_image(layer: Layer, tile: Tile, size: int, files: Files) -> np.ndarray | None:
     def read(window: Any) -> np.ndarray:
         return convert(*read_window(files, layer.reading, window), layer.conversion)
 
-    return onto_tile(layer.reading.header, tile, size, len(layer.columns), read, nearest=False)
+    return _onto_tile(layer, tile, size, len(layer.columns), read, nearest=False)
 
 
 def _read_classes(layer: Layer, tile: Tile, size: int, files: Files) -> np.ndarray | None:
     """[size, size] int32, -1 where there is no class."""
+
     def read(window: Any) -> np.ndarray:
         return to_labels(*read_window(files, layer.reading, window))
 
-    found = onto_tile(layer.reading.header, tile, size, 1, read, nearest=True)
+    found = _onto_tile(layer, tile, size, 1, read, nearest=True)
     return None if found is None else found[0]
 
 
@@ -120,7 +143,9 @@ def _clear(masks: Sequence[Layer], tile: Tile, size: int, files: Files) -> np.nd
     return clear
 
 
-def _sensor(name: str, place: _Place, tile: Tile, settings: Settings, files: Files, counts: dict[str, Any]) -> dict[str, np.ndarray]:
+def _sensor(
+    name: str, place: _Place, tile: Tile, settings: Settings, files: Files, counts: dict[str, Any]
+) -> dict[str, np.ndarray]:
     """The five features of one sensor in one tile."""
     sensor = SENSORS[name]
     size = settings.tile * (settings.ratio if sensor.grid == "hr" else 1)
@@ -157,8 +182,10 @@ def _sensor(name: str, place: _Place, tile: Tile, settings: Settings, files: Fil
         return np.stack(arrays) if arrays else np.zeros((0, *shape), dtype)
 
     return {
-        f"{name}_image": stack(images, (size, size, len(sensor.bands)), sensor.dtype), f"{name}_valid": stack(valids, (size, size), np.uint8),
-        f"{name}_clear": stack(clears, (size, size), np.uint8), f"{name}_measured": stack(measured, (len(sensor.bands),), np.uint8),
+        f"{name}_image": stack(images, (size, size, len(sensor.bands)), sensor.dtype),
+        f"{name}_valid": stack(valids, (size, size), np.uint8),
+        f"{name}_clear": stack(clears, (size, size), np.uint8),
+        f"{name}_measured": stack(measured, (len(sensor.bands),), np.uint8),
         f"{name}_date": np.array(dates, np.int32),
     }
 
@@ -179,14 +206,20 @@ def _label_map(place: _Place, tile: Tile, settings: Settings, files: Files) -> n
 def ingest_place(
     name: str, rows: Sequence[Row], settings: Settings, files: Files, broken: Mapping[Path, str], report: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """Yields the records of one catalog place, tile by tile (see data/spec.py for their features), and fills `report`.
+    """Yields the records of one catalog place, tile by tile (see data/spec.py for their features), and fills
+    `report`.
 
-    broken: files already known to fail while being read, with the reason. Raises BrokenFile for a new one; then `report` and what was yielded for
-    this place are void and the caller starts it again with the file in `broken`.
+    broken: files already known to fail while being read, with the reason. Raises BrokenFile for a new one; then
+    `report` and what was yielded for this place are void and the caller starts it again with the file in `broken`.
     """
     report["places"] += 1
     place = _inspect(rows, settings, files, broken, report)
-    heads = [(sensor, layer.reading.header) for sensor, dates in place.images.items() for layers in dates.values() for layer in layers]
+    heads = [
+        (sensor, layer.reading.header)
+        for sensor, dates in place.images.items()
+        for layers in dates.values()
+        for layer in layers
+    ]
     written = 0
     try:
         if heads:
@@ -203,17 +236,23 @@ def ingest_place(
                     yield record
     except BrokenFile:
         raise
-    except RasterRefused as error:  # the place as a whole: its reference raster cannot be located, or absurdly many tiles
+    except (
+        RasterRefused
+    ) as error:  # the place as a whole: its reference raster cannot be located, or absurdly many tiles
         for index, entry in enumerate(report["files"]):
             if entry["place"] == name and entry["status"] == USED:
                 report["files"][index] = {key: entry[key] for key in ("row", "place", "sensor", "path")} | {
-                    "status": REFUSED, "reason": f"place refused: {error}"}
+                    "status": REFUSED,
+                    "reason": f"place refused: {error}",
+                }
     report["tiles"] += written
     if not written:
         report["places_without_tiles"].append(name)
 
 
-def _record(place: _Place, tile: Tile, settings: Settings, files: Files, report: dict[str, Any]) -> dict[str, Any] | None:
+def _record(
+    place: _Place, tile: Tile, settings: Settings, files: Files, report: dict[str, Any]
+) -> dict[str, Any] | None:
     """One record, or None where no sensor has a valid pixel."""
     record: dict[str, Any] = {}
     for sensor in settings.sensors:
@@ -228,6 +267,11 @@ def _record(place: _Place, tile: Tile, settings: Settings, files: Files, report:
     report["mapped"] += bool((label_map != UNLABELLED).any())
     lon, lat = tile.lonlat()
     return record | {
-        "place": tile.name, "crs": crs_text(tile.crs), "lon": np.float64(lon), "lat": np.float64(lat),
-        "footprint": np.array(tile.bounds, np.float64), "label": label, "label_map": label_map,
+        "place": tile.name,
+        "crs": crs_text(tile.crs),
+        "lon": np.float64(lon),
+        "lat": np.float64(lat),
+        "footprint": np.array(tile.bounds, np.float64),
+        "label": label,
+        "label_map": label_map,
     }

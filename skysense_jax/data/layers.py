@@ -1,4 +1,7 @@
-"""Inspects one catalog row's file and says how to read it: which band is which, what is nodata, what the numbers mean."""
+"""Inspects one catalog row's file and says how to read it: which band is which, what is nodata, what the numbers
+mean.
+"""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -18,8 +21,9 @@ _COLOURS = {ColorInterp.red: "R", ColorInterp.green: "G", ColorInterp.blue: "B"}
 
 
 class Layer(NamedTuple):
-    """A usable file. columns: place of each read band in the sensor's table row. conversion: None for masks and label maps.
-    facts: what was decided, for the report."""
+    """A usable file. columns: place of each read band in the sensor's table row. conversion: None for masks and label
+    maps. facts: what was decided, for the report.
+    """
 
     row: Row
     reading: Reading
@@ -40,21 +44,28 @@ def _described(file: rasterio.DatasetReader, sensor: str) -> list[str | None]:
 
 
 def band_order(file: rasterio.DatasetReader, row: Row, alpha: int) -> tuple[list[int], list[str], str]:
-    """(1-based indexes to read, their canonical names, note). From the catalog, else the descriptions, else the colours; never by position.
+    """(1-based indexes to read, their canonical names, note). From the catalog, else the descriptions, else the
+    colours; never by position.
 
-    Raises RasterRefused for a wrong count, a contradiction between catalog and descriptions, or an order nobody states.
+    Raises RasterRefused for a wrong count, a contradiction between catalog and descriptions, or an order nobody
+    states.
     """
     sensor = SENSORS[row.sensor]
     described = _described(file, row.sensor)
     if row.bands:
         if len(row.bands) not in (file.count, file.count - (1 if alpha else 0)):
-            raise RasterRefused(f"has {file.count} bands, the catalog names {len(row.bands)} ({','.join(row.bands)}); name every band of the file in its "
-                                f"order, {SKIPPED_BAND!r} for one to skip")
+            raise RasterRefused(
+                f"has {file.count} bands, the catalog names {len(row.bands)} ({','.join(row.bands)}); name every "
+                f"band of the file in its "
+                f"order, {SKIPPED_BAND!r} for one to skip"
+            )
         pairs = [(index, name) for index, name in enumerate(row.bands, 1) if name != SKIPPED_BAND]
         wrong = [(index, name) for index, name in pairs if described[index - 1] not in (None, name)]
         if wrong:
-            raise RasterRefused(f"the catalog's band order {','.join(row.bands)} contradicts the file's band descriptions "
-                                f"{','.join(text or '?' for text in file.descriptions)}")
+            raise RasterRefused(
+                f"the catalog's band order {','.join(row.bands)} contradicts the file's band descriptions "
+                f"{','.join(text or '?' for text in file.descriptions)}"
+            )
         colours = [_COLOURS.get(file.colorinterp[index - 1]) for index, _ in pairs] if row.sensor == "hr" else []
         against = any(colour not in (None, name) for colour, (_, name) in zip(colours, pairs))
         note = "the catalog's band order is used; the file's colour interpretation says otherwise" if against else ""
@@ -66,26 +77,41 @@ def band_order(file: rasterio.DatasetReader, row: Row, alpha: int) -> tuple[list
     elif named and row.sensor == "hr" and {name for _, name in named} == set(sensor.bands):
         names, note = [name for _, name in named], "bands that are not red, green or blue were skipped"
     elif row.sensor == "hr" and {"R", "G", "B"} <= {_COLOURS.get(colour) for colour in file.colorinterp}:
-        named = [(index, _COLOURS[file.colorinterp[index - 1]]) for index in data if file.colorinterp[index - 1] in _COLOURS]
-        names, note = [name for _, name in named], "" if len(named) == len(data) else "bands that are not red, green or blue were skipped"
+        named = [
+            (index, _COLOURS[file.colorinterp[index - 1]]) for index in data if file.colorinterp[index - 1] in _COLOURS
+        ]
+        names, note = (
+            [name for _, name in named],
+            "" if len(named) == len(data) else "bands that are not red, green or blue were skipped",
+        )
     elif len(sensor.bands) == 1 and len(data) == 1:
         named, names, note = [(data[0], sensor.bands[0])], [sensor.bands[0]], ""
     else:
-        raise RasterRefused(f"has {file.count} bands whose order nobody states: band descriptions {list(file.descriptions)} do not name them; give the "
-                            f"catalog's bands column in file order (known: {', '.join(sensor.bands)})")
+        raise RasterRefused(
+            f"has {file.count} bands whose order nobody states: band descriptions {list(file.descriptions)} do not "
+            f"name them; give the "
+            f"catalog's bands column in file order (known: {', '.join(sensor.bands)})"
+        )
     if len(set(names)) != len(names):
-        raise RasterRefused(f"its band descriptions name a band twice: {','.join(names)}; give the catalog's bands column")
+        raise RasterRefused(
+            f"its band descriptions name a band twice: {','.join(names)}; give the catalog's bands column"
+        )
     return [index for index, _ in named], names, note
 
 
 def _coarse(head: Header, step: float, max_upsample: float) -> None:
     size = head.step * (111_320.0 if head.crs.is_geographic else head.crs.linear_units_factor[1])
     if size > step * max_upsample:
-        raise RasterRefused(f"pixels of about {size:.4g} m would be spread over a grid of {step:.4g} m: more than {max_upsample:g} times too coarse "
-                            "(--max-upsample)")
+        raise RasterRefused(
+            f"pixels of about {size:.4g} m would be spread over a grid of {step:.4g} m: more than {max_upsample:g} "
+            f"times too coarse "
+            "(--max-upsample)"
+        )
 
 
-def inspect_image(row: Row, files: Files, root: Path, gsd: float, ratio: int, max_pixels: int, max_upsample: float) -> Layer:
+def inspect_image(
+    row: Row, files: Files, root: Path, gsd: float, ratio: int, max_pixels: int, max_upsample: float
+) -> Layer:
     """Opens, checks and samples the raster of an image row. Raises RasterRefused."""
     sensor = SENSORS[row.sensor]
     file = files.get(row.path)
@@ -96,9 +122,13 @@ def inspect_image(row: Row, files: Files, root: Path, gsd: float, ratio: int, ma
     given = spread(row.nodata, file.count, indexes, "nodata") if row.nodata else None
     own = [None if row.drop_nodata else head.nodata[index - 1] for index in indexes]
     reading = Reading(
-        header=head, indexes=tuple(indexes), nodata=tuple(given or own),
-        # In 8-bit imagery 0 and 255 are also real values of one channel: only a pixel that has them in all channels is nodata, as in GDAL.
-        together=row.sensor == "hr", alpha=head.alpha if head.alpha not in indexes and not (row.bands and len(row.bands) == file.count) else 0,
+        header=head,
+        indexes=tuple(indexes),
+        nodata=tuple(given or own),
+        # In 8-bit imagery 0 and 255 are also real values of one channel: only a pixel that has them in all channels is
+        # nodata, as in GDAL.
+        together=row.sensor == "hr",
+        alpha=head.alpha if head.alpha not in indexes and not (row.bands and len(row.bands) == file.count) else 0,
         customary=sensor.nodata,
     )
     raw, valid = sample(files, reading)
@@ -125,7 +155,10 @@ def inspect_classes(row: Row, files: Files, max_pixels: int) -> Layer:
         raw, valid = sample(files, reading)
         values = raw[valid]
         if values.min() < 0 or values.max() > UNLABELLED:
-            raise RasterRefused(f"label values {values.min()} .. {values.max()}: 0..{UNLABELLED - 1} are stored ({UNLABELLED} = unlabelled); declare nodata")
+            raise RasterRefused(
+                f"label values {values.min()} .. {values.max()}: 0..{UNLABELLED - 1} are stored ({UNLABELLED} = "
+                f"unlabelled); declare nodata"
+            )
     return Layer(row, reading, (0,), None, {})
 
 

@@ -1,9 +1,11 @@
 """Finds the additive offset of a Sentinel-2 raster in metadata. Never from the acquisition date.
 
-Since processing baseline 04.00 ESA's digital numbers carry +1000: reflectance = (DN + OFFSET) / 10000 with OFFSET = -1000, given per band as
-BOA_ADD_OFFSET (L2A) or RADIO_ADD_OFFSET (L1C) in the product's MTD_MSI*.xml. Older scenes were reprocessed with it and many archives
-have removed it again, so a date says nothing (ESA, Sentinel-2 Products Specification Document; torchgeo issue 3224).
+Since processing baseline 04.00 ESA's digital numbers carry +1000: reflectance = (DN + OFFSET) / 10000 with OFFSET =
+-1000, given per band as BOA_ADD_OFFSET (L2A) or RADIO_ADD_OFFSET (L1C) in the product's MTD_MSI*.xml. Older scenes
+were reprocessed with it and many archives have removed it again, so a date says nothing (ESA, Sentinel-2 Products
+Specification Document; torchgeo issue 3224).
 """
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -22,7 +24,9 @@ _MAX_XML = 2**24
 
 
 def parse_xml(path: Path) -> ElementTree.Element:
-    """Root element of a small UTF-8 XML file without document type or entities (no entity bombs). Raises RasterRefused."""
+    """Root element of a small UTF-8 XML file without document type or entities (no entity bombs). Raises
+    RasterRefused.
+    """
     if path.stat().st_size > _MAX_XML:
         raise RasterRefused(f"{path.name} is larger than {_MAX_XML} bytes")
     data = path.read_bytes()
@@ -35,7 +39,9 @@ def parse_xml(path: Path) -> ElementTree.Element:
 
 
 def _product_file(path: Path, root: Path) -> Path | None:
-    """The product's metadata file: in the raster's folder, or at the top of the .SAFE folder it lies in; never above the catalog's root."""
+    """The product's metadata file: in the raster's folder, or at the top of the .SAFE folder it lies in; never above
+    the catalog's root.
+    """
     for folder in (path.parent, *path.parent.parents):
         if not folder.is_relative_to(root):
             return None
@@ -43,14 +49,17 @@ def _product_file(path: Path, root: Path) -> Path | None:
             continue
         found = [folder / name for name in PRODUCT_FILES if (folder / name).is_file()]
         if len(found) > 1:
-            raise RasterRefused(f"{folder.name} holds both {' and '.join(PRODUCT_FILES)}: give the offset in the catalog")
+            raise RasterRefused(
+                f"{folder.name} holds both {' and '.join(PRODUCT_FILES)}: give the offset in the catalog"
+            )
         if found:
             return found[0].resolve() if found[0].resolve().is_relative_to(root) else None
     return None
 
 
 def offsets_of_product(path: Path) -> dict[str, float] | None:
-    """Band -> offset from a product's MTD_MSI*.xml; all 0 where its baseline is older than 04.00; None where it does not say.
+    """Band -> offset from a product's MTD_MSI*.xml; all 0 where its baseline is older than 04.00; None where it does
+    not say.
 
     Raises RasterRefused where the quantification is not 10000.
     """
@@ -62,7 +71,9 @@ def offsets_of_product(path: Path) -> dict[str, float] | None:
     try:
         for name in ("BOA_QUANTIFICATION_VALUE", "QUANTIFICATION_VALUE"):
             if any(float(value) != QUANTIFICATION for _, value in texts.get(name, ()) if value):
-                raise RasterRefused(f"{path.name}: {name} is not {QUANTIFICATION:.0f}; give scale and offset in the catalog")
+                raise RasterRefused(
+                    f"{path.name}: {name} is not {QUANTIFICATION:.0f}; give scale and offset in the catalog"
+                )
         for name in TAGS:
             if name in texts:
                 return {bands[int(band)]: float(value) for band, value in texts[name] if band is not None}
@@ -82,11 +93,14 @@ def _from_tags(tags: Mapping[str, str], bands: Sequence[str], indexes: Sequence[
                 continue
             try:
                 values = [float(part) for part in text.replace(";", ",").replace(" ", ",").split(",") if part]
-                suffix = key[len(name):].strip("_")
+                suffix = key[len(name) :].strip("_")
                 if suffix and len(values) == 1:
                     found[band_name("s2", suffix)] = values[0]
                 elif not suffix and len(values) in (1, count):
-                    found |= {band: values[0] if len(values) == 1 else values[index - 1] for band, index in zip(bands, indexes)}
+                    found |= {
+                        band: values[0] if len(values) == 1 else values[index - 1]
+                        for band, index in zip(bands, indexes)
+                    }
                 else:
                     raise ValueError(f"{len(values)} values for {count} bands")
             except ValueError as error:
@@ -97,7 +111,9 @@ def _from_tags(tags: Mapping[str, str], bands: Sequence[str], indexes: Sequence[
 def known_offset(
     file: rasterio.DatasetReader, path: Path, root: Path, bands: Sequence[str], indexes: Sequence[int]
 ) -> tuple[list[float], str] | None:
-    """(offset in DN per band, where it was found), or None where metadata does not say. Raises RasterRefused on contradicting metadata."""
+    """(offset in DN per band, where it was found), or None where metadata does not say. Raises RasterRefused on
+    contradicting metadata.
+    """
     tags = _from_tags(file.tags(), bands, indexes, file.count)
     for band, index in zip(bands, indexes):
         tags |= _from_tags(file.tags(index), [band], [1], 1)
@@ -105,7 +121,10 @@ def known_offset(
     stated = offsets_of_product(product) if product is not None else None
     if tags and all(band in tags for band in bands):
         if stated and any(stated.get(band, tags[band]) != tags[band] for band in bands):
-            raise RasterRefused(f"the file's tags say offset {tags}, {product.name} says {stated}: settle it in the catalog's offset column")
+            raise RasterRefused(
+                f"the file's tags say offset {tags}, {product.name} says {stated}: settle it in the catalog's offset "
+                f"column"
+            )
         return [tags[band] for band in bands], "file tags"
     if stated is not None and all(band in stated for band in bands):
         return [stated[band] for band in bands], product.name

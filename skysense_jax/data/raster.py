@@ -1,11 +1,14 @@
 """Opens one raster file safely and reads windows of it with validity. Nothing here knows places or units.
 
-Guards, all before any pixel is allocated: driver allow-list, declared size, CRS, georeferencing, pixel type. GDAL's sidecar files are not
-opened (a .aux.xml or .ovr can point GDAL at other files), except an external mask (.msk), which is opened by us through the same
-allow-list. A sidecar that carries nodata or scaling is a refusal, because ignoring it would change values silently.
+Guards, all before any pixel is allocated: driver allow-list, declared size, CRS, georeferencing, pixel type. GDAL's
+sidecar files are not opened (a .aux.xml or .ovr can point GDAL at other files), except an external mask (.msk), which
+is opened by us through the same allow-list. A sidecar that carries nodata or scaling is a refusal, because ignoring
+it would change values silently.
 """
+
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
@@ -15,23 +18,31 @@ import rasterio
 from affine import Affine
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp, MaskFlags
-from rasterio.errors import NotGeoreferencedWarning, RasterioError, RasterioIOError
+from rasterio._err import CPLE_BaseError  # what PROJ and the warper raise directly; rasterio has no public name for it
+from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError, RasterioIOError
 from rasterio.windows import Window
 
-import warnings
-
 SIGNATURES = {
-    b"II*\x00": "GTiff", b"MM\x00*": "GTiff", b"II+\x00": "GTiff", b"MM\x00+": "GTiff",
-    b"\x00\x00\x00\x0cjP  ": "JP2OpenJPEG", b"\xff\x4f\xff\x51": "JP2OpenJPEG",
+    b"II*\x00": "GTiff",
+    b"MM\x00*": "GTiff",
+    b"II+\x00": "GTiff",
+    b"MM\x00+": "GTiff",
+    b"\x00\x00\x00\x0cjP  ": "JP2OpenJPEG",
+    b"\xff\x4f\xff\x51": "JP2OpenJPEG",
 }
-"""First bytes of a file -> the one GDAL driver it is opened with. Formats that are opened: GeoTIFF (COG is GeoTIFF) and JPEG 2000 (ESA's Sentinel-2 SAFE). Everything else is refused: VRT and ENVI headers can
-name other files, and rare drivers are where the memory errors of the last years were."""
+"""First bytes of a file -> the one GDAL driver it is opened with. Formats that are opened: GeoTIFF (COG is GeoTIFF)
+and JPEG 2000 (ESA's Sentinel-2 SAFE). Everything else is refused: VRT and ENVI headers can name other files, and rare
+drivers are where the memory errors of the last years were.
+"""
 
 MAX_PIXELS = 2**33
 """Default limit of width * height * bands a file may declare (a 10 m Sentinel-2 tile with 13 bands is 2**30.5)."""
 
 MAX_WINDOW_PIXELS = 2**27
 """Limit of width * height * bands read at once (512 MB as float32)."""
+
+GDAL_ERRORS = (RasterioError, CRSError, CPLE_BaseError)
+"""Everything GDAL and PROJ report through rasterio."""
 
 MAX_BANDS = 512
 _OPEN_FILES = 128
@@ -51,7 +62,9 @@ class BrokenFile(RasterRefused):
 
 
 class Header(NamedTuple):
-    """What a file declares. transform: pixel (column, row) -> (x, y). nodata: per band, None where unset. alpha: 1-based index or 0."""
+    """What a file declares. transform: pixel (column, row) -> (x, y). nodata: per band, None where unset. alpha:
+    1-based index or 0.
+    """
 
     path: Path
     width: int
@@ -67,12 +80,18 @@ class Header(NamedTuple):
     @property
     def step(self) -> float:
         """Side of a pixel in CRS units (the larger one)."""
-        return max(float(np.hypot(self.transform.a, self.transform.d)), float(np.hypot(self.transform.b, self.transform.e)))
+        return max(
+            float(np.hypot(self.transform.a, self.transform.d)), float(np.hypot(self.transform.b, self.transform.e))
+        )
 
 
 def gdal_settings(cache_mb: int = 64) -> rasterio.Env:
-    """GDAL for a worker: a bounded block cache, no sidecars, no directory listing, one thread (the processes are the parallelism)."""
-    return rasterio.Env(GDAL_CACHEMAX=cache_mb, GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR", GDAL_NUM_THREADS="1", PROJ_NETWORK="OFF")
+    """GDAL for a worker: a bounded block cache, no sidecars, no directory listing, one thread (the processes are the
+    parallelism).
+    """
+    return rasterio.Env(
+        GDAL_CACHEMAX=cache_mb, GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR", GDAL_NUM_THREADS="1", PROJ_NETWORK="OFF"
+    )
 
 
 def open_raster(path: Path) -> rasterio.DatasetReader:
@@ -84,8 +103,11 @@ def open_raster(path: Path) -> rasterio.DatasetReader:
         raise RasterRefused(f"cannot be read: {error}") from error
     driver = next((name for signature, name in SIGNATURES.items() if first.startswith(signature)), None)
     if driver is None:
-        raise RasterRefused("the file is empty" if not first else "neither a GeoTIFF nor a JPEG 2000 file (no other format is opened; convert it with "
-                            "`rio convert`)")
+        raise RasterRefused(
+            "the file is empty"
+            if not first
+            else "neither a GeoTIFF nor a JPEG 2000 file (no other format is opened; convert it with `rio convert`)"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)  # becomes a refusal in `header`
@@ -95,7 +117,9 @@ def open_raster(path: Path) -> rasterio.DatasetReader:
 
 
 class Files:
-    """Open handles, the least recently used closed first: a place can have more rasters than a process may open. One per process."""
+    """Open handles, the least recently used closed first: a place can have more rasters than a process may open. One
+    per process.
+    """
 
     def __init__(self, limit: int = _OPEN_FILES):
         self._limit, self._open = limit, OrderedDict()
@@ -123,13 +147,20 @@ def header(file: rasterio.DatasetReader, path: Path, catalog_nodata: bool, max_p
         raise RasterRefused(f"{file.count} bands; between 1 and {MAX_BANDS} are read")
     declared = file.width * file.height * file.count
     if declared > max_pixels:
-        raise RasterRefused(f"declares {file.width} x {file.height} x {file.count} = {declared:.3g} pixels, more than the limit {max_pixels:.3g} "
-                            "(--max-pixels)")
+        raise RasterRefused(
+            f"declares {file.width} x {file.height} x {file.count} = {declared:.3g} pixels, more than the limit "
+            f"{max_pixels:.3g} "
+            "(--max-pixels)"
+        )
     if file.crs is None:
         where = " (it has ground control points only: rectify it first)" if file.gcps[0] else ""
-        raise RasterRefused(f"no CRS{where}; write the right one into the file, for example `rio edit-info --crs EPSG:32631 FILE`")
+        raise RasterRefused(
+            f"no CRS{where}; write the right one into the file, for example `rio edit-info --crs EPSG:32631 FILE`"
+        )
     if not (file.crs.is_projected or file.crs.is_geographic):
-        raise RasterRefused(f"CRS {file.crs.to_string()[:60]!r} is neither projected nor geographic: it cannot be located on Earth")
+        raise RasterRefused(
+            f"CRS {file.crs.to_string()[:60]!r} is neither projected nor geographic: it cannot be located on Earth"
+        )
     if file.transform == Affine.identity() or file.transform.determinant == 0:
         raise RasterRefused("no georeferencing: the file has a CRS but no transform")
     dtypes = {np.dtype(name) for name in file.dtypes if not name.startswith("complex")}
@@ -140,19 +171,31 @@ def header(file: rasterio.DatasetReader, path: Path, catalog_nodata: bool, max_p
         with sidecar.open("rb") as stream:
             found = stream.read(2**22)
         if any(fact in found for fact in _SIDECAR_FACTS):
-            raise RasterRefused(f"{sidecar.name} holds nodata or scaling, and sidecars are not read: put them into the catalog "
-                                "(nodata, scale, offset; nodata=none if there is none)")
+            raise RasterRefused(
+                f"{sidecar.name} holds nodata or scaling, and sidecars are not read: put them into the catalog "
+                "(nodata, scale, offset; nodata=none if there is none)"
+            )
     alpha = next((index for index, colour in enumerate(file.colorinterp, 1) if colour == ColorInterp.alpha), 0)
     inside = any(MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags for flags in file.mask_flag_enums)
     return Header(
-        path=path, width=file.width, height=file.height, count=file.count, dtype=dtypes.pop(), crs=file.crs, transform=file.transform,
-        nodata=tuple(file.nodatavals), alpha=alpha, mask="inside" if inside else "beside" if _beside(path, ".msk").is_file() else "",
+        path=path,
+        width=file.width,
+        height=file.height,
+        count=file.count,
+        dtype=dtypes.pop(),
+        crs=file.crs,
+        transform=file.transform,
+        nodata=tuple(file.nodatavals),
+        alpha=alpha,
+        mask="inside" if inside else "beside" if _beside(path, ".msk").is_file() else "",
     )
 
 
 class Reading(NamedTuple):
-    """How a file's pixels become values with validity. indexes: 1-based bands to read. nodata: per index. together: a nodata value counts only
-    where all bands have it. alpha: band whose 0 is invalid, 0 = none. customary: the instrument's nodata value, on top of the file's."""
+    """How a file's pixels become values with validity. indexes: 1-based bands to read. nodata: per index. together: a
+    nodata value counts only where all bands have it. alpha: band whose 0 is invalid, 0 = none. customary: the
+    instrument's nodata value, on top of the file's.
+    """
 
     header: Header
     indexes: tuple[int, ...]
@@ -167,8 +210,12 @@ def read_window(files: Files, reading: Reading, window: Window) -> tuple[np.ndar
     head = reading.header
     pixels = int(window.width * window.height) * len(reading.indexes)
     if pixels > MAX_WINDOW_PIXELS:
-        raise BrokenFile(head.path, f"one tile needs {window.width:.0f} x {window.height:.0f} x {len(reading.indexes)} of its pixels at once, more "
-                                    f"than the limit {MAX_WINDOW_PIXELS:.3g}; resample the file or use smaller tiles")
+        raise BrokenFile(
+            head.path,
+            f"one tile needs {window.width:.0f} x {window.height:.0f} x {len(reading.indexes)} of its pixels at "
+            f"once, more "
+            f"than the limit {MAX_WINDOW_PIXELS:.3g}; resample the file or use smaller tiles",
+        )
     try:
         file = files.get(head.path)
         raw = file.read(list(reading.indexes), window=window)
@@ -179,7 +226,9 @@ def read_window(files: Files, reading: Reading, window: Window) -> tuple[np.ndar
             keep &= file.read_masks(1, window=window) > 0
         elif head.mask == "beside":
             keep &= _outer_mask(files, head, window)
-    except RasterioError as error:
+    except BrokenFile:
+        raise
+    except (*GDAL_ERRORS, RasterRefused) as error:
         raise BrokenFile(head.path, f"its pixels cannot be read (truncated or corrupt): {error}") from error
     valid = np.isfinite(raw) if raw.dtype.kind == "f" else np.ones(raw.shape, bool)
     hit = np.stack([_equals(band, value) for band, value in zip(raw, reading.nodata)])
@@ -192,7 +241,9 @@ def read_window(files: Files, reading: Reading, window: Window) -> tuple[np.ndar
 def _outer_mask(files: Files, head: Header, window: Window) -> np.ndarray:
     file = files.get(_beside(head.path, ".msk"))
     if (file.width, file.height) != (head.width, head.height):
-        raise BrokenFile(head.path, f"its mask file is {file.width} x {file.height}, the raster {head.width} x {head.height}")
+        raise BrokenFile(
+            head.path, f"its mask file is {file.width} x {file.height}, the raster {head.width} x {head.height}"
+        )
     return file.read(1, window=window) > 0
 
 
@@ -209,7 +260,8 @@ def _equals(band: np.ndarray, value: float | None) -> np.ndarray:
 
 
 def sample(files: Files, reading: Reading, side: int = 96) -> tuple[np.ndarray, np.ndarray]:
-    """Raw values [n, k] and validity from nine windows spread over the file; the whole file, window by window, until one has valid pixels.
+    """Raw values [n, k] and validity from nine windows spread over the file; the whole file, window by window, until
+    one has valid pixels.
 
     Raises RasterRefused where no pixel of the file is valid.
     """

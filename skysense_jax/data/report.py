@@ -1,22 +1,42 @@
 """The ingest report: counts that add up over places, and the tables printed from them."""
+
 from __future__ import annotations
 
 import datetime
 from typing import Any, Iterable, Mapping, Sequence
 
 REFUSED, USED = "refused", "used"
-_MAX_PRINTED = 40
+_MAX_PRINTED, _MAX_FILES = 30, 5
 
 
 def new_report(sensors: Sequence[str]) -> dict[str, Any]:
     """An empty report: plain JSON values, sums only, so that reports of parts add up.
 
-    sensors[x]: tiles with the sensor, acquisitions, dates_squared (sum over tiles of squared counts), dropped acquisitions (no valid pixel in a tile),
-    pixels / valid / clear over the stored acquisitions, first and last day. files: one entry per raster with what was decided.
+    sensors[x]: tiles with the sensor, acquisitions, dates_squared (sum over tiles of squared counts), dropped
+    acquisitions (no valid pixel in a tile), pixels / valid / clear over the stored acquisitions, first and last day.
+    files: one entry per raster with what was decided.
     """
-    per_sensor = {"tiles": 0, "acquisitions": 0, "dates_squared": 0, "dropped": 0, "pixels": 0, "valid": 0, "clear": 0, "first": None, "last": None}
-    return {"places": 0, "tiles": 0, "tiles_dropped": 0, "labelled": 0, "mapped": 0, "places_without_tiles": [],
-            "sensors": {name: dict(per_sensor) for name in sensors}, "files": []}
+    per_sensor = {
+        "tiles": 0,
+        "acquisitions": 0,
+        "dates_squared": 0,
+        "dropped": 0,
+        "pixels": 0,
+        "valid": 0,
+        "clear": 0,
+        "first": None,
+        "last": None,
+    }
+    return {
+        "places": 0,
+        "tiles": 0,
+        "tiles_dropped": 0,
+        "labelled": 0,
+        "mapped": 0,
+        "places_without_tiles": [],
+        "sensors": {name: dict(per_sensor) for name in sensors},
+        "files": [],
+    }
 
 
 def add_dates(entry: dict[str, Any], days: Iterable[int]) -> None:
@@ -48,18 +68,27 @@ def file_entry(row: Any, status: str, **facts: Any) -> dict[str, Any]:
 
 
 def summary(total: Mapping[str, Any]) -> dict[str, Any]:
-    """The report as places.json stores it: without the used files (files.jsonl has them), with counts of the decisions taken."""
+    """The report as places.json stores it: without the used files (files.jsonl has them), with counts of the
+    decisions taken.
+    """
     decisions: dict[str, int] = {}
     for entry in total["files"]:
         if entry["status"] == USED and "units" in entry:
             source = entry.get("offset_source") or entry.get("units_source")
-            offset = f", offset {'/'.join(f'{value:g}' for value in entry['offset_applied'])}" if "offset_applied" in entry else ""
+            offset = (
+                f", offset {'/'.join(f'{value:g}' for value in entry['offset_applied'])}"
+                if "offset_applied" in entry
+                else ""
+            )
             key = f"{entry['sensor']}: {entry['units']}{offset}" + (f" ({source})" if source else "")
             decisions[key] = decisions.get(key, 0) + 1
     refused = [entry for entry in total["files"] if entry["status"] == REFUSED]
     rest = {key: value for key, value in total.items() if key != "files"}
-    return rest | {"files": {"used": len(total["files"]) - len(refused), "refused": len(refused)}, "decisions": dict(sorted(decisions.items())),
-                   "refused": refused}
+    return rest | {
+        "files": {"used": len(total["files"]) - len(refused), "refused": len(refused)},
+        "decisions": dict(sorted(decisions.items())),
+        "refused": refused,
+    }
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -73,26 +102,64 @@ def _day(day: int | None) -> str:
 
 def render(report: Mapping[str, Any]) -> str:
     """The report of :func:`summary` as text: counts, dates per sensor, nodata, decisions, refusals with reasons."""
-    lines = [f"places {report['places']}   tiles {report['tiles']}   tiles without a valid pixel, dropped {report['tiles_dropped']}   "
-             f"with scene label {report['labelled']}   with label map {report['mapped']}",
-             f"files used {report['files']['used']}, refused {report['files']['refused']}", ""]
+    lines = [
+        f"places {report['places']}   tiles {report['tiles']}   tiles without a valid pixel, dropped "
+        f"{report['tiles_dropped']}   "
+        f"with scene label {report['labelled']}   with label map {report['mapped']}",
+        f"files used {report['files']['used']}, refused {report['files']['refused']}",
+        "",
+    ]
     rows = []
     for name, entry in report["sensors"].items():
         tiles, count, pixels = entry["tiles"], entry["acquisitions"], entry["pixels"]
         mean = count / tiles if tiles else 0.0
         spread = max(0.0, entry["dates_squared"] / tiles - mean**2) ** 0.5 if tiles else 0.0
-        rows.append((name, tiles, f"{mean:.1f} +- {spread:.1f}", _day(entry["first"]), _day(entry["last"]),
-                     f"{100 * (1 - entry['valid'] / pixels):.1f}" if pixels else "-", f"{100 * entry['clear'] / pixels:.1f}" if pixels else "-",
-                     entry["dropped"]))
+        rows.append(
+            (
+                name,
+                tiles,
+                f"{mean:.1f} +- {spread:.1f}",
+                _day(entry["first"]),
+                _day(entry["last"]),
+                f"{100 * (1 - entry['valid'] / pixels):.1f}" if pixels else "-",
+                f"{100 * entry['clear'] / pixels:.1f}" if pixels else "-",
+                entry["dropped"],
+            )
+        )
     lines += _table(("sensor", "tiles", "dates/tile", "first", "last", "nodata %", "clear %", "dropped dates"), rows)
     if report["decisions"]:
-        lines += ["", "what the numbers were taken for (files):"] + [f"  {count:6d}  {key}" for key, count in report["decisions"].items()]
+        lines += ["", "what the numbers were taken for (files):"] + [
+            f"  {count:6d}  {key}" for key, count in report["decisions"].items()
+        ]
     if report["places_without_tiles"]:
         names = report["places_without_tiles"]
-        lines += ["", f"places without anything usable: {len(names)} ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})"]
-    if report["refused"]:
-        lines += ["", "refused:"] + _table(("row", "place", "sensor", "path", "reason"), [
-            (entry["row"], entry["place"], entry["sensor"], entry["path"], entry["reason"]) for entry in report["refused"][:_MAX_PRINTED]])
-        if len(report["refused"]) > _MAX_PRINTED:
-            lines.append(f"... and {len(report['refused']) - _MAX_PRINTED} more")
-    return "\n".join(lines)
+        lines += [
+            "",
+            f"places without anything usable: {len(names)} "
+            f"({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})",
+        ]
+    return "\n".join(lines + _refusals(report["refused"]))
+
+
+def _refusals(refused: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One block per reason: how many files, a few of them. The hint of a reason differs from file to file and is
+    shown for the first.
+    """
+    grouped: dict[str, list[Mapping[str, Any]]] = {}
+    for entry in refused:
+        grouped.setdefault(entry["reason"].partition(" Hint only:")[0], []).append(entry)
+    lines = ["", f"refused ({len(refused)}):"] if refused else []
+    for entries in list(grouped.values())[:_MAX_PRINTED]:
+        lines.append(f"  {len(entries)} x {entries[0]['reason']}")
+        lines += [
+            "      " + line
+            for line in _table(
+                ("row", "place", "sensor", "path"),
+                [(entry["row"], entry["place"], entry["sensor"], entry["path"]) for entry in entries[:_MAX_FILES]],
+            )
+        ]
+        if len(entries) > _MAX_FILES:
+            lines.append(f"      ... and {len(entries) - _MAX_FILES} more of this reason")
+    if len(grouped) > _MAX_PRINTED:
+        lines.append(f"  ... and {len(grouped) - _MAX_PRINTED} more reasons (all are in files.jsonl)")
+    return lines

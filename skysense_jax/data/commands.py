@@ -1,0 +1,171 @@
+"""`skysense-jax data build | check | catalog | stats`: arguments, printing and exit statuses; the work is in the
+modules they call.
+
+Exit status: 0 done, 78 the catalog, an option or the target folder cannot be used (restarting will not help), 1 a
+worker died (run again).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any, Callable
+
+from skysense_jax.data import builder, draft, report, statistics
+from skysense_jax.data.catalog import CatalogError
+from skysense_jax.data.parts import write_atomically
+
+DONE, FAILED, BAD_CONFIGURATION = 0, 1, 78
+
+
+def _guarded(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    def guarded(args: argparse.Namespace) -> int:
+        try:
+            return run(args)
+        except (CatalogError, builder.BuildError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return BAD_CONFIGURATION
+        except builder.WorkerDied as error:
+            print(f"error: {error}", file=sys.stderr)
+            return FAILED
+
+    return guarded
+
+
+def _options(args: argparse.Namespace) -> builder.Options:
+    sensors = tuple(name.strip() for name in args.sensors.split(",") if name.strip())
+    return builder.Options(
+        args.tile, args.gsd, args.ratio, sensors, args.holdout, args.shard_places, args.max_pixels, args.max_upsample
+    )
+
+
+def _workers(args: argparse.Namespace) -> int:
+    if args.workers is not None and args.workers < 1:
+        raise builder.BuildError(f"--workers {args.workers}: at least 1")
+    return args.workers or len(os.sched_getaffinity(0))
+
+
+def run_build(args: argparse.Namespace) -> int:
+    """Builds or continues a dataset and prints its report."""
+    meta, worked = builder.build(args.catalog, args.out, _options(args), _workers(args))
+    if not worked:
+        print(f"{args.out} is complete (dataset {meta['dataset_id'][:12]}): nothing to do")
+        return DONE
+    print(report.render(meta["report"]))
+    splits = ", ".join(f"{name} {count}" for name, count in meta["splits"].items())
+    print(
+        f"\n{'SYNTHETIC ' if meta['synthetic'] else ''}dataset {meta['dataset_id'][:12]} in {args.out}: tiles "
+        f"{splits}; "
+        f"per-file decisions in {Path(args.out) / builder.FILES}"
+    )
+    return DONE
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """Prints the report a build would give, writing nothing."""
+    found = builder.check(args.catalog, _options(args), _workers(args))
+    print(report.render(found))
+    return DONE if found["tiles"] else BAD_CONFIGURATION
+
+
+def run_catalog(args: argparse.Namespace) -> int:
+    """Writes a drafted catalog and prints what is left to fill in."""
+    out = Path(args.out) if args.out else Path(args.dir) / "places.csv"
+    if out.exists():
+        raise CatalogError(f"{out} exists: a draft never overwrites a catalog; choose another --out or delete it")
+    if not Path(args.dir).resolve().is_relative_to(out.parent.resolve()):
+        raise CatalogError(
+            f"{out} must lie in {args.dir} or in a folder above it: paths in a catalog are relative to its folder"
+        )
+    found = draft.draft(args.dir, args.place_by)
+    prefix = Path(args.dir).resolve().relative_to(out.parent.resolve())
+    rows = [row | {"path": (prefix / row["path"]).as_posix()} for row in found.rows]
+    write_atomically(out, draft.to_csv(rows).encode())
+    print(draft.render(found))
+    print(
+        f"\ndraft written to {out}: check it, fill in what is listed, then run `skysense-jax data check --catalog "
+        f"{out}`"
+    )
+    return DONE
+
+
+def run_stats(args: argparse.Namespace) -> int:
+    """Computes and stores per-band statistics."""
+    print(statistics.render(statistics.compute(args.dir, args.clear_only)))
+    print(f'\nstored in {Path(args.dir) / builder.META} under "statistics"')
+    return DONE
+
+
+def _reading_arguments(parser: argparse.ArgumentParser) -> None:
+    default = builder.Options()
+    parser.add_argument(
+        "--catalog", required=True, help="CSV or GeoParquet, one row per raster; paths relative to its folder"
+    )
+    parser.add_argument(
+        "--tile", type=int, default=default.tile, help=f"side of a place in base pixels (default {default.tile})"
+    )
+    parser.add_argument(
+        "--gsd", type=float, default=default.gsd, help=f"metres of a base pixel (default {default.gsd:g})"
+    )
+    parser.add_argument(
+        "--ratio", type=int, default=default.ratio, help=f"HR pixels along a base pixel (default {default.ratio})"
+    )
+    parser.add_argument("--sensors", default="", help="comma list; default: all in the catalog")
+    parser.add_argument(
+        "--holdout",
+        type=float,
+        default=default.holdout,
+        help=f"share of places held out as test where the catalog has no split (default {default.holdout})",
+    )
+    parser.add_argument(
+        "--shard-places",
+        type=int,
+        default=default.shard_places,
+        help=f"catalog places per shard file (default {default.shard_places})",
+    )
+    parser.add_argument(
+        "--max-pixels", type=int, default=default.max_pixels, help="refuse files that declare more width*height*bands"
+    )
+    parser.add_argument(
+        "--max-upsample",
+        type=float,
+        default=default.max_upsample,
+        help=f"refuse pixels this many times coarser than their grid (default {default.max_upsample:g})",
+    )
+    parser.add_argument("--workers", type=int, default=None, help="processes (default: all cores)")
+
+
+def add_parsers(subparsers: Any) -> None:
+    """Adds build, check, catalog and stats to the `data` commands; the namespace carries `run`, a function of it that
+    returns the exit status.
+    """
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        parser = subparsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        parser.set_defaults(run=_guarded(run))
+        return parser
+
+    build = add(
+        "build",
+        run_build,
+        "read the rasters of a catalog into a TFDS dataset of places (continues where it was stopped)",
+    )
+    _reading_arguments(build)
+    build.add_argument("--out", required=True, help="folder of the dataset")
+    _reading_arguments(
+        add("check", run_check, "read all rasters of a catalog and print the ingest report without writing anything")
+    )
+    catalog = add("catalog", run_catalog, "draft a catalog from a folder of rasters and list what you must fill in")
+    catalog.add_argument("dir", help="folder to look through")
+    catalog.add_argument("--out", default="", help="catalog to write (default: DIR/places.csv)")
+    catalog.add_argument(
+        "--place-by",
+        choices=("folder", "stem"),
+        default="folder",
+        help="one place per folder, or per file name without date, band and sensor words",
+    )
+    stats = add("stats", run_stats, "compute per-band statistics of a dataset's train split and store them with it")
+    stats.add_argument("dir", help="folder that `data build` wrote")
+    stats.add_argument("--clear-only", action="store_true", help="only pixels the mask layers call clear")

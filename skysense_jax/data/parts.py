@@ -1,0 +1,119 @@
+"""Writes one part of a dataset: the records of a fixed group of places in one ArrayRecord file with a JSON sidecar,
+atomically.
+
+Both are written under a temporary name, synced and renamed, the sidecar last: a part with a sidecar is complete,
+whatever happened to the process afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from skysense_jax.data.catalog import Row
+from skysense_jax.data.ingest import Settings, ingest_place
+from skysense_jax.data.raster import BrokenFile, Files, gdal_settings
+from skysense_jax.data.report import merge, new_report
+from skysense_jax.data.spec import record_features
+
+WRITER_OPTIONS = "group_size:1"  # one record per chunk: random access reads one record and no more
+
+
+class Unit(NamedTuple):
+    """The places of one part, in order."""
+
+    name: str
+    split: str
+    places: tuple[tuple[str, tuple[Row, ...]], ...]
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file so that it is either absent (or the old one) or complete, also after a crash."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    move(temporary, path)
+
+
+def move(source: Path, target: Path) -> None:
+    """Renames within one file system and makes the renaming itself durable."""
+    os.replace(source, target)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def encode(value: Any) -> bytes:
+    """JSON with sorted keys: equal values are equal bytes."""
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+
+
+@functools.lru_cache(maxsize=1)
+def features_of(settings: Settings) -> tfds.features.FeaturesDict:
+    """The features of the dataset's records, made once per process."""
+    return record_features(settings.sensors, settings.tile, settings.ratio, len(settings.label_classes))
+
+
+def _records(unit: Unit, settings: Settings, broken: dict[Path, str], report: dict[str, Any]) -> Iterator[bytes]:
+    features = features_of(settings)
+    with gdal_settings(), contextlib.closing(Files()) as files:
+        for place, rows in unit.places:
+            part = new_report(settings.sensors)
+            for record in ingest_place(place, rows, settings, files, broken, part):
+                yield features.serialize_example(record)
+            merge(report, part)
+
+
+def run_unit(unit: Unit, settings: Settings, folder: Path | None, key: str) -> dict[str, Any]:
+    """Ingests one unit, writes its part and sidecar into `folder` (None: only reads), returns the sidecar's content.
+
+    {"key", "length": records, "bytes", "sha256" over the records, "places", "report"}. A file that fails while being
+    read is taken out and the unit starts over.
+    """
+    broken: dict[Path, str] = {}
+    while True:
+        report, digest, length, size = new_report(settings.sensors), hashlib.sha256(), 0, 0
+        temporary = folder and folder / f".{unit.name}.tmp-{os.getpid()}"
+        writer = ArrayRecordWriter(str(temporary), WRITER_OPTIONS) if temporary else None
+        try:
+            for record in _records(unit, settings, broken, report):
+                digest.update(len(record).to_bytes(8, "little") + record)
+                length, size = length + 1, size + len(record)
+                if writer:
+                    writer.write(record)
+            break
+        except BrokenFile as error:
+            broken[error.path] = error.reason
+        finally:
+            if writer:
+                writer.close()
+    done = {
+        "key": key,
+        "length": length,
+        "bytes": size,
+        "sha256": digest.hexdigest(),
+        "places": len(unit.places),
+        "report": report,
+    }
+    if temporary:
+        if length:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            move(temporary, folder / f"{unit.name}.array_record")
+        else:
+            temporary.unlink()
+        write_atomically(folder / f"{unit.name}.json", encode(done))
+    return done

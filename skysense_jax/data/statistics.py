@@ -1,0 +1,135 @@
+"""Per-band mean and standard deviation of a built dataset's train split, over valid pixels only, in stored units."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Iterator
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
+from tqdm import tqdm
+
+from skysense_jax.data.builder import META, NAME, BuildError
+from skysense_jax.data.parts import write_atomically
+from skysense_jax.data.spec import record_features
+from skysense_jax.sensors import SENSORS
+
+
+class Moments:
+    """Running count, mean and sum of squared deviations per band in float64 (Chan, Golub & LeVeque's pairwise update:
+    no cancellation).
+    """
+
+    def __init__(self, bands: int):
+        self.n, self.mean, self.squares = (np.zeros(bands) for _ in range(3))
+
+    def add(self, band: int, values: np.ndarray) -> None:
+        """values: any shape."""
+        if not values.size:
+            return
+        values = values.astype(np.float64)
+        mean, total = values.mean(), self.n[band] + values.size
+        apart = mean - self.mean[band]
+        self.squares[band] += ((values - mean) ** 2).sum() + apart**2 * self.n[band] * values.size / total
+        self.mean[band] += apart * values.size / total
+        self.n[band] = total
+
+    def std(self) -> np.ndarray:
+        return np.sqrt(self.squares / np.maximum(self.n, 1))
+
+
+def _train_records(folder: Path, meta: dict[str, Any]) -> Iterator[bytes]:
+    shards = sorted(folder.glob(f"{NAME}-train.array_record-*"))
+    found = 0
+    for shard in shards:
+        reader = ArrayRecordReader(str(shard))
+        try:
+            for index in range(reader.num_records()):
+                found += 1
+                yield reader.read([index])[0]
+        finally:
+            reader.close()
+    if found != meta["splits"].get("train", 0):
+        raise BuildError(
+            f"{folder} has {found} train records in {len(shards)} shards, {META} says {meta['splits'].get('train', 0)}"
+        )
+
+
+def compute(folder: str | Path, clear_only: bool = False, progress: bool = True) -> dict[str, dict[str, Any]]:
+    """Computes the statistics and stores them in places.json under "statistics"; returns them.
+
+    sensor -> {"mean", "std", "n": per band of the sensor's table row, "unit", "date", "sha256" of the records read,
+    "source", "unmeasured": bands without a pixel, which keep the table's values}. Pixels count where x_valid is 1 and
+    the band was measured at that date; with clear_only also x_clear must be 1. Raises BuildError where `folder` is no
+    complete dataset or has no train split.
+    """
+    folder = Path(folder)
+    if not (folder / META).is_file():
+        raise BuildError(f"{folder} is not a complete dataset: no {META} (build it with `skysense-jax data build`)")
+    meta = json.loads((folder / META).read_bytes())
+    if not meta["splits"].get("train"):
+        raise BuildError(f"{folder} has no train split: statistics come from training places only")
+    features = record_features(meta["sensors"], meta["tile"], meta["ratio"], len(meta["label_classes"]))
+    moments = {name: Moments(len(SENSORS[name].bands)) for name in meta["sensors"]}
+    digest = hashlib.sha256()
+    for data in tqdm(
+        _train_records(folder, meta),
+        total=meta["splits"]["train"],
+        unit="place",
+        desc="statistics",
+        disable=not progress,
+    ):
+        digest.update(len(data).to_bytes(8, "little") + data)
+        _add(features.deserialize_example_np(data), moments, clear_only)
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    statistics = {
+        name: _entry(name, found, meta, today, digest.hexdigest(), clear_only) for name, found in moments.items()
+    }
+    write_atomically(
+        folder / META, (json.dumps(meta | {"statistics": statistics}, indent=1, sort_keys=True) + "\n").encode()
+    )
+    return statistics
+
+
+def _add(record: dict[str, np.ndarray], moments: dict[str, Moments], clear_only: bool) -> None:
+    for name, found in moments.items():
+        use = record[f"{name}_valid"].astype(bool)
+        if clear_only:
+            use &= record[f"{name}_clear"].astype(bool)
+        for image, pixels, measured in zip(record[f"{name}_image"], use, record[f"{name}_measured"]):
+            for band in np.flatnonzero(measured):
+                found.add(band, image[..., band][pixels])
+
+
+def _entry(
+    name: str, found: Moments, meta: dict[str, Any], today: str, sha256: str, clear_only: bool
+) -> dict[str, Any]:
+    row, std = SENSORS[name], found.std()
+    usable = (found.n > 1) & (std > 0)  # a band that never varies cannot be normalised by its own deviation
+    pixels = "valid and clear" if clear_only else "valid"
+    synthetic = "SYNTHETIC data, " if meta["synthetic"] else ""
+    return {
+        "mean": np.where(usable, found.mean, row.mean).tolist(),
+        "std": np.where(usable, std, row.std).tolist(),
+        "n": [int(count) for count in found.n],
+        "unit": row.unit,
+        "date": today,
+        "sha256": sha256,
+        "unmeasured": [band for band, good in zip(row.bands, usable) if not good],
+        "source": f"{synthetic}{pixels} pixels of the train split of dataset {meta['dataset_id'][:12]}, {today}; "
+        f"bands without data: {row.source}",
+    }
+
+
+def render(statistics: dict[str, dict[str, Any]]) -> str:
+    """The statistics as a table."""
+    lines = []
+    for name, entry in statistics.items():
+        lines.append(f"{name} ({entry['unit']})")
+        for band, mean, std, count in zip(SENSORS[name].bands, entry["mean"], entry["std"], entry["n"]):
+            own = "   (no data: the table's values)" if band in entry["unmeasured"] else ""
+            lines.append(f"  {band:7s} mean {mean:12.4f}   std {std:12.4f}   n {count:,}{own}")
+    return "\n".join(lines)
