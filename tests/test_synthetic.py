@@ -1,4 +1,4 @@
-"""Synthetic places: the same bytes from the same seed, a catalog the ingest accepts, physics that a remote-sensing person would accept."""
+"""Synthetic places: the same bytes from the same seed, a catalog the ingest accepts, physics one can accept."""
 import csv
 import filecmp
 from pathlib import Path

@@ -1,8 +1,9 @@
-"""`skysense-jax data preview`: one place of a dataset as a picture, the way a remote-sensing person looks at it before trusting it.
+"""`skysense-jax data preview`: one place as a picture, as a remote-sensing person looks at it before trusting it.
 
-Fixed stretches (never per image), so that two places can be compared: Sentinel-2 true colour shows reflectance 0..0.25, Sentinel-1 shows VV,
-VH and VV-VH in fixed dB ranges, the surface model is shaded relief over the place's own height range. Invalid pixels are
-hatched, the share of clear pixels stands over every date, and synthetic data says so in the picture.
+Fixed stretches (never per image), so that two places can be compared: Sentinel-2 true colour shows reflectance 0..0.25,
+Sentinel-1 shows VV, VH and VV-VH in fixed dB ranges, the surface model is shaded relief over the place's own height
+range. Invalid pixels are hatched, the share of clear pixels stands over every date, and synthetic data says so in the
+picture.
 """
 from __future__ import annotations
 
@@ -21,14 +22,17 @@ from skysense_jax.sensors import NO_DATE, SENSORS, UNLABELLED
 _LARGE, _SMALL, _GAP, _TEXT, _MOST_DATES = 384, 144, 10, 18, 8
 _TRUE_COLOUR = ("B04", "B03", "B02")
 _COVER_COLOURS = {
-    "water": (40, 100, 200), "forest": (20, 100, 40), "trees": (20, 100, 40), "grassland": (150, 200, 90), "rangeland": (150, 200, 90),
+    "water": (40, 100, 200), "forest": (20, 100, 40), "trees": (20, 100, 40), "grassland": (150, 200, 90), "rangeland": (200, 205, 140),
     "cropland": (230, 180, 80), "crops": (230, 180, 80), "built-up": (200, 40, 40), "built": (200, 40, 40), "bare": (180, 165, 145),
 }
-_OTHER_COLOURS = ((120, 60, 160), (60, 180, 180), (240, 120, 160), (120, 120, 60), (90, 90, 220), (240, 240, 120), (70, 70, 70), (0, 160, 110))
+_OTHER_COLOURS = (
+    (120, 60, 160), (60, 180, 180), (240, 120, 160), (120, 120, 60), (90, 90, 220), (240, 240, 120), (70, 70, 70), (0, 160, 110),
+)
 
 
 def read_place(folder: str | Path, place: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(record, metadata) of one place of a built dataset. `place`: its id, or its number over the train places, then the test places.
+    """(record, metadata) of one place of a built dataset. `place`: its id, or its number over the train places, then
+    the test places.
 
     Raises ValueError naming the folder where the place is not in it or where the folder is not a dataset of ours.
     """
@@ -80,7 +84,8 @@ def radar_colour(image: np.ndarray) -> np.ndarray:
 
 
 def hillshade(height: np.ndarray, step: float) -> np.ndarray:
-    """Heights [H, W] in metres on pixels of `step` metres -> uint8[H, W, 3]: relief lit from the north-west, tinted by relative height."""
+    """Heights [H, W] in metres on pixels of `step` metres -> uint8[H, W, 3]: relief lit from the north-west, tinted by
+    relative height."""
     dy, dx = np.gradient(height.astype(np.float32), step)
     norm = np.sqrt(dx**2 + dy**2 + 1)
     # Sun in the north-west, 45 degrees high: unit vector (east, south, up) = (-0.5, -0.5, 0.707); the normal is (-dx, -dy, 1).
@@ -115,13 +120,14 @@ def draw(record: Mapping[str, Any], meta: Mapping[str, Any]) -> Image.Image:
     """Picture of one record: HR, surface model and label map above; then one row of dates per series sensor."""
     names = [name for name in SENSORS if f"{name}_image" in record]
     series = [name for name in names if SENSORS[name].dated]
-    width = max(3 * (_LARGE + _GAP) + 170, _MOST_DATES * (_SMALL + _GAP)) + _GAP
+    width = max(3 * (_LARGE + _GAP) + 190, _MOST_DATES * (_SMALL + _GAP)) + _GAP
     height = 50 + _TEXT + _LARGE + _GAP + len(series) * (_SMALL + 2 * _TEXT + _GAP)
     canvas = Image.new("RGB", (width, height), (250, 250, 250))
     pen, font = ImageDraw.Draw(canvas), _font()
     labels = [name for name, on in zip(meta["label_classes"], record["label"]) if on]
-    pen.text((_GAP, 8), f"{_text(record['place'])}   {', '.join(labels) or 'no label'}   lon {float(record['lon']):.4f} lat {float(record['lat']):.4f}   "
-             f"{_text(record['crs'])[:24]}   tile {meta['tile']} px of {meta['gsd']:g} m", (0, 0, 0), font)
+    where = f"lon {float(record['lon']):.4f} lat {float(record['lat']):.4f}   {_text(record['crs'])[:24]}"
+    title = f"{_text(record['place'])}   {', '.join(labels) or 'no label'}   {where}   tile {meta['tile']} px of {meta['gsd']:g} m"
+    pen.text((_GAP, 8), title, (0, 0, 0), font)
     if meta["synthetic"]:
         pen.rectangle((width - 130, 4, width - 8, 28), fill=(200, 30, 30))
         pen.text((width - 112, 9), "SYNTHETIC", (255, 255, 255), _font())
@@ -171,7 +177,7 @@ def _legend(pen: ImageDraw.ImageDraw, font: Any, at: tuple[int, int], cover: np.
     for key, colour in [*cover_colours(classes).items(), (UNLABELLED, (235, 235, 235))]:
         share = float((cover == key).mean())
         pen.rectangle((left, top, left + 14, top + 14), fill=colour, outline=(120, 120, 120))
-        pen.text((left + 20, top), f"{classes.get(key, 'unlabelled')[:16]} {share:.0%}", (0, 0, 0), font)
+        pen.text((left + 20, top), f"{classes.get(key, 'unlabelled')[:20]} {share:.0%}", (0, 0, 0), font)
         top += 19
 
 
@@ -189,7 +195,8 @@ def _series(canvas: Image.Image, pen: ImageDraw.ImageDraw, font: Any, top: int, 
 
 
 def preview(folder: str | Path, place: str, out: str | Path) -> Path:
-    """Writes the picture of one place of the dataset `folder` to the PNG `out` and returns its path. ValueError as :func:`read_place`."""
+    """Writes the picture of one place of the dataset `folder` to the PNG `out` and returns its path. ValueError as
+    :func:`read_place`."""
     record, meta = read_place(folder, place)
     out = Path(out)
     if out.suffix.lower() != ".png":
@@ -205,7 +212,8 @@ def _run_preview(args: argparse.Namespace) -> int:
 
 
 def add_parsers_preview(subparsers: Any) -> None:
-    """Adds `preview` to the `data` commands; the parsed namespace carries `run`, a function of the namespace that returns the exit status."""
+    """Adds `preview` to the `data` commands; the parsed namespace carries `run`, a function of the namespace that
+    returns the exit status."""
     parser = subparsers.add_parser("preview", help="draw one place of a built dataset as a PNG")
     parser.add_argument("dir", help="folder that `data build` wrote")
     parser.add_argument("--place", default="0", help="id of the place, or its number (train places first)")

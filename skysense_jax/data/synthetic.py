@@ -1,9 +1,9 @@
-"""`skysense-jax data synth`: writes synthetic places as GeoTIFFs plus a catalog, so that they go through the same ingest as real rasters.
+"""`skysense-jax data synth`: writes synthetic places as GeoTIFFs plus a catalog, for the same ingest as real rasters.
 
-Place `i` of seed `s` is drawn from its own generator seeded by [s, i]: the files are the same bytes whatever the number of workers. Every
-raster carries the tag SKYSENSE_SYNTHETIC=1 and the folder has a file SYNTHETIC.txt. As in real archives, places lie in different UTM zones, some
-Sentinel-2 stacks keep the +1000 offset (declared in the catalog), band orders differ, some Sentinel-1 rasters are linear power, dates are
-irregular, and some places miss a sensor.
+Place `i` of seed `s` is drawn from its own generator seeded by [s, i]: the files are the same bytes whatever the number
+of workers. Every raster carries the tag SKYSENSE_SYNTHETIC=1 and the folder has a file SYNTHETIC.txt. As in real
+archives, places lie in different UTM zones, some Sentinel-2 stacks keep the +1000 offset (declared in the catalog),
+band orders differ, some Sentinel-1 rasters are linear power, dates are irregular, and some places miss a sensor.
 """
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ TEN_BANDS = ("B02", "B03", "B04", "B08", "B05", "B06", "B07", "B8A", "B11", "B12
 """The "10 m bands first" order of many exported stacks: an ingest that assumes another order mixes B08 and B05."""
 
 SYNTHETIC_TAG = "SKYSENSE_SYNTHETIC"
+_ZONES_NORTH = (10, 11, 14, 15, 16, 17, 18, 30, 31, 32, 33, 34, 35, 36, 50)
+_ZONES_SOUTH = (19, 20, 21, 34, 35, 36, 55, 56)
 _FIRST_DAY = datetime.date(2021, 1, 1)
 _DAYS = 730
 _NOTICE = (
@@ -64,7 +66,7 @@ def _dates(rng: np.random.Generator, low: int, high: int) -> list[datetime.date]
 
 def _location(rng: np.random.Generator, south: bool, ground: float) -> tuple[CRS, float, float]:
     """(CRS, west, north): a UTM zone of the temperate belts and a corner on the ground grid of `ground` metres."""
-    zone = int(rng.choice([19, 20, 21, 34, 35, 36, 55, 56])) if south else int(rng.choice([10, 11, 14, 15, 16, 17, 18, 30, 31, 32, 33, 34, 35, 36, 50]))
+    zone = int(rng.choice(_ZONES_SOUTH if south else _ZONES_NORTH))
     latitude = rng.uniform(26, 40) if south else rng.uniform(36, 57)
     northing = 1e7 - 110_600 * latitude if south else 110_950 * latitude
     west, north = (float(np.round(value / ground) * ground) for value in (rng.uniform(350e3, 650e3), northing))
@@ -105,7 +107,9 @@ def write_place(out: str | Path, index: int, seed: int, tile: int, ratio: int, g
         missing[1] = False
     rows = [_row(place, "label", split, classes=scene)]
 
-    def add(sensor: str, name: str, image: np.ndarray, step: float, nodata: float | None, bands: tuple[str, ...] = (), **fields: Any) -> None:
+    def add(
+        sensor: str, name: str, image: np.ndarray, step: float, nodata: float | None, bands: tuple[str, ...] = (), **fields: Any,
+    ) -> None:
         _write(folder / name, image, crs, west, north, step, nodata, bands)
         rows.append(_row(place, sensor, split, path=f"{place}/{name}", bands=",".join(bands), **fields))
 
@@ -132,7 +136,9 @@ def write_place(out: str | Path, index: int, seed: int, tile: int, ratio: int, g
     return rows
 
 
-def _add_s2(rng: np.random.Generator, land: world.Land, share: np.ndarray, climate: sensors.Climate, tile: int, gsd: float, add: Any) -> None:
+def _add_s2(
+    rng: np.random.Generator, land: world.Land, share: np.ndarray, climate: sensors.Climate, tile: int, gsd: float, add: Any,
+) -> None:
     """Writes the Sentinel-2 dates of a place and their SCL masks through `add`."""
     bands = sensors.S2_BANDS if rng.uniform() < 0.6 else TEN_BANDS
     order = [sensors.S2_BANDS.index(band) for band in bands]
@@ -159,8 +165,8 @@ def synthesise(
 ) -> Path:
     """Writes `places` synthetic places into `out` and returns the path of its catalog.csv.
 
-    tile: side of a place in base pixels of `gsd` metres; ratio: HR pixels along one of them. workers: processes (all cores where None).
-    Raises ValueError where `out` already has a catalog, or for sizes below 1.
+    tile: side of a place in base pixels of `gsd` metres; ratio: HR pixels along one of them. workers: processes (all
+    cores where None). Raises ValueError where `out` already has a catalog, or for sizes below 1.
     """
     out = Path(out)
     if places < 1 or tile < 4 or ratio < 1 or not 0 <= test_fraction < 1 or gsd <= 0:
@@ -210,7 +216,8 @@ def _run_synth(args: argparse.Namespace) -> int:
 
 
 def add_parsers_synth(subparsers: Any) -> None:
-    """Adds `synth` to the `data` commands; the parsed namespace carries `run`, a function of the namespace that returns the exit status."""
+    """Adds `synth` to the `data` commands; the parsed namespace carries `run`, a function of the namespace that returns
+    the exit status."""
     parser = subparsers.add_parser("synth", help="write synthetic places as GeoTIFFs with a catalog (for testing; says so everywhere)")
     parser.add_argument("--places", type=int, required=True, help="how many places")
     parser.add_argument("--out", required=True, help="folder to write; must not have a catalog yet")

@@ -1,8 +1,9 @@
-"""How the sensors see a synthetic place: HR texture, Sentinel-2 reflectance with clouds and SCL, Sentinel-1 backscatter, surface model.
+"""How the sensors see a synthetic place: HR texture, Sentinel-2 reflectance with clouds, Sentinel-1 backscatter, surface model.
 
-Sentinel-2 and Sentinel-1 mix the fine materials by area (linear mixing of reflectance, of power), green cover follows a phenology curve per
-material, and every place and date has its own illumination, haze, calibration and look angle. Spectra are round numbers after the usual
-shapes of spectral libraries (green vegetation, litter, soil, roofs, water). Synthetic: made for testing a pipeline.
+Sentinel-2 and Sentinel-1 mix the fine materials by area (linear mixing of reflectance, of power), green cover follows a
+phenology curve per material, and every place and date has its own illumination, haze, calibration and look angle.
+Spectra are round numbers after the usual shapes of spectral libraries (green vegetation, litter, soil, roofs, water).
+Synthetic: made for testing a pipeline.
 """
 from __future__ import annotations
 
@@ -77,7 +78,8 @@ def _rise(day: float, at: float, width: float) -> float:
 
 
 def green_cover(material: int, day: float, climate: Climate) -> float:
-    """Green fraction 0..1 of a material on day-of-year `day` (0..365): leaf-out and fall, sowing and harvest, mowing, evergreen."""
+    """Green fraction 0..1 of a material on day-of-year `day` (0..365): leaf-out and fall, sowing and harvest, mowing,
+    evergreen."""
     day = (day + 182.5 * climate.south) % 365.0
     if material == world.CONIFER:
         return 0.92 + 0.04 * float(np.cos((day - 200) / 365 * 2 * np.pi))
@@ -185,8 +187,8 @@ def render_s2(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One Level-2A acquisition: (reflectance float64[12, N, N], SCL uint8[N, N], seen bool[N, N]).
 
-    `share` is :func:`fractions` weighted by the vigour of the cover. Clouds come as thick cloud with its shadow, thin cloud and cirrus; the SCL
-    misses part of the thin ones, as the real one does; `seen` is False outside the swath.
+    `share` is :func:`fractions` weighted by the vigour of the cover. Clouds come as thick cloud with its shadow, thin
+    cloud and cirrus; the SCL misses part of the thin ones, as the real one does; `seen` is False outside the swath.
     """
     n = share.shape[-1]
     clear = np.einsum("mhw,mb->bhw", share, spectra(day, climate))
@@ -228,7 +230,8 @@ def _coarse(band: np.ndarray) -> np.ndarray:
 
 
 def render_s1(rng: np.random.Generator, share: np.ndarray, climate: Climate, day: float, place_gain: float) -> np.ndarray:
-    """One backscatter acquisition: linear power float32[2, N, N] (VV, VH), gamma speckle of a multilooked product (4.4 looks)."""
+    """One backscatter acquisition: linear power float32[2, N, N] (VV, VH), gamma speckle of a multilooked product (4.4
+    looks)."""
     power = np.empty((len(world.MATERIALS), 2))
     rain = rng.normal(0, 0.8) + 1.2 * climate.wetness
     for material, (leafy, bare) in _BACKSCATTER.items():

@@ -1,9 +1,9 @@
 """The ground of a synthetic place: materials, land cover, heights and texture on the fine (HR) grid, for one scene type.
 
-Everything is procedural and drawn from one numpy Generator: rotated lots, parcels, jittered crowns and smooth random fields. A scene type sets
-what most of the ground is; every place also gets patches of other cover, roads and terrain, so that no scene type is one colour.
-The sensors (:mod:`skysense_jax.data.synthetic_sensors`) only see what is defined here. Synthetic: made for testing a pipeline, not for
-claims about the Earth.
+Everything is procedural and drawn from one numpy Generator: rotated lots, parcels, jittered crowns and smooth random
+fields. A scene type sets what most of the ground is; every place also gets patches of other cover, roads and terrain,
+so that no scene type is one colour. The sensors (:mod:`skysense_jax.data.synthetic_sensors`) only see what is defined
+here. Synthetic: made for testing a pipeline, not for claims about the Earth.
 """
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ COVER_OF_MATERIAL = np.array([1, 2, 2, 3, 4, 4, 6, 5, 5, 5, 5], np.uint8)
 SCENES = (
     "conifer forest", "deciduous forest", "winter crops", "summer crops", "pasture", "orchard", "residential", "industrial",
 )
-"""Scene types: pairs that share their materials and differ in season (forests, crops), in texture (pasture, orchard) or in structure (towns)."""
+"""Scene types: pairs that share their materials and differ in season (forests, crops), in texture (pasture, orchard) or
+in structure (towns)."""
 
 
 class Land(NamedTuple):
     """Ground of one place, S = tile * ratio fine pixels.
 
-    material: uint8[S, S] index into MATERIALS. cover: uint8[S, S] key of LAND_COVER. canopy: float32[S, S] metres above the terrain.
-    terrain: float32[S, S] metres above sea level. tone: float32[S, S] brightness factor of crowns, rows, roofs (mean about 1).
-    vigour: float32[S, S] factor of green cover (mean about 1).
+    material: uint8[S, S] index into MATERIALS. cover: uint8[S, S] key of LAND_COVER. canopy: float32[S, S] metres above
+    the terrain. terrain: float32[S, S] metres above sea level. tone: float32[S, S] brightness factor of crowns, rows,
+    roofs (mean about 1). vigour: float32[S, S] factor of green cover (mean about 1).
     """
 
     material: np.ndarray
@@ -55,7 +56,8 @@ def smooth_field(rng: np.random.Generator, size: int, waves: float) -> np.ndarra
 
 
 def _cells(u: np.ndarray, v: np.ndarray, du: float, dv: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[int, int]]:
-    """Cell indices (from 1, so that neighbours exist), position inside the cell in metres, and the table shape that covers all cells."""
+    """Cell indices (from 1, so that neighbours exist), position inside the cell in metres, and the table shape that
+    covers all cells."""
     i, j = np.floor(u / du).astype(np.int32), np.floor(v / dv).astype(np.int32)
     x, y = u - i * np.float32(du), v - j * np.float32(dv)
     i, j = i - i.min() + 1, j - j.min() + 1
@@ -65,7 +67,10 @@ def _cells(u: np.ndarray, v: np.ndarray, du: float, dv: float) -> tuple[np.ndarr
 def _crowns(
     rng: np.random.Generator, u: np.ndarray, v: np.ndarray, spacing: float, jitter: float, keep: float, height: float, cone: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tree crowns on a jittered lattice: (height float32[S, S] metres, 0 between crowns; tone of the crown on top)."""
+    """Tree crowns on a jittered lattice at positions u, v: (height in metres, 0 between crowns; tone of the crown on
+    top), float32."""
+    if not u.size:
+        return np.zeros(u.shape, np.float32), np.ones(u.shape, np.float32)
     i, j, x, y, shape = _cells(u, v, spacing, spacing)
     offset = (0.5 + jitter * rng.uniform(-0.5, 0.5, (2, *shape))).astype(np.float32) * spacing
     radius = (spacing * rng.uniform(0.4, 0.68, shape)).astype(np.float32)
@@ -107,9 +112,8 @@ def _lots(rng: np.random.Generator, land: Land, u: np.ndarray, v: np.ndarray, re
     land.material[region] = ground[region]
     land.canopy[region], land.tone[region] = 0.0, 1.0
     if not industrial:
-        height, tone = _crowns(rng, u, v, 7.0, 0.9, rng.uniform(0.05, 0.35), 8.0, False)
-        trees = region & (height > 0) & ~street_u & ~street_v
-        land.material[trees], land.canopy[trees], land.tone[trees] = DECIDUOUS, height[trees], tone[trees]
+        garden = region & ~(street_u | street_v)
+        _plant(land, garden, *_crowns(rng, u[garden], v[garden], 7.0, 0.9, rng.uniform(0.05, 0.35), 8.0, False))
     pitch = 0.0 if industrial else 2.5
     roof_height = table[..., 6] + pitch * (1 - np.abs(dy) / table[..., 1].clip(1))
     side = 1.0 if industrial else np.where(dy > 0, 1.18, 0.82)
@@ -118,8 +122,18 @@ def _lots(rng: np.random.Generator, land: Land, u: np.ndarray, v: np.ndarray, re
     land.tone[inside] = (table[..., 7] * side)[inside]
 
 
+def _plant(land: Land, region: np.ndarray, height: np.ndarray, tone: np.ndarray, leaf: np.ndarray | int = DECIDUOUS) -> None:
+    """Puts trees (values at the pixels of `region`, height 0 = no tree there) on the ground (in place)."""
+    tree = height > 0
+    at = region.copy()
+    at[region] = tree
+    land.material[at] = leaf[tree] if isinstance(leaf, np.ndarray) else leaf
+    land.canopy[at], land.tone[at] = height[tree], tone[tree]
+
+
 def _parcels(rng: np.random.Generator, land: Land, u: np.ndarray, v: np.ndarray, region: np.ndarray, main: int) -> None:
-    """Field parcels in `region`: mostly the material `main`, other crops, grass or fallow soil; sown rows along either side (in place)."""
+    """Field parcels in `region`: mostly the material `main`, other crops, grass or fallow soil; sown rows along either
+    side (in place)."""
     i, j, x, y, shape = _cells(u, v, rng.uniform(35, 80), rng.uniform(45, 110))
     other = np.array([WINTER_CROP, SUMMER_CROP, GRASS, SOIL])
     kind = np.where(rng.uniform(size=shape) < 0.85, main, rng.choice(other, shape, p=[0.3, 0.3, 0.25, 0.15]))
@@ -139,27 +153,25 @@ def _parcels(rng: np.random.Generator, land: Land, u: np.ndarray, v: np.ndarray,
 
 def _paint(rng: np.random.Generator, land: Land, u: np.ndarray, v: np.ndarray, region: np.ndarray, scene: str) -> None:
     """Lays one kind of ground over `region` (in place)."""
+    if not region.any():
+        return
     land.canopy[region], land.tone[region] = 0.0, 1.0
     if scene in ("conifer forest", "deciduous forest"):
         cone = scene == "conifer forest"
-        height, tone = _crowns(rng, u, v, rng.uniform(4.0, 7.0), 0.95, rng.uniform(0.8, 0.98), rng.uniform(12, 24), cone)
+        land.material[region] = GRASS
+        height, tone = _crowns(rng, u[region], v[region], rng.uniform(4.0, 7.0), 0.95, rng.uniform(0.8, 0.98), rng.uniform(12, 24), cone)
         # A forest is rarely pure: a minority of the other kind in coherent groups.
-        mixed = smooth_field(rng, u.shape[0], 6.0) > rng.uniform(0.7, 2.5)
-        leaf = np.where(mixed ^ cone, CONIFER, DECIDUOUS).astype(np.uint8)
-        land.material[region] = np.where(height > 0, leaf, GRASS)[region]
-        land.canopy[region], land.tone[region] = height[region], tone[region]
+        mixed = smooth_field(rng, u.shape[0], 6.0)[region] > rng.uniform(0.7, 2.5)
+        _plant(land, region, height, tone, np.where(mixed ^ cone, CONIFER, DECIDUOUS).astype(np.uint8))
     elif scene in ("winter crops", "summer crops"):
         _parcels(rng, land, u, v, region, WINTER_CROP if scene == "winter crops" else SUMMER_CROP)
     elif scene == "pasture":
         land.material[region] = GRASS
-        height, tone = _crowns(rng, u, v, 8.0, 0.95, rng.uniform(0.0, 0.3), 7.0, False)
-        trees = region & (height > 0) & (smooth_field(rng, u.shape[0], 4.0) > 0)
-        land.material[trees], land.canopy[trees], land.tone[trees] = DECIDUOUS, height[trees], tone[trees]
+        grove = region & (smooth_field(rng, u.shape[0], 4.0) > 0)
+        _plant(land, grove, *_crowns(rng, u[grove], v[grove], 8.0, 0.95, rng.uniform(0.0, 0.3), 7.0, False))
     elif scene == "orchard":
         land.material[region] = SOIL if rng.uniform() < 0.25 else GRASS
-        height, tone = _crowns(rng, u, v, rng.uniform(4.5, 8.0), 0.15, rng.uniform(0.75, 0.98), 4.5, False)
-        trees = region & (height > 0) & (height < 9)
-        land.material[trees], land.canopy[trees], land.tone[trees] = DECIDUOUS, height[trees], tone[trees]
+        _plant(land, region, *_crowns(rng, u[region], v[region], rng.uniform(4.5, 8.0), 0.15, rng.uniform(0.75, 0.98), 4.5, False))
     elif scene in ("residential", "industrial"):
         _lots(rng, land, u, v, region, scene == "industrial")
     elif scene == "bare":
@@ -174,7 +186,8 @@ def _paint(rng: np.random.Generator, land: Land, u: np.ndarray, v: np.ndarray, r
 
 
 def make_land(rng: np.random.Generator, tile: int, ratio: int, gsd: float, scene: str) -> Land:
-    """Ground of one place of `tile` base pixels of `gsd` metres, `ratio` fine pixels along each, dominated by `scene` (see SCENES)."""
+    """Ground of one place of `tile` base pixels of `gsd` metres, `ratio` fine pixels along each, dominated by `scene`
+    (see SCENES)."""
     size, step = tile * ratio, gsd / ratio
     angle, shift = rng.uniform(0, np.pi), rng.uniform(0, 500, 2)
     y, x = np.mgrid[0:size, 0:size].astype(np.float32) * np.float32(step)
@@ -182,7 +195,8 @@ def make_land(rng: np.random.Generator, tile: int, ratio: int, gsd: float, scene
     u, v = c * x + s * y + np.float32(shift[0]), c * y - s * x + np.float32(shift[1])
     extent = tile * gsd / 160.0
     slope, azimuth = abs(rng.normal(0, 0.08)), rng.uniform(0, 2 * np.pi)
-    terrain = rng.gamma(1.5, 250) + slope * (np.cos(azimuth) * x + np.sin(azimuth) * y) + rng.gamma(2, 1.5) * smooth_field(rng, size, 1.5 * extent)
+    terrain = rng.gamma(1.5, 250) + slope * (np.cos(azimuth) * x + np.sin(azimuth) * y)
+    terrain = terrain + rng.gamma(2, 1.5) * smooth_field(rng, size, 1.5 * extent)
     vigour = (1 + 0.12 * smooth_field(rng, size, 4 * extent)).clip(0.5, 1.4)
     land = Land(
         np.full((size, size), GRASS, np.uint8), np.full((size, size), 3, np.uint8), np.zeros((size, size), np.float32),
