@@ -106,7 +106,8 @@ def plan(catalog: Catalog, options: Options) -> tuple[Settings, list[Unit]]:
     )
     by_split: dict[str, list] = {split: [] for split in SPLITS}
     for place, rows in catalog.places.items():
-        rows = tuple(row for row in rows if not row.sensor or row.sensor in sensors)
+        left_out = set(catalog.sensors) - set(sensors)
+        rows = tuple(row for row in rows if row.sensor not in left_out)
         if rows:
             by_split[split_of(place, rows, options.holdout)].append((place, rows))
     step = options.shard_places

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from skysense_jax.data.catalog import Row
 from skysense_jax.data.ingest import Settings, ingest_place
@@ -69,11 +70,13 @@ def features_of(settings: Settings) -> tfds.features.FeaturesDict:
 
 def _records(unit: Unit, settings: Settings, broken: dict[Path, str], report: dict[str, Any]) -> Iterator[bytes]:
     features = features_of(settings)
+    serializer = ExampleSerializer(features.get_serialized_info())
     with gdal_settings(), contextlib.closing(Files()) as files:
         for place, rows in unit.places:
             part = new_report(settings.sensors)
             for record in ingest_place(place, rows, settings, files, broken, part):
-                yield features.serialize_example(record)
+                # features.serialize_example writes the same map in an order of its own in every process
+                yield serializer.get_tf_example(features.encode_example(record)).SerializeToString(deterministic=True)
             merge(report, part)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections import Counter
 from typing import Any, Iterable, Mapping, Sequence
 
 REFUSED, USED = "refused", "used"
@@ -83,10 +84,12 @@ def summary(total: Mapping[str, Any]) -> dict[str, Any]:
             key = f"{entry['sensor']}: {entry['units']}{offset}" + (f" ({source})" if source else "")
             decisions[key] = decisions.get(key, 0) + 1
     refused = [entry for entry in total["files"] if entry["status"] == REFUSED]
+    notes = Counter(f"{entry['sensor']}: {entry['note']}" for entry in total["files"] if "note" in entry)
     rest = {key: value for key, value in total.items() if key != "files"}
     return rest | {
         "files": {"used": len(total["files"]) - len(refused), "refused": len(refused)},
         "decisions": dict(sorted(decisions.items())),
+        "notes": dict(sorted(notes.items())),
         "refused": refused,
     }
 
@@ -131,6 +134,8 @@ def render(report: Mapping[str, Any]) -> str:
         lines += ["", "what the numbers were taken for (files):"] + [
             f"  {count:6d}  {key}" for key, count in report["decisions"].items()
         ]
+    if report["notes"]:
+        lines += ["", "to be checked (files):"] + [f"  {count:6d}  {key}" for key, count in report["notes"].items()]
     if report["places_without_tiles"]:
         names = report["places_without_tiles"]
         lines += [

@@ -23,6 +23,8 @@ from skysense_jax.data.raster import RasterRefused
 from skysense_jax.sensors import SENSORS
 
 FLOOR_DB = -50.0
+CLEARLY_NEGATIVE = -200.0
+"""Reflectance below -0.02 is rare even over dark water: a twentieth of an image down there means a wrong offset."""
 LOWEST_S2 = -2000.0
 """Offset-removed numbers below this are no measurement (an undeclared nodata such as -9999); above it, noise around
 zero becomes 1.
@@ -145,7 +147,7 @@ def _sentinel1(
     elif len(stated) == 1:
         unit, source, note = stated.pop(), "file tags", ""
     elif low <= middle < 0 and high <= top:
-        unit, source, note = "db", "looks like dB", f"units not declared; accepted as dB: median {middle:.1f}"
+        unit, source, note = "db", "looks like dB", "units not declared, accepted as dB"
     else:
         looks = (
             "like linear power"
@@ -201,11 +203,23 @@ def decide(
             f"scale and offset): check units, scale and "
             "offset, and nodata" + ("; 16-bit imagery needs a declared scale to 0..255" if row.sensor == "hr" else "")
         )
-    if row.sensor == "s2" and np.mean(stored[np.isfinite(stored)] <= 1) > 0.5:
+    return _offset_fits(conversion, raw, stored) if row.sensor == "s2" else conversion
+
+
+def _offset_fits(conversion: Conversion, raw: np.ndarray, stored: np.ndarray) -> Conversion:
+    """Refuses an offset that makes real pixels clearly negative; notes values that look as if it were still in them."""
+    values = (raw * np.array(conversion.scale)[:, None] + np.array(conversion.offset)[:, None])[np.isfinite(stored)]
+    values = values * (QUANTIFICATION if conversion.unit == "reflectance" else 1.0)
+    negative = float(np.mean(values < CLEARLY_NEGATIVE))
+    if negative > 0.05:
         raise RasterRefused(
-            f"the offset {conversion.offset[0]:g} ({conversion.source}) leaves most pixels at or below zero: it "
-            f"looks already removed"
+            f"the offset {min(conversion.offset):g} ({conversion.source}) leaves {100 * negative:.0f} % of the "
+            f"values clearly "
+            f"below zero (under {CLEARLY_NEGATIVE:g}): it looks already removed"
         )
+    if len(raw) >= 3 and np.percentile(values, 0.1) >= 1000:
+        note = "no value below 1000 in any band: check that the offset is really removed"
+        return conversion._replace(note="; ".join(part for part in (conversion.note, note) if part))
     return conversion
 
 
