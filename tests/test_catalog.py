@@ -194,4 +194,6 @@ def test_draft_fills_what_is_written_and_asks_for_the_rest(tmp_path):
     )
     (tmp_path / "places.csv").write_text(draft.to_csv([row for row in found.rows if row["sensor"]]))
     read_catalog(tmp_path / "places.csv")
+    write(tmp_path / "site1" / "photo2.tif", np.ones((3, 8, 8), np.uint8), photometric="RGB")
+    assert ("site1/photo2.tif", "place") in [(path, text[:5]) for path, text in draft.draft(tmp_path).questions]
     assert {"photo", "what", "stack"} <= {row["place"] for row in draft.draft(tmp_path, "stem").rows}

@@ -174,6 +174,13 @@ def test_pixels_far_coarser_than_the_grid(tmp_path):
     assert "too coarse" in refused(tmp_path, s2("a.tif", bands="B04"))
 
 
+def test_a_measured_band_tagged_as_alpha(tmp_path):
+    """Near infrared, red, green, blue as GDAL tags them: red, green, blue, alpha."""
+    image = np.random.default_rng(3).integers(1, 255, (4, 32, 32)).astype(np.uint8)
+    write(tmp_path / "hr.tif", image, step=5, photometric="RGB", alpha="YES")
+    assert "tagged as alpha but holds measurements" in refused(tmp_path, HR | {"bands": ""})
+
+
 def test_complex_pixels(tmp_path):
     write(tmp_path / "a.tif", np.ones((16, 16), np.complex64))
     assert "one real type" in refused(

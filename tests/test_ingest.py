@@ -285,6 +285,33 @@ def test_degrees_alone_get_the_utm_zone_of_their_centre(tmp_path):
         assert ingest(tmp_path, [s2("a.tif", bands="B04")], **SMALL)[0][0]["crs"] == code
 
 
+@pytest.mark.parametrize("west", [179.9985, -180.0])
+def test_rasters_that_touch_the_180th_meridian(tmp_path, west):
+    image = dn(15, 15)
+    write(tmp_path / "a.tif", image, crs="EPSG:4326", west=west, north=0.01, step=0.0001)
+    record, _ = one(tmp_path, s2("a.tif", bands="B04"))
+    assert record["s2_valid"].mean() > 0.85 and abs(abs(record["lon"]) - 180) < 0.01
+    assert abs(np.median(record["s2_image"][0, ..., 3][record["s2_valid"][0] > 0]) - np.median(image)) < 300
+
+
+def test_longitudes_beyond_180_are_refused(tmp_path):
+    write(tmp_path / "a.tif", dn(16, 16), crs="EPSG:4326", west=200, north=0.01, step=0.0001)
+    records, report = ingest(tmp_path, [s2("a.tif", bands="B04")], **SMALL)
+    assert not records and "180th meridian" in refusals(report)[0]
+
+
+def test_south_up_and_turned_rasters(tmp_path):
+    """A transform whose rows run north, and one turned by a quarter: the same ground, the same record."""
+    image = dn(16, 16)
+    write(tmp_path / "a.tif", image)
+    record, _ = one(tmp_path, s2("a.tif", bands="B04"))
+    write(tmp_path / "up.tif", image[::-1], transform=rasterio.Affine(10, 0, WEST, 0, 10, NORTH - 160))
+    write(tmp_path / "turned.tif", image.T, transform=rasterio.Affine(0, 10, WEST, -10, 0, NORTH))
+    for name in ("up.tif", "turned.tif"):
+        other, _ = one(tmp_path, s2("a.tif", bands="B04"), s2(name, "2021-07-01", bands="B04"))
+        np.testing.assert_array_equal(other["s2_image"][1], record["s2_image"][0])
+
+
 def test_a_larger_raster_is_cut_on_the_ground_grid_once(tmp_path):
     """Cut of 50 x 37 pixels: together the tiles hold every pixel exactly once, at its own coordinates."""
     image = np.arange(1, 50 * 37 + 1, dtype=np.uint16).reshape(37, 50)

@@ -17,6 +17,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import shutil
+import signal
 import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -120,7 +121,11 @@ def plan(catalog: Catalog, options: Options) -> tuple[Settings, list[Unit]]:
 
 
 def _leave_with_parent() -> None:
-    """Worker start: end when the building process has ended, however it ended, so that no orphan goes on reading."""
+    """Worker start: end when the building process has ended, however it ended, so that no orphan goes on reading.
+
+    An interrupt from the keyboard is the building process's to handle.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     sentinel = multiprocessing.parent_process().sentinel
 
     def watch() -> None:

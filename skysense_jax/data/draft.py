@@ -84,7 +84,7 @@ def _words(name: str) -> list[str]:
 def _sensor(path: Path, file: rasterio.DatasetReader) -> str:
     """Sensor from the file's name, else from what its bands say, else from the folders' names, else ""."""
     stem = set(_words(path.stem))
-    for sensor in ("mask:s2", "label_map"):  # these names come on top of a product's name
+    for sensor in ("mask:s2", "label_map", "dsm"):  # these names come on top of a product's name
         if stem & _WORDS[sensor]:
             return sensor
     descriptions = {text.strip().lower() for text in file.descriptions if text}
@@ -97,7 +97,7 @@ def _sensor(path: Path, file: rasterio.DatasetReader) -> str:
         if descriptions and descriptions <= known:
             return sensor
     for words in (stem, set(_words(str(path.parent)))):
-        for sensor in ("s2", "s1", "dsm", "hr", "label_map"):
+        for sensor in ("s2", "s1", "hr", "dsm", "label_map"):
             if words & _WORDS[sensor]:
                 return sensor
     colours = set(file.colorinterp)
@@ -218,6 +218,18 @@ def _draft_row(path: Path, root: Path, by: str, questions: list[tuple[str, str]]
         return cells
 
 
+def _clashes(rows: list[dict[str, str]]) -> list[tuple[str, str]]:
+    """Questions about rasters a build would refuse as given twice: same place, sensor, date and band."""
+    first: dict[tuple[str, ...], str] = {}
+    text = "place: another raster has the same place, sensor, date and bands; is it another place (--place-by stem)?"
+    found = []
+    for row in rows:
+        key = tuple(row[column] for column in ("place", "sensor", "datetime", "bands"))
+        if row["sensor"] in SENSORS and first.setdefault(key, row["path"]) != row["path"]:
+            found.append((row["path"], text))
+    return found
+
+
 def draft(folder: str | Path, by: str = "folder") -> Draft:
     """Looks at every GeoTIFF and JPEG 2000 below `folder`, in name order. by: "folder" or "stem" names the places.
     Raises CatalogError.
@@ -233,7 +245,7 @@ def draft(folder: str | Path, by: str = "folder") -> Draft:
     questions: list[tuple[str, str]] = []
     with gdal_settings():
         rows = [row for row in (_draft_row(path, root, by, questions) for path in paths) if row]
-    return Draft(rows, questions)
+    return Draft(rows, questions + _clashes(rows))
 
 
 def to_csv(rows: list[dict[str, str]]) -> str:

@@ -103,6 +103,11 @@ def extent(head: Header, crs: CRS) -> tuple[tuple[float, float, float, float], t
     if head.crs == crs:
         return own, own
     left, bottom, right, top = own
+    if head.crs.is_geographic and not (-180.001 <= left <= right <= 180.001 and -90.001 <= bottom <= top <= 90.001):
+        raise RasterRefused(
+            f"spans longitudes {left:g} .. {right:g}, latitudes {bottom:g} .. {top:g}: only -180 .. 180 and -90 .. 90 are "
+            f"read; reproject it (for example `rio warp --dst-crs EPSG:326xx`), or split it at the 180th meridian"
+        )
     try:
         bounds = transform_bounds(head.crs, crs, *own, densify_pts=21)
         xs, ys = transform(
@@ -179,6 +184,11 @@ def _around(head: Header, tile: Tile, grid: Affine) -> Window | None:
         left, bottom, right, top = transform_bounds(tile.crs, head.crs, *tile.bounds, densify_pts=21)
     except GDAL_ERRORS:
         return None  # the tile lies where the raster's CRS is not defined, hence not on the raster
+    if head.crs.is_geographic:  # longitudes as the raster counts them, also for a tile on the 180th meridian
+        right += 360.0 if left > right else 0.0
+        own = corners(head)
+        turn = 360.0 * round((own[0] + own[2] - left - right) / 720.0)
+        left, right = left + turn, right + turn
     points = [at(~head.transform, *point) for point in ((left, bottom), (left, top), (right, bottom), (right, top))]
     if not all(math.isfinite(value) for point in points for value in point):
         return None

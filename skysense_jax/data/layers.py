@@ -109,6 +109,19 @@ def _coarse(head: Header, step: float, max_upsample: float) -> None:
         )
 
 
+def _real_alpha(files: Files, reading: Reading) -> None:
+    """Refuses a band that is tagged as alpha but looks measured: GDAL tags the fourth band of many 4-band aerial images."""
+    values, _ = sample(files, Reading(reading.header, (reading.alpha,), (None,), False, 0))
+    top = np.iinfo(values.dtype).max if values.dtype.kind in "iu" else values.max()
+    between = float(np.mean((values != 0) & (values != top) & (values != 1)))
+    if between > 0.1:
+        raise RasterRefused(
+            f"band {reading.alpha} is tagged as alpha but holds measurements ({100 * between:.0f} % of it is neither "
+            f"transparent nor opaque), so the tags of the other bands are not believed either: give the catalog's bands "
+            f"column in file order ({SKIPPED_BAND!r} skips one)"
+        )
+
+
 def inspect_image(
     row: Row, files: Files, root: Path, gsd: float, ratio: int, max_pixels: int, max_upsample: float
 ) -> Layer:
@@ -131,6 +144,8 @@ def inspect_image(
         alpha=head.alpha if head.alpha not in indexes and not (row.bands and len(row.bands) == file.count) else 0,
         customary=sensor.nodata,
     )
+    if reading.alpha:
+        _real_alpha(files, reading)
     raw, valid = sample(files, reading)
     conversion = decide(row, file, root, indexes, names, raw, valid)
     facts = {"bands": names} | describe(conversion)
