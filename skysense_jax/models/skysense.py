@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from skysense_jax.core.rngs import name_hash
-from skysense_jax.nn.attention import trunc_normal
+from skysense_jax.nn.attention import trunc_normal, wide
 from skysense_jax.nn.fusion import Fusion
 from skysense_jax.nn.heads import UPHead
 from skysense_jax.nn.position import CALENDAR_DAYS, calendar_rows
@@ -89,7 +89,7 @@ def normalise(sensor: Mapping[str, jax.Array], contract: Mapping[str, Any]) -> t
     mean, std = (jnp.asarray(contract[key], jnp.float32) for key in ("mean", "std"))
     valid = sensor["valid"] * jnp.any(sensor["bands"] > 0, axis=-1)[:, :, None, None]
     use = (valid[..., None] > 0) & (sensor["bands"][:, :, None, None, :] > 0)
-    image = (sensor["image"].astype(jnp.float32) - mean) / std
+    image = (sensor["image"].astype(wide(sensor["image"].dtype)) - mean) / std
     return jnp.where(use, image, 0.0), valid.astype(jnp.float32)
 
 

@@ -10,6 +10,12 @@ import jax.numpy as jnp
 MASKED = -1e30
 """Logit of a masked key: exp underflows to exactly 0 in float32, and a finite number keeps gradients finite."""
 
+
+def wide(dtype: Any) -> Any:
+    """The dtype for logits, softmax, norms: float32 for bfloat16 and float32 computation, float64 for float64 (parity runs)."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 trunc_normal = nn.initializers.truncated_normal(0.02)
 tiny_normal = nn.initializers.normal(1e-6)
 
@@ -17,13 +23,23 @@ tiny_normal = nn.initializers.normal(1e-6)
 def dense(features: int, name: str, dtype: Any, **kwargs: Any) -> nn.Dense:
     """A linear layer computing in `dtype` over float32 parameters (truncated normal 0.02 and zero bias unless told)."""
     kwargs.setdefault("kernel_init", trunc_normal)
-    return nn.Dense(features, dtype=dtype, param_dtype=jnp.float32, name=name, **kwargs)
+    return nn.Dense(features, dtype=dtype, param_dtype=jnp.float32, name=name, dot_general=rows_dot, **kwargs)
+
+
+def rows_dot(x: jax.Array, kernel: jax.Array, dims: Any, precision: Any = None) -> jax.Array:
+    """The product of a linear layer over rows: [..., C] x [C, F] -> [..., F], through two-dimensional operands.
+
+    The same numbers as without the reshape. The kernel's gradient contracts over all leading axes; XLA's CPU backend has a fast
+    product only where that is a single one (3x less time of forward and backward, measured at widths 64 to 256).
+    """
+    out = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), precision=precision)
+    return out.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def layer_norm(eps: float, name: str, **kwargs: Any) -> nn.LayerNorm:
-    """LayerNorm over the last axis, in float32 whatever the input; two-pass variance, as the eps probes need."""
+    """LayerNorm over the last axis, in float32 (its float32 parameters promote bfloat16); two-pass variance, as the eps probes need."""
     return nn.LayerNorm(
-        epsilon=eps, dtype=jnp.float32, param_dtype=jnp.float32, use_fast_variance=False, name=name, **kwargs)
+        epsilon=eps, dtype=None, param_dtype=jnp.float32, use_fast_variance=False, name=name, **kwargs)
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -37,7 +53,7 @@ def l2_normalise(x: jax.Array, eps: float = 1e-12) -> jax.Array:
     A zero vector stays zero *and gets a zero gradient*: torch's F.normalize gives it g / eps, which is multiplied by exact
     zeros wherever the reference meets one (padding) and would explode a bias wherever it is not.
     """
-    x = x.astype(jnp.float32)
+    x = x.astype(wide(x.dtype))
     square = jnp.sum(x * x, axis=-1, keepdims=True)
     alive = square > eps * eps
     return jnp.where(alive, x * jax.lax.rsqrt(jnp.where(alive, square, 1.0)), 0.0)
@@ -48,7 +64,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = No
 
     Logits and softmax in float32. Returns [..., n, heads, d] in v's dtype. At least one key of every row must be visible.
     """
-    logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=wide(q.dtype))
     if mask is not None:
         logits = jnp.where(mask[..., None, None, :], logits, MASKED)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from skysense_jax.nn.attention import dense, gelu, l2_normalise, trunc_normal
+from skysense_jax.nn.attention import dense, gelu, l2_normalise, trunc_normal, wide
 from skysense_jax.nn.patch import kaiming_normal, pixel_shuffle
 
 
@@ -54,8 +54,8 @@ class DINOHead(nn.Module):
         if bottleneck:
             return x
         v = self.param("last_layer_v", trunc_normal, (self.bottleneck, self.prototypes), jnp.float32)
-        weight = unit_prototypes(v)
+        weight = unit_prototypes(v.astype(wide(self.dtype)))
         if self.gain:
             weight = weight * self.param("last_layer_g", nn.initializers.ones, (self.prototypes,), jnp.float32)
         return jnp.einsum("...c,ck->...k", x.astype(self.dtype), weight.astype(self.dtype),
-                          preferred_element_type=jnp.float32)
+                          preferred_element_type=wide(self.dtype))

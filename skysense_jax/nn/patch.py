@@ -48,8 +48,8 @@ class PatchEmbed(nn.Module):
         kernel = self.param("kernel", kaiming_normal, (self.patch, self.patch, x.shape[-1], self.width), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.width,), jnp.float32)
         patches = to_patches(pad_corner(x.astype(self.dtype), self.patch), self.patch)
-        out = jnp.einsum("bhwijc,ijcd->bhwd", patches, kernel.astype(self.dtype))
-        return out + bias.astype(self.dtype)
+        out = patches.reshape(-1, kernel[..., 0].size) @ kernel.astype(self.dtype).reshape(-1, self.width)
+        return out.reshape(*patches.shape[:3], self.width) + bias.astype(self.dtype)
 
 
 class PatchMerging(nn.Module):

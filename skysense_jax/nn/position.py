@@ -9,7 +9,7 @@ CALENDAR_DAYS = 365
 
 
 def bicubic_matrix(size_in: int, size_out: int, a: float = -0.75) -> np.ndarray:
-    """[size_out, size_in] float32 weights of torch's bicubic interpolation along one axis.
+    """[size_out, size_in] float64 weights of torch's bicubic interpolation along one axis.
 
     Half-pixel centres, no antialiasing, border samples clamped, Keys kernel with a = -0.75 (jax.image's "cubic" uses
     a = -0.5 and antialiases; it is 2 % off).
@@ -23,14 +23,14 @@ def bicubic_matrix(size_in: int, size_out: int, a: float = -0.75) -> np.ndarray:
         far = a * (distance**3 - 5 * distance**2 + 8 * distance - 4)
         column = np.clip(first + offset, 0, size_in - 1)
         np.add.at(matrix, (np.arange(size_out), column), np.where(distance <= 1, near, far))
-    return matrix.astype(np.float32)
+    return matrix
 
 
 def resize_positions(table: jax.Array, grid: tuple[int, int], wanted: tuple[int, int]) -> jax.Array:
     """[1, 1+gh*gw, C] -> [1, 1+h*w, C]: row 0 (class token) kept, the grid rows resized bicubically."""
     height, width = grid
     rows = table[:, 1:].reshape(1, height, width, -1)
-    vertical, horizontal = bicubic_matrix(height, wanted[0]), bicubic_matrix(width, wanted[1])
+    vertical, horizontal = (jnp.asarray(bicubic_matrix(*sizes), table.dtype) for sizes in zip(grid, wanted, strict=True))
     rows = jnp.einsum("yh,xw,bhwc->byxc", vertical, horizontal, rows, precision="highest")
     return jnp.concatenate([table[:, :1], rows.reshape(1, wanted[0] * wanted[1], -1)], axis=1)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from skysense_jax.nn.attention import dense, drop_path, drop_rates, gelu, l2_normalise, layer_norm
+from skysense_jax.nn.attention import dense, drop_path, drop_rates, gelu, l2_normalise, layer_norm, wide
 from skysense_jax.nn.patch import PatchEmbed, PatchMerging, torch_linear
 
 BIAS_HIDDEN = 512  # hidden width of the log-CPB network
@@ -108,8 +108,9 @@ class WindowAttention(nn.Module):
         q, k, v = qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
 
         q, k = l2_normalise(q).astype(self.dtype), l2_normalise(k).astype(self.dtype)
-        logits = jnp.einsum("bnqhd,bnkhd->bnhqk", q, k, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("bnqhd,bnkhd->bnhqk", q, k, preferred_element_type=wide(self.dtype))
         # where, not minimum: the reference's clamp has gradient exactly 0 above the limit.
+        scale = scale.astype(logits.dtype)
         scale = jnp.exp(jnp.where(scale > MAX_LOGIT_SCALE, MAX_LOGIT_SCALE, scale))
         logits = logits * scale + self.position_bias()
         if regions is not None:
@@ -122,10 +123,10 @@ class WindowAttention(nn.Module):
         return dense(width, "proj", self.dtype, kernel_init=torch_linear)(out)
 
     def position_bias(self) -> jax.Array:
-        """[heads, w*w, w*w] float32: 16 sigmoid(network(log coordinates)), computed per relative offset, then gathered."""
+        """[heads, w*w, w*w] float32 or wider: 16 sigmoid(network(log coordinates)), computed per relative offset, then gathered."""
         coords = jnp.asarray(relative_coords(self.window, self.pretrained_window))
-        hidden = nn.relu(dense(BIAS_HIDDEN, "cpb1", jnp.float32, kernel_init=torch_linear)(coords))
-        table = dense(self.heads, "cpb2", jnp.float32, use_bias=False, kernel_init=torch_linear)(hidden)
+        hidden = nn.relu(dense(BIAS_HIDDEN, "cpb1", wide(self.dtype), kernel_init=torch_linear)(coords))
+        table = dense(self.heads, "cpb2", wide(self.dtype), use_bias=False, kernel_init=torch_linear)(hidden)
         table = 16.0 * jax.nn.sigmoid(table)
         return table[relative_index(self.window)].transpose(2, 0, 1)
 
