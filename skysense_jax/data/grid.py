@@ -105,7 +105,8 @@ def extent(head: Header, crs: CRS) -> tuple[tuple[float, float, float, float], t
     left, bottom, right, top = own
     if head.crs.is_geographic and not (-180.001 <= left <= right <= 180.001 and -90.001 <= bottom <= top <= 90.001):
         raise RasterRefused(
-            f"spans longitudes {left:g} .. {right:g}, latitudes {bottom:g} .. {top:g}: only -180 .. 180 and -90 .. 90 are "
+            f"spans longitudes {left:g} .. {right:g}, latitudes {bottom:g} .. {top:g}: only -180 .. 180 and -90 .. "
+            f"90 are "
             f"read; reproject it (for example `rio warp --dst-crs EPSG:326xx`), or split it at the 180th meridian"
         )
     try:

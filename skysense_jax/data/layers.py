@@ -110,14 +110,17 @@ def _coarse(head: Header, step: float, max_upsample: float) -> None:
 
 
 def _real_alpha(files: Files, reading: Reading) -> None:
-    """Refuses a band that is tagged as alpha but looks measured: GDAL tags the fourth band of many 4-band aerial images."""
+    """Refuses a band that is tagged as alpha but looks measured: GDAL tags the fourth band of many 4-band aerial "
+    "images.
+    """
     values, _ = sample(files, Reading(reading.header, (reading.alpha,), (None,), False, 0))
     top = np.iinfo(values.dtype).max if values.dtype.kind in "iu" else values.max()
     between = float(np.mean((values != 0) & (values != top) & (values != 1)))
     if between > 0.1:
         raise RasterRefused(
             f"band {reading.alpha} is tagged as alpha but holds measurements ({100 * between:.0f} % of it is neither "
-            f"transparent nor opaque), so the tags of the other bands are not believed either: give the catalog's bands "
+            f"transparent nor opaque), so the tags of the other bands are not believed either: give the catalog's "
+            f"bands "
             f"column in file order ({SKIPPED_BAND!r} skips one)"
         )
 
