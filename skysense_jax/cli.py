@@ -1,8 +1,10 @@
-"""The command `skysense-jax`: names, one-line helps, dispatch and exit codes; every command's work and options live in its own module.
+"""The command `skysense-jax`: names, one-line helps, dispatch and exit codes; every command's work and options live in
+its own module.
 
 A module is imported only when its command is asked for, so that `--help` answers at once. A command module gives
 `add_arguments(parser)` and `run(args) -> int`; those of `data` register themselves with `add_parsers*(subparsers)`.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -10,7 +12,7 @@ import importlib
 import pathlib
 import sys
 import traceback
-from typing import Sequence
+from typing import NoReturn, Sequence
 
 EXIT_BAD_INPUT = 78  # EX_CONFIG: bad input, configuration or data; a scheduler must not restart it
 """Exit code of everything refused at a door (see README, exit codes)."""
@@ -19,31 +21,49 @@ COMMANDS = {
     "data": "build, check and look at datasets of places",
     "train": "pretrain from a configuration; continues a workdir that has begun",
     "eval": "score frozen features (kNN, linear probe) beside two baselines, with intervals over places",
-    "export-torch": "write a checkpoint's weights as safetensors with the official names, config.json and plain-torch code",
+    "export-torch": "write the teacher's weights for PyTorch: safetensors with official names, config.json, code",
     "inspect": "print what a dataset, a checkpoint, an exported folder or a configuration is and what input it expects",
 }
-_MODULES = {"eval": "skysense_jax.evaluate", "export-torch": "skysense_jax.convert.torch_export", "inspect": "skysense_jax.inspect_path"}
-_DATA_MODULES = {
-    "skysense_jax.data.commands": "add_parsers",
-    "skysense_jax.data.synthetic": "add_parsers_synth",
-    "skysense_jax.data.preview": "add_parsers_preview",
-    "skysense_jax.data.bench": "add_parsers_bench",
+_MODULES = {
+    "eval": "skysense_jax.evaluate",
+    "export-torch": "skysense_jax.export_torch",
+    "inspect": "skysense_jax.inspect_path",
+}
+_REGISTER = {  # data action -> (module, its function that registers the action)
+    **dict.fromkeys(("build", "check", "catalog", "stats"), ("skysense_jax.data.commands", "add_parsers")),
+    "synth": ("skysense_jax.data.synthetic", "add_parsers_synth"),
+    "preview": ("skysense_jax.data.preview", "add_parsers_preview"),
+    "bench": ("skysense_jax.data.bench", "add_parsers_bench"),
 }
 
 
-def _parser(command: str | None) -> argparse.ArgumentParser:
-    """The parser of every command's name; the options of `command` only (importing the others would cost seconds)."""
-    parser = argparse.ArgumentParser(prog="skysense-jax", description="Remote-sensing foundation models: from GeoTIFFs to weights.")
+class _Parser(argparse.ArgumentParser):
+    """A parser whose usage errors leave with :data:`EXIT_BAD_INPUT` too (argparse's own 2 means nothing to a
+    scheduler)."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: {message}\n")
+
+
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of every command's name, with the options of the command in `words` only: importing the others would
+    cost seconds."""
+    command, action = (*words, "", "")[:2]
+    parser = _Parser(prog="skysense-jax", description="Remote-sensing foundation models: from GeoTIFFs to weights.")
     parser.add_argument("--version", action="version", version=_version())
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
         # `train` has the flags of absl and ml_collections: it reads them itself, its --help included
-        child = subparsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", add_help=name != "train")
+        child = subparsers.add_parser(
+            name, help=text, description=text[0].upper() + text[1:] + ".", add_help=name != "train"
+        )
         if name != command:
             continue
         if name == "data":
             actions = child.add_subparsers(dest="action", required=True, metavar="ACTION")
-            for module, function in _DATA_MODULES.items():
+            wanted = [_REGISTER[action]] if action in _REGISTER else dict.fromkeys(_REGISTER.values())
+            for module, function in wanted:
                 getattr(importlib.import_module(module), function)(actions)
         elif name in _MODULES:
             module = importlib.import_module(_MODULES[name])
@@ -54,28 +74,32 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
 
 def _version() -> str:
     from skysense_jax import __version__
+
     return f"skysense-jax {__version__}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 78 with the message on stderr for bad input, the command's own otherwise."""
+    """Runs one command and returns its exit code: 78 with the message on stderr for bad input, the command's own
+    otherwise."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    command = next((word for word in argv if not word.startswith("-")), None)
+    words = [word for word in argv if not word.startswith("-")]
     try:
         if argv[:1] == ["train"]:
             from skysense_jax import train
+
             return train.main(argv[1:])
-        args = _parser(command).parse_args(argv)
+        args = _parser(words).parse_args(argv)
         return int(args.run(args) or 0)
     except (ValueError, FileNotFoundError) as error:
         if not _refused_at_a_door(error):
             raise
-        print(f"skysense-jax {command}: {error}", file=sys.stderr)
+        print(f"skysense-jax {' '.join(words[:1])}: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
 
 
 def _refused_at_a_door(error: Exception) -> bool:
-    """True for a missing file and for a ValueError this package raised: one from the depths of a library keeps its traceback."""
+    """True for a missing file and for a ValueError this package raised: one from the depths of a library keeps its
+    traceback."""
     last = traceback.extract_tb(error.__traceback__)[-1].filename
     return isinstance(error, FileNotFoundError) or pathlib.Path(__file__).parent in pathlib.Path(last).parents
 

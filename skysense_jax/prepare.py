@@ -1,8 +1,11 @@
-"""The door in front of the model: a user's arrays and dates become a checked PlaceInput, or an error that names the sensor and the rule.
+"""The door in front of the model: a user's arrays and dates become a checked PlaceInput, or an error that names the
+sensor and the rule.
 
-Most wrong numbers in this field come from silent preprocessing errors (bands in another order, reflectance for digital numbers, linear
-power for decibels, normalising twice). None of these is repaired here by guessing: each is refused with what to do about it.
+Most wrong numbers in this field come from silent preprocessing errors (bands in another order, reflectance for digital
+numbers, linear power for decibels, normalising twice). None of these is repaired here by guessing: each is refused
+with what to do about it.
 """
+
 from __future__ import annotations
 
 import datetime
@@ -21,13 +24,13 @@ MAX_SCORE = 6.0  # |mean of a band after normalising|: no real scene lies this f
 def prepare(contract: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     """Checks and batches the input of one place, or of a batch of places.
 
-    contract: the model's input contract. given: {sensor: {"image" [T, H, W, C] or [B, T, H, W, C] in the contract's unit and band order,
-    "dates" (T, or B lists of T: ISO text, datetime.date, numpy datetime64, or day of year counted from 0; None = unknown, for sensors without
-    a time series only), optional "valid" [(B,) T, H, W], "bands" names, "unit"}}. Without "valid" a pixel is valid where every band is finite
-    and none is the sensor's nodata value.
+    contract: the model's input contract. given: {sensor: {"image" [T, H, W, C] or [B, T, H, W, C] in the contract's
+    unit and band order, "dates" (T, or B lists of T: ISO text, datetime.date, numpy datetime64, or day of year counted
+    from 0; None = unknown, for sensors without a time series only), optional "valid" [(B,) T, H, W], "bands" names,
+    "unit"}}. Without "valid" a pixel is valid where every band is finite and none is the sensor's nodata value.
 
-    Returns (PlaceInput with a leading batch axis, whether the input had one): image, valid, bands float32, dates int32.
-    Raises ValueError, naming sensor and rule, for anything that does not fit.
+    Returns (PlaceInput with a leading batch axis, whether the input had one): image, valid, bands float32, dates
+    int32. Raises ValueError, naming sensor and rule, for anything that does not fit.
     """
     if not isinstance(given, Mapping) or not given:
         raise ValueError(f"give a dict with at least one of the sensors {', '.join(contract['sensors'])}")
@@ -40,18 +43,25 @@ def prepare(contract: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict
         _plausible(contract, name, image, valid)
         b, t = image.shape[:2]
         inputs[name] = {
-            "image": np.where(valid[..., None], image, 0.0).astype(np.float32), "valid": valid.astype(np.float32),
-            "bands": np.ones((b, t, image.shape[-1]), np.float32), "dates": _dates(name, entry.get("dates"), b, t, batched[name]),
+            "image": np.where(valid[..., None], image, 0.0).astype(np.float32),
+            "valid": valid.astype(np.float32),
+            "bands": np.ones((b, t, image.shape[-1]), np.float32),
+            "dates": _dates(name, entry.get("dates"), b, t, batched[name]),
         }
         grids[name] = _base_grid(contract, name, image.shape[2:4])
     if len(set(batched.values())) > 1:
-        raise ValueError(f"some sensors have a batch axis and some have none: {batched}; give all as [T, H, W, C] or all as [B, T, H, W, C]")
+        raise ValueError(
+            f"some sensors have a batch axis and some have none: {batched}; give all as "
+            "[T, H, W, C] or all as [B, T, H, W, C]"
+        )
     counts = {name: len(entry["image"]) for name, entry in inputs.items()}
     if len(set(counts.values())) > 1:
         raise ValueError(f"the sensors hold different numbers of places: {counts}")
     if len(set(grids.values())) > 1:
-        raise ValueError(f"the sensors do not cover the same ground: base grids {grids} (hr-grid sensors have {contract['ratio']} pixels "
-                         "along every base pixel)")
+        raise ValueError(
+            f"the sensors do not cover the same ground: base grids {grids} (hr-grid sensors "
+            f"have {contract['ratio']} pixels along every base pixel)"
+        )
     return inputs, next(iter(batched.values()))
 
 
@@ -70,10 +80,16 @@ def _image(contract: Mapping[str, Any], name: str, entry: Any) -> np.ndarray:
     if image.dtype.kind not in "fiu":
         raise ValueError(f"{name}: image of type {image.dtype}; give numbers in {rule['unit']}")
     if image.ndim not in (4, 5):
-        raise ValueError(f"{name}: image of shape {image.shape}; give [dates, rows, columns, bands], or that with a leading batch axis")
+        raise ValueError(
+            f"{name}: image of shape {image.shape}; give [dates, rows, columns, bands], or that with "
+            "a leading batch axis"
+        )
     if image.shape[-1] != len(rule["bands"]):
         hint = " (the bands are the last axis)" if len(rule["bands"]) in image.shape[:-1] else ""
-        raise ValueError(f"{name}: {image.shape[-1]} channels given, the model expects {len(rule['bands'])}: {', '.join(rule['bands'])}{hint}")
+        raise ValueError(
+            f"{name}: {image.shape[-1]} channels given, the model expects {len(rule['bands'])}: "
+            f"{', '.join(rule['bands'])}{hint}"
+        )
     if not image.size:
         raise ValueError(f"{name}: image of shape {image.shape} holds nothing")
     return image.astype(np.float32)
@@ -88,7 +104,10 @@ def _valid(name: str, image: np.ndarray, given: Any, batched: bool) -> np.ndarra
         valid = np.asarray(given)
         valid = valid if batched else valid[None]
         if valid.shape != image.shape[:4]:
-            raise ValueError(f"{name}: valid of shape {np.shape(given)} does not match the image's dates, rows and columns {image.shape[not batched:4]}")
+            raise ValueError(
+                f"{name}: valid of shape {np.shape(given)} does not match the image's dates, rows and columns "
+                f"{image.shape[not batched : 4]}"
+            )
         if not np.isin(valid, (0, 1)).all():
             raise ValueError(f"{name}: valid must hold 0 and 1 only")
         valid = valid.astype(bool)
@@ -105,28 +124,38 @@ def _plausible(contract: Mapping[str, Any], name: str, image: np.ndarray, valid:
     low, middle, high = float(values.min()), float(np.median(values)), float(values.max())
     seen = f"{name}: valid values {low:.4g} .. {high:.4g} (median {middle:.4g})"
     if name == "s2" and 0 <= low and high <= 2.0:
-        raise ValueError(f"{seen}: are you passing reflectance 0..1? The model expects digital numbers; multiply by 10000")
+        raise ValueError(
+            f"{seen}: are you passing reflectance 0..1? The model expects digital numbers; multiply by 10000"
+        )
     if name == "hr" and 0 <= low and high <= 1.0 and (values != np.round(values)).any():
         raise ValueError(f"{seen}: are you passing values scaled to 0..1? The model expects 0..255; multiply by 255")
     if name == "s1" and low >= 0:
-        raise ValueError(f"{seen}: no value is negative, this looks like linear power or amplitude; the model expects decibels "
-                         "(10 log10 of power, 20 log10 of amplitude)")
+        raise ValueError(
+            f"{seen}: no value is negative, this looks like linear power or amplitude; the model expects decibels "
+            "(10 log10 of power, 20 log10 of amplitude)"
+        )
     outside = float(((values < row.plausible[0]) | (values > row.plausible[1])).mean())
     if outside > MAX_OUTSIDE:
-        raise ValueError(f"{seen}: {outside:.1%} lie outside the plausible {row.plausible[0]:g} .. {row.plausible[1]:g} {rule['unit']}; "
-                         "give raw values in this unit (normalisation belongs to the model)")
+        raise ValueError(
+            f"{seen}: {outside:.1%} lie outside the plausible {row.plausible[0]:g} .. {row.plausible[1]:g} "
+            f"{rule['unit']}; give raw values in this unit (normalisation belongs to the model)"
+        )
     score = (values.mean(0) - np.asarray(rule["mean"])) / np.asarray(rule["std"])
     worst = int(np.abs(score).argmax())
     if abs(score[worst]) > MAX_SCORE:
-        raise ValueError(f"{name}: band {rule['bands'][worst]} has mean {values.mean(0)[worst]:.4g}, {abs(score[worst]):.1f} deviations from the "
-                         f"model's {rule['mean'][worst]:.4g}; check unit, offset and band order")
+        raise ValueError(
+            f"{name}: band {rule['bands'][worst]} has mean {values.mean(0)[worst]:.4g}, {abs(score[worst]):.1f} "
+            f"deviations from the model's {rule['mean'][worst]:.4g}; check unit, offset and band order"
+        )
 
 
 def _base_grid(contract: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> tuple[int, int]:
     """Rows and columns in base pixels."""
     step = contract["ratio"] if contract["sensors"][name]["grid"] == "hr" else 1
     if shape[0] % step or shape[1] % step:
-        raise ValueError(f"{name}: {shape[0]}x{shape[1]} pixels; rows and columns must be multiples of the ratio {step}")
+        raise ValueError(
+            f"{name}: {shape[0]}x{shape[1]} pixels; rows and columns must be multiples of the ratio {step}"
+        )
     return shape[0] // step, shape[1] // step
 
 

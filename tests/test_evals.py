@@ -1,4 +1,5 @@
 """Frozen-feature evaluation: plain twins of every score, and the leaks that would make a number too good."""
+
 import numpy as np
 import pytest
 from sklearn import metrics as sklearn_metrics
@@ -10,13 +11,16 @@ def one_hot(labels: np.ndarray, classes: int) -> np.ndarray:
     return (np.asarray(labels)[:, None] == np.arange(classes)).astype(np.uint8)
 
 
-def blobs(rng: np.random.Generator, n: int, classes: int, features: int, spread: float) -> tuple[np.ndarray, np.ndarray]:
+def blobs(
+    rng: np.random.Generator, n: int, classes: int, features: int, spread: float
+) -> tuple[np.ndarray, np.ndarray]:
     centres = np.random.default_rng(99).normal(size=(classes, features))
     labels = rng.integers(classes, size=n)
     return centres[labels] + spread * rng.normal(size=(n, features)), labels
 
 
-# --- kNN ---------------------------------------------------------------------------------------------------------------------------
+# --- kNN ------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("multilabel", [False, True])
 def test_knn_equals_brute_force(multilabel):
@@ -27,7 +31,9 @@ def test_knn_equals_brute_force(multilabel):
     for row, x in enumerate(asked):
         cosine = [float(x @ b / np.linalg.norm(x) / np.linalg.norm(b)) for b in bank]
         nearest = sorted(range(37), key=lambda i: -cosine[i])[:7]
-        vote = sum(np.exp(cosine[i] / 0.07) * target[i] for i in nearest) / sum(np.exp(cosine[i] / 0.07) for i in nearest)
+        vote = sum(np.exp(cosine[i] / 0.07) * target[i] for i in nearest) / sum(
+            np.exp(cosine[i] / 0.07) for i in nearest
+        )
         np.testing.assert_allclose(scores[row], vote, rtol=1e-9)
 
 
@@ -54,7 +60,8 @@ def test_knn_refuses():
         knn.knn_scores(np.ones((2, 3)), np.ones((2, 2)), np.ones((1, 3)), temperature=0.0)
 
 
-# --- metrics -----------------------------------------------------------------------------------------------------------------------
+# --- metrics --------------------------------------------------------------------------------------
+
 
 def test_single_label_scores_equal_scikit_learn():
     rng = np.random.default_rng(2)
@@ -62,7 +69,9 @@ def test_single_label_scores_equal_scikit_learn():
     truth[truth == 4] = 0  # a class that is predicted but never true
     scores = metrics.from_confusion(metrics.confusion(truth, predicted, 6))  # and one that never occurs
     assert scores["accuracy"] == pytest.approx(sklearn_metrics.accuracy_score(truth, predicted))
-    assert scores["macro_f1"] == pytest.approx(sklearn_metrics.f1_score(truth, predicted, average="macro", zero_division=0))
+    assert scores["macro_f1"] == pytest.approx(
+        sklearn_metrics.f1_score(truth, predicted, average="macro", zero_division=0)
+    )
     recalls = [np.mean(predicted[truth == c] == c) for c in range(4)]
     assert scores["mean_class_accuracy"] == pytest.approx(np.mean(recalls))
 
@@ -81,11 +90,18 @@ def test_average_precision_equals_scikit_learn_with_weights_and_ties():
     score = np.round(rng.random((60, 3)), 1)  # many equal scores
     weights = rng.integers(0, 3, (5, 60))
     np.testing.assert_allclose(
-        metrics.average_precision(truth, score), [sklearn_metrics.average_precision_score(truth[:, c], score[:, c]) for c in range(3)])
+        metrics.average_precision(truth, score),
+        [sklearn_metrics.average_precision_score(truth[:, c], score[:, c]) for c in range(3)],
+    )
     weighted = metrics.average_precision(truth, score, weights)
     for b in range(5):
-        np.testing.assert_allclose(weighted[b], [
-            sklearn_metrics.average_precision_score(truth[:, c], score[:, c], sample_weight=weights[b]) for c in range(3)])
+        np.testing.assert_allclose(
+            weighted[b],
+            [
+                sklearn_metrics.average_precision_score(truth[:, c], score[:, c], sample_weight=weights[b])
+                for c in range(3)
+            ],
+        )
 
 
 def test_macro_map_leaves_out_classes_without_a_positive_row():
@@ -94,7 +110,8 @@ def test_macro_map_leaves_out_classes_without_a_positive_row():
     assert np.isnan(metrics.macro_map(np.zeros((2, 2)), score))
 
 
-# --- bootstrap ---------------------------------------------------------------------------------------------------------------------
+# --- bootstrap ------------------------------------------------------------------------------------
+
 
 def test_bootstrap_is_deterministic_and_draws_whole_places():
     first, second = bootstrap.place_weights(9, 50, seed=3), bootstrap.place_weights(9, 50, seed=3)
@@ -114,7 +131,7 @@ def test_interval_covers_the_true_mean():
 
 
 def test_intervals_over_places_are_wider_than_over_dependent_patches():
-    """Twenty patches of a place are all right or all wrong: the interval must know there are 30 places, not 600 rows."""
+    """Twenty patches of a place are all right or all wrong: the interval must know that there are 30 places."""
     rng = np.random.default_rng(6)
     hits = np.repeat(rng.random(30) < 0.6, 20)
     place, truth = np.repeat(np.arange(30), 20), np.zeros(600, int)
@@ -141,7 +158,8 @@ def test_paired_difference_is_sharper_than_two_intervals():
     assert not same["apart"] and same["difference"] == 0
 
 
-# --- linear probe ------------------------------------------------------------------------------------------------------------------
+# --- linear probe ---------------------------------------------------------------------------------
+
 
 def test_probe_learns_what_is_linear():
     rng = np.random.default_rng(8)
@@ -156,14 +174,17 @@ def test_strength_does_not_see_the_test_part():
     rng = np.random.default_rng(9)
     x, y = blobs(rng, 90, 3, 6, 1.5)
     groups = np.arange(90) // 3
-    seen = [linear.linear_probe(x, one_hot(y, 3), groups, test)
-            for test in (rng.normal(size=(10, 6)), 1e3 * rng.normal(size=(4, 6)))]
+    seen = [
+        linear.linear_probe(x, one_hot(y, 3), groups, test)
+        for test in (rng.normal(size=(10, 6)), 1e3 * rng.normal(size=(4, 6)))
+    ]
     assert seen[0].strength == seen[1].strength and seen[0].cross_validation == seen[1].cross_validation
     assert seen[0].cross_validation == linear.choose_strength(x, one_hot(y, 3), groups)[1]
 
 
 def test_folds_are_grouped_by_place():
-    """Rows of one place are copies of one random vector with one random label: only a leaking fold can score above chance."""
+    """Rows of one place are copies of one random vector with one random label: only a leaking fold can score above
+    chance."""
     rng = np.random.default_rng(10)
     labels = rng.integers(2, size=60)
     x = np.repeat(rng.normal(size=(60, 40)), 5, axis=0)
@@ -208,7 +229,8 @@ def test_probe_one_against_the_rest():
     np.testing.assert_array_equal(probe.scores[:, 2], 0.0)
 
 
-# --- statistics --------------------------------------------------------------------------------------------------------------------
+# --- statistics -----------------------------------------------------------------------------------
+
 
 def test_band_statistics_equal_a_loop_over_valid_pixels():
     rng = np.random.default_rng(14)
@@ -219,8 +241,13 @@ def test_band_statistics_equal_a_loop_over_valid_pixels():
     valid[1, :, :3, :3] = 0
     result = baselines.band_statistics(image, valid, bands, cells=2).reshape(2, 2, 2, 2, 7)
     for b, i, j, c in np.ndindex(2, 2, 2, 2):
-        values = [image[b, t, y, x, c] for t in range(3) for y in range(3 * i, 3 * i + 3) for x in range(3 * j, 3 * j + 3)
-                  if valid[b, t, y, x] and bands[b, t, c]]
+        values = [
+            image[b, t, y, x, c]
+            for t in range(3)
+            for y in range(3 * i, 3 * i + 3)
+            for x in range(3 * j, 3 * j + 3)
+            if valid[b, t, y, x] and bands[b, t, c]
+        ]
         if not values:
             assert np.isnan(result[b, i, j, c]).all() and (b, i, j) == (1, 0, 0)
             continue
@@ -247,7 +274,13 @@ def test_standardise_uses_the_training_part_and_fills_what_is_missing():
     np.testing.assert_allclose(asked, [[0.0, 0.0], [0.0, 1.0]])
 
 
-# --- rows --------------------------------------------------------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def test_tiles_belong_to_the_place_they_were_cut_from():
+    names = ("kampala@12_-3", "kampala@13_-3", "site@2020", "site_1_2", "a@b@0_0")
+    assert [rows.place_of(name) for name in names] == ["kampala", "kampala", "site@2020", "site_1_2", "a@b"]
+
 
 def test_patch_majority_rule():
     maps = np.full((1, 5, 5), 255, np.uint8)
@@ -270,9 +303,18 @@ def batches_of(names, labels, maps, size=3):
     """Eval batches the way the pipeline pads them: the last one repeats rows with weight 0."""
     for start in range(0, len(names), size):
         index = np.minimum(np.arange(start, start + size), len(names) - 1)
-        yield {"sensors": {"s2": {"value": np.asarray(index), "valid": (index[:, None, None, None] % 4 != 1) * np.ones((size, 1, 2, 2))}},
-               "label": labels[index], "label_map": maps[index], "place": {"name": [names[i] for i in index]},
-               "weight": (np.arange(start, start + size) < len(names)).astype(np.float32)}
+        yield {
+            "sensors": {
+                "s2": {
+                    "value": np.asarray(index),
+                    "valid": (index[:, None, None, None] % 4 != 1) * np.ones((size, 1, 2, 2)),
+                }
+            },
+            "label": labels[index],
+            "label_map": maps[index],
+            "place": {"name": [names[i] for i in index]},
+            "weight": (np.arange(start, start + size) < len(names)).astype(np.float32),
+        }
 
 
 def test_collect_keeps_rows_aligned_and_drops_padding_and_the_unlabelled():
@@ -282,7 +324,10 @@ def test_collect_keeps_rows_aligned_and_drops_padding_and_the_unlabelled():
     maps = np.repeat(np.arange(7, dtype=np.uint8), 16).reshape(7, 4, 4)
     maps[4, 2:, 2:] = 255
     methods = {
-        "first": lambda s: {"scene": s["s2"]["value"][:, None], "patch": np.broadcast_to(s["s2"]["value"][:, None, None, None], (3, 2, 2, 1))},
+        "first": lambda s: {
+            "scene": s["s2"]["value"][:, None],
+            "patch": np.broadcast_to(s["s2"]["value"][:, None, None, None], (3, 2, 2, 1)),
+        },
         "second": lambda s: {"scene": -s["s2"]["value"][:, None], "patch": np.zeros((3, 2, 2, 5))},
     }
     found = rows.collect(batches_of(names, labels, maps), methods, ("scene", "patch"), patch=2)
@@ -297,14 +342,18 @@ def test_collect_keeps_rows_aligned_and_drops_padding_and_the_unlabelled():
         rows.collect(batches_of(names, labels, maps), methods, ("scene",), patch=2, needs="hr")
 
 
-# --- the whole comparison ----------------------------------------------------------------------------------------------------------
+# --- the whole comparison -------------------------------------------------------------------------
+
 
 def make_rows(rng, n, prefix, per_place, shuffled=False):
     good, y = blobs(rng, n, 4, 12, 0.6)
     if shuffled:
         y = rng.permutation(y)
-    return rows.Rows({"trained": good, "untrained": rng.normal(size=(n, 12)), "statistics": good[:, :2] * [1e4, 1e-4]},
-                     one_hot(y, 6), np.array([f"{prefix}{i // per_place}" for i in range(n)]))
+    return rows.Rows(
+        {"trained": good, "untrained": rng.normal(size=(n, 12)), "statistics": good[:, :2] * [1e4, 1e-4]},
+        one_hot(y, 6),
+        np.array([f"{prefix}{i // per_place}" for i in range(n)]),
+    )
 
 
 def test_compare_ranks_methods_with_paired_intervals():
@@ -318,15 +367,24 @@ def test_compare_ranks_methods_with_paired_intervals():
     assert report["n"] == {"train_rows": 160, "train_places": 40, "test_rows": 120, "test_places": 30}
     assert report["classes"] == [0, 1, 2, 3]
     against = {(d["second"], d["probe"], d["metric"]): d for d in report["differences"]}
-    assert against["untrained", "linear", "accuracy"]["apart"] and against["untrained", "linear", "accuracy"]["interval"][0] > 0
+    assert (
+        against["untrained", "linear", "accuracy"]["apart"]
+        and against["untrained", "linear", "accuracy"]["interval"][0] > 0
+    )
     text = compare.table(report, "patch")
-    assert "120 test rows of 30 places" in text and "trained - untrained, linear, accuracy: +" in text
+    assert "120 test rows of 30 places" in text and "trained - untrained" in text and "*" in text
 
 
 def test_compare_shuffled_labels_give_chance_and_no_verdict():
     rng = np.random.default_rng(17)
-    report = compare.compare(make_rows(rng, 160, "a", 1, True), make_rows(rng, 160, "b", 1, True),
-                             k=20, temperature=0.07, resamples=200, seed=1)
+    report = compare.compare(
+        make_rows(rng, 160, "a", 1, True),
+        make_rows(rng, 160, "b", 1, True),
+        k=20,
+        temperature=0.07,
+        resamples=200,
+        seed=1,
+    )
     for entry in report["results"]:
         low, high = entry["scores"]["accuracy"]["interval"]
         assert low < 0.33 and high > 0.17
@@ -335,7 +393,9 @@ def test_compare_shuffled_labels_give_chance_and_no_verdict():
 def test_compare_refuses_a_place_on_both_sides():
     rng = np.random.default_rng(18)
     with pytest.raises(ValueError, match="in the training and in the test part"):
-        compare.compare(make_rows(rng, 20, "a", 1), make_rows(rng, 20, "a", 1), k=5, temperature=0.07, resamples=10, seed=0)
+        compare.compare(
+            make_rows(rng, 20, "a", 1), make_rows(rng, 20, "a", 1), k=5, temperature=0.07, resamples=10, seed=0
+        )
 
 
 def test_compare_several_labels():
@@ -343,7 +403,11 @@ def test_compare_several_labels():
 
     def several(n, prefix):
         x = rng.normal(size=(n, 5))
-        return rows.Rows({"trained": x, "statistics": x[:, :1]}, (x[:, :3] > 0.3).astype(np.uint8), np.array([f"{prefix}{i}" for i in range(n)]))
+        return rows.Rows(
+            {"trained": x, "statistics": x[:, :1]},
+            (x[:, :3] > 0.3).astype(np.uint8),
+            np.array([f"{prefix}{i}" for i in range(n)]),
+        )
 
     report = compare.compare(several(150, "a"), several(100, "b"), k=20, temperature=0.07, resamples=100, seed=0)
     assert report["multilabel"] and set(report["results"][0]["scores"]) == {"macro_map"}

@@ -1,8 +1,9 @@
 """The baseline that has learnt nothing: statistics of every band over the valid pixels of all dates.
 
-A network whose features do not beat these has learnt nothing worth transferring. The other baseline, the same network untrained,
-needs no code of its own: it is the network with freshly drawn parameters.
+A network whose features do not beat these has learnt nothing worth transferring. The other baseline, the same network
+untrained, needs no code of its own: it is the network with freshly drawn parameters.
 """
+
 from __future__ import annotations
 
 from typing import Any, Mapping
@@ -31,8 +32,9 @@ def _percentiles(values: np.ndarray, valid: np.ndarray) -> np.ndarray:
 def band_statistics(image: np.ndarray, valid: np.ndarray, bands: np.ndarray, cells: int) -> np.ndarray:
     """Mean, deviation and percentiles of every band in every one of cells x cells squares of a place, over all dates.
 
-    image [B, T, S, S, C] raw units; valid [B, T, S, S] and bands [B, T, C]: 0/1. S must be a multiple of cells (the caller crops).
-    Returns float64 [B, cells, cells, C * (2 + len(PERCENTILES))]; NaN where a band has no valid pixel in the square.
+    image [B, T, S, S, C] raw units; valid [B, T, S, S] and bands [B, T, C]: 0/1. S must be a multiple of cells (the
+    caller crops). Returns float64 [B, cells, cells, C * (2 + len(PERCENTILES))]; NaN where a band has no valid pixel
+    in the square.
     """
     b, t, side, _, c = image.shape
     step = side // cells
@@ -52,10 +54,12 @@ def band_statistics(image: np.ndarray, valid: np.ndarray, bands: np.ndarray, cel
 
 
 def image_statistics(sensors: Mapping[str, Mapping[str, Any]], *, tile: int, patch: int | None = None) -> np.ndarray:
-    """The baseline's features of a batch of places: [B, F] for whole places, [B, g, g, F] for patches of `patch` base pixels.
+    """The baseline's features of a batch of places: [B, F] for whole places, [B, g, g, F] for patches of `patch` base
+    pixels.
 
-    sensors: PlaceInput (image [B, T, S, S, C], valid [B, T, S, S], bands [B, T, C]); tile: base pixels of a place; g = tile // patch,
-    pixels beyond the last whole patch are left out. Sensors in alphabetical order; NaN where nothing was measured.
+    sensors: PlaceInput (image [B, T, S, S, C], valid [B, T, S, S], bands [B, T, C]); tile: base pixels of a place; g =
+    tile // patch, pixels beyond the last whole patch are left out. Sensors in alphabetical order; NaN where nothing
+    was measured.
     """
     cells = 1 if patch is None else tile // patch
     used = tile if patch is None else cells * patch
@@ -65,15 +69,21 @@ def image_statistics(sensors: Mapping[str, Mapping[str, Any]], *, tile: int, pat
         side = image.shape[2] // tile * used
         if image.shape[2] % tile:
             raise ValueError(f"{name}: {image.shape[2]} pixels do not divide into a place of {tile} base pixels")
-        parts.append(band_statistics(image[:, :, :side, :side], valid[:, :, :side, :side], np.asarray(sensors[name]["bands"]), cells))
+        parts.append(
+            band_statistics(
+                image[:, :, :side, :side], valid[:, :, :side, :side], np.asarray(sensors[name]["bands"]), cells
+            )
+        )
     features = np.concatenate(parts, axis=-1)
     return features[:, 0, 0] if patch is None else features
 
 
 def standardise(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Statistics of different units on one scale: minus the training mean, over the training deviation; what is missing becomes 0.
+    """Statistics of different units on one scale: minus the training mean, over the training deviation; what is
+    missing becomes 0.
 
-    train [N, F], test [M, F], NaN = missing. Cosine similarity of raw statistics would compare the unit with the largest numbers only.
+    train [N, F], test [M, F], NaN = missing. Cosine similarity of raw statistics would compare the unit with the
+    largest numbers only.
     """
     seen = ~np.isnan(train)
     count = np.maximum(seen.sum(0), 1)

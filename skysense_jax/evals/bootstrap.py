@@ -1,11 +1,13 @@
 """Intervals by resampling places: patches of one place are not independent, so whole places are drawn, never rows."""
+
 from __future__ import annotations
 
 import numpy as np
 
 
 def place_weights(places: int, resamples: int, seed: int) -> np.ndarray:
-    """How often every place is drawn in every resample: int64 [B, P], rows sum to P. The same seed gives the same draws.
+    """How often every place is drawn in every resample: int64 [B, P], rows sum to P. The same seed gives the same
+    draws.
 
     Raises ValueError for fewer than one place or resample.
     """
@@ -29,4 +31,8 @@ def paired(first: np.ndarray, second: np.ndarray, first_value: float, second_val
     apart: True where the interval of the difference does not hold 0.
     """
     low, high = interval(first - second, level)
-    return {"difference": float(first_value - second_value), "interval": [low, high], "apart": bool(low > 0 or high < 0)}
+    return {
+        "difference": float(first_value - second_value),
+        "interval": [low, high],
+        "apart": bool(low > 0 or high < 0),
+    }

@@ -1,4 +1,5 @@
 """Methods x probes on the same rows: scores with intervals over places, and paired differences between methods."""
+
 from __future__ import annotations
 
 from typing import Any, Sequence
@@ -8,7 +9,9 @@ import numpy as np
 from skysense_jax.evals import baselines, bootstrap, knn, linear, metrics, rows
 
 
-def _scores(target: np.ndarray, output: np.ndarray, place: np.ndarray, weights: np.ndarray, multilabel: bool) -> dict[str, tuple]:
+def _scores(
+    target: np.ndarray, output: np.ndarray, place: np.ndarray, weights: np.ndarray, multilabel: bool
+) -> dict[str, tuple]:
     """metric -> (value, bootstrap samples [B]) of one method's class scores [M, K]."""
     if multilabel:
         value = metrics.macro_map(target, output)
@@ -34,19 +37,22 @@ def compare(
 ) -> dict[str, Any]:
     """kNN and linear probe of every method: the training rows fit and choose, the test rows are only scored.
 
-    train, test: :class:`rows.Rows` with the same methods. k, temperature: of the vote. resamples, seed: of the bootstrap over the test
-    places. statistics: methods whose features are raw statistics in different units, standardised on the training rows first.
+    train, test: :class:`rows.Rows` with the same methods. k, temperature: of the vote. resamples, seed: of the
+    bootstrap over the test places. statistics: methods whose features are raw statistics in different units,
+    standardised on the training rows first.
 
     Returns a JSON-able dict: "n" (rows and places of both parts), "multilabel", "classes" (columns that occur),
-    "untrainable_classes" (in the test part only: they count as errors), "majority" (share of the largest training class in the test
-    rows; single label), "results" [{method, probe, scores: {metric: {value, interval}}, strength?}], "differences" [{probe, metric, first,
-    second, difference, interval, apart}] of the first method against every other over the same resamples.
-    Raises ValueError when both parts share a place, or with fewer than two training places.
+    "untrainable_classes" (in the test part only: they count as errors), "majority" (share of the largest training
+    class in the test rows; single label), "results" [{method, probe, scores: {metric: {value, interval}}, strength?}],
+    "differences" [{probe, metric, first, second, difference, interval, apart}] of the first method against every other
+    over the same resamples. Raises ValueError when both parts share a place, or with fewer than two training places.
     """
     shared = set(train.place.tolist()) & set(test.place.tolist())
     if shared:
-        raise ValueError(f"{len(shared)} place(s) are in the training and in the test part, for example {sorted(shared)[0]!r}; "
-                         "rebuild the dataset with one split per place")
+        raise ValueError(
+            f"{len(shared)} place(s) are in the training and in the test part, for example {sorted(shared)[0]!r}; "
+            "rebuild the dataset with one split per place"
+        )
     kept = np.flatnonzero(train.target.any(0) | test.target.any(0))
     fit, truth = train.target[:, kept], test.target[:, kept]
     multilabel = bool((fit.sum(1) > 1).any() or (truth.sum(1) > 1).any())
@@ -77,10 +83,22 @@ def compare(
         for name in ("knn", "linear"):
             for metric in results[0]["scores"]:
                 (a, drawn_a), (b, drawn_b) = samples[first, name, metric], samples[other, name, metric]
-                differences.append({"probe": name, "metric": metric, "first": first, "second": other,
-                                    **bootstrap.paired(drawn_a, drawn_b, a, b)})
+                differences.append(
+                    {
+                        "probe": name,
+                        "metric": metric,
+                        "first": first,
+                        "second": other,
+                        **bootstrap.paired(drawn_a, drawn_b, a, b),
+                    }
+                )
     return {
-        "n": {"train_rows": len(fit), "train_places": int(train_place.max()) + 1, "test_rows": len(truth), "test_places": len(places)},
+        "n": {
+            "train_rows": len(fit),
+            "train_places": int(train_place.max()) + 1,
+            "test_rows": len(truth),
+            "test_places": len(places),
+        },
         "multilabel": multilabel,
         "classes": [int(i) for i in kept],
         "untrainable_classes": [int(i) for i, has in zip(kept, fit.any(0)) if not has],
@@ -91,20 +109,30 @@ def compare(
 
 
 def table(report: dict[str, Any], title: str) -> str:
-    """The report as text: one line per method and probe, then the paired differences; 95 % intervals over places."""
-    n = report["n"]
-    metric_names = list(report["results"][0]["scores"])
-    lines = [f"{title}: {n['test_rows']} test rows of {n['test_places']} places, {n['train_rows']} training rows of {n['train_places']} places, "
-             f"{len(report['classes'])} classes" + ("" if report["majority"] is None else f", majority class {report['majority']:.3f}")]
-    width = max(len(entry["method"]) for entry in report["results"]) + 2
-    lines.append(f"  {'method':<{width}}{'probe':<8}" + "".join(f"{name:<26}" for name in metric_names))
+    """The report as text: one line per method and probe, then the paired differences (* = the interval does not hold
+    0)."""
+    n, names = report["n"], list(report["results"][0]["scores"])
+    lines = [
+        f"{title}: {n['test_rows']} test rows of {n['test_places']} places, {n['train_rows']} training rows of "
+        f"{n['train_places']} places, {len(report['classes'])} classes"
+        + ("" if report["majority"] is None else f", majority class {report['majority']:.3f}")
+    ]
+    cells = {}
     for entry in report["results"]:
-        cells = [f"{s['value']:.3f} [{s['interval'][0]:.3f}, {s['interval'][1]:.3f}]" for s in entry["scores"].values()]
-        lines.append(f"  {entry['method']:<{width}}{entry['probe']:<8}" + "".join(f"{cell:<26}" for cell in cells).rstrip())
+        cells[entry["method"], entry["probe"]] = [
+            f"{s['value']:.3f} [{s['interval'][0]:.3f}, {s['interval'][1]:.3f}]" for s in entry["scores"].values()
+        ]
     for entry in report["differences"]:
-        verdict = "" if entry["apart"] else "   (holds 0)"
-        lines.append(f"  {entry['first']} - {entry['second']}, {entry['probe']}, {entry['metric']}: {entry['difference']:+.3f} "
-                     f"[{entry['interval'][0]:+.3f}, {entry['interval'][1]:+.3f}]{verdict}")
+        low, high = entry["interval"]
+        cells.setdefault((f"{entry['first']} - {entry['second']}", entry["probe"]), []).append(
+            f"{entry['difference']:+.3f} [{low:+.3f}, {high:+.3f}]{'*' if entry['apart'] else ''}"
+        )
+    width = max(len(method) for method, _ in cells) + 2
+    lines.append(f"  {'method':<{width}}{'probe':<8}" + "".join(f"{name:<26}" for name in names).rstrip())
+    lines += [
+        (f"  {method:<{width}}{probe:<8}" + "".join(f"{cell:<26}" for cell in row)).rstrip()
+        for (method, probe), row in cells.items()
+    ]
     if report["untrainable_classes"]:
         lines.append(f"  classes without a training row count as errors: {report['untrainable_classes']}")
     return "\n".join(lines)

@@ -1,9 +1,10 @@
 """Linear probe on frozen features: L2 logistic regression, its strength chosen on the training part alone.
 
-Features are standardised with the training rows' mean and deviation (inside every fold with that fold's own), the strength is chosen
-by cross-validation grouped by place, so that patches of one place never stand on both sides of a fold. The test part is not an
-argument of the choice.
+Features are standardised with the training rows' mean and deviation (inside every fold with that fold's own), the
+strength is chosen by cross-validation grouped by place, so that patches of one place never stand on both sides of a
+fold. The test part is not an argument of the choice.
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -12,17 +13,23 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from skysense_jax.evals import metrics
 
-STRENGTHS = tuple(10.0 ** power for power in range(-5, 3))
+STRENGTHS = tuple(10.0**power for power in range(-5, 3))
 """Candidate values of C (inverse L2 strength), strongest regularisation first."""
 
 _ITERATIONS = 2000
 
+# The solver's matrices are small: on a busy machine the threads of BLAS spend their time waiting for each other (60
+# times slower, measured on 2 cores), and one thread gives the same numbers whatever the number of cores.
+_one_thread = threadpool_limits.wrap(limits=1)
+
 
 class Probe(NamedTuple):
-    """scores [M, K] float64: class probabilities of the test rows. strength: the chosen C. cross_validation: C -> score on the folds."""
+    """scores [M, K] float64: class probabilities of the test rows. strength: the chosen C. cross_validation: C ->
+    score on the folds."""
 
     scores: np.ndarray
     strength: float
@@ -53,19 +60,28 @@ def _fit_scores(x: np.ndarray, target: np.ndarray, test: np.ndarray, strength: f
     return scores
 
 
+@_one_thread
 def choose_strength(
-    features: np.ndarray, target: np.ndarray, place: np.ndarray, *, multilabel: bool = False, folds: int = 5,
+    features: np.ndarray,
+    target: np.ndarray,
+    place: np.ndarray,
+    *,
+    multilabel: bool = False,
+    folds: int = 5,
 ) -> tuple[float, dict[float, float]]:
     """Cross-validated C over :data:`STRENGTHS`, grouped by place; sees training rows only.
 
-    features [N, F]; target [N, K] 0/1; place [N] int: rows of one place stay in one fold. The held-out rows of all folds are scored
-    together: mean per-class accuracy (macro average precision where multilabel). Ties: the stronger regularisation.
+    features [N, F]; target [N, K] 0/1; place [N] int: rows of one place stay in one fold. The held-out rows of all
+    folds are scored together: mean per-class accuracy (macro average precision where multilabel). Ties: the stronger
+    regularisation.
 
     Returns (C, {C: score}). Raises ValueError with fewer than two places.
     """
     places = np.unique(place)
     if len(places) < 2:
-        raise ValueError(f"linear probe: {len(places)} labelled training place(s); choosing its regularisation needs at least 2")
+        raise ValueError(
+            f"linear probe: {len(places)} labelled training place(s); choosing its regularisation needs at least 2"
+        )
     splits = list(GroupKFold(min(folds, len(places))).split(features, groups=place))
     curve: dict[float, float] = {}
     for strength in STRENGTHS:
@@ -81,6 +97,7 @@ def choose_strength(
     return next(strength for strength in STRENGTHS if curve[strength] >= best - 1e-12), curve
 
 
+@_one_thread
 def linear_probe(
     train_features: np.ndarray,
     train_target: np.ndarray,
@@ -91,12 +108,14 @@ def linear_probe(
 ) -> Probe:
     """Fits the probe on the training rows and scores the test rows.
 
-    train_features [N, F], train_target [N, K] 0/1, train_place [N] int, test_features [M, F]. A class without a training example
-    scores 0. Raises ValueError for features that are not finite and as :func:`choose_strength`.
+    train_features [N, F], train_target [N, K] 0/1, train_place [N] int, test_features [M, F]. A class without a
+    training example scores 0. Raises ValueError for features that are not finite and as :func:`choose_strength`.
     """
     train_features, test_features = np.asarray(train_features, np.float64), np.asarray(test_features, np.float64)
     for name, value in (("training", train_features), ("test", test_features)):
         if not np.isfinite(value).all():
-            raise ValueError(f"linear probe: {int((~np.isfinite(value).all(1)).sum())} {name} rows hold features that are not finite")
+            raise ValueError(
+                f"linear probe: {int((~np.isfinite(value).all(1)).sum())} {name} rows hold features that are not finite"
+            )
     strength, curve = choose_strength(train_features, train_target, train_place, multilabel=multilabel)
     return Probe(_fit_scores(train_features, train_target, test_features, strength, multilabel), strength, curve)

@@ -1,8 +1,10 @@
-"""Scores of predictions: accuracy, mean per-class accuracy, macro F1, average precision; all vectorised over bootstrap weights.
+"""Scores of predictions: accuracy, mean per-class accuracy, macro F1, average precision; all vectorised over bootstrap
+weights.
 
-Every count may carry leading axes (a confusion table per place, or per bootstrap sample), so that a resampled score is the same
-function of a weighted sum and not a second implementation.
+Every count may carry leading axes (a confusion table per place, or per bootstrap sample), so that a resampled score is
+the same function of a weighted sum and not a second implementation.
 """
+
 from __future__ import annotations
 
 import numpy as np
@@ -17,7 +19,9 @@ def confusion(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndar
     return flat.reshape(classes, classes).astype(np.float64)
 
 
-def confusion_per_place(truth: np.ndarray, predicted: np.ndarray, place: np.ndarray, classes: int, places: int) -> np.ndarray:
+def confusion_per_place(
+    truth: np.ndarray, predicted: np.ndarray, place: np.ndarray, classes: int, places: int
+) -> np.ndarray:
     """Counts float64 [P, K, K] of the rows of every place. place: int [N] in 0..P-1."""
     index = (np.asarray(place) * classes + truth) * classes + predicted
     return np.bincount(index, minlength=places * classes * classes).reshape(places, classes, classes).astype(np.float64)
@@ -36,8 +40,8 @@ def _mean_defined(values: np.ndarray) -> np.ndarray:
 def from_confusion(table: np.ndarray) -> dict[str, np.ndarray]:
     """The single-label scores of counts [..., K, K]; each of shape [...].
 
-    accuracy: share of the rows. mean_class_accuracy: mean recall of the classes that occur in the truth. macro_f1: mean F1 of the
-    classes that occur in truth or prediction (scikit-learn's convention). NaN for an empty table.
+    accuracy: share of the rows. mean_class_accuracy: mean recall of the classes that occur in the truth. macro_f1:
+    mean F1 of the classes that occur in truth or prediction (scikit-learn's convention). NaN for an empty table.
     """
     hit = np.diagonal(table, axis1=-2, axis2=-1)
     truth, predicted = table.sum(-1), table.sum(-2)
@@ -51,8 +55,9 @@ def from_confusion(table: np.ndarray) -> dict[str, np.ndarray]:
 def average_precision(truth: np.ndarray, score: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     """Average precision of every class, one against the rest: sum of (R_n - R_(n-1)) P_n over distinct thresholds.
 
-    truth [N, K] 0/1; score [N, K]; weights [B, N] row weights of B bootstrap samples, or None for one sample of weight 1.
-    Returns float64 [K], or [B, K] with weights; NaN for a class without a positive row in the sample. Equal scores share a threshold.
+    truth [N, K] 0/1; score [N, K]; weights [B, N] row weights of B bootstrap samples, or None for one sample of weight
+    1. Returns float64 [K], or [B, K] with weights; NaN for a class without a positive row in the sample. Equal scores
+    share a threshold.
     """
     weighted = np.ones((1, len(truth))) if weights is None else np.asarray(weights, np.float64)
     result = np.full((len(weighted), truth.shape[1]), np.nan)

@@ -1,9 +1,13 @@
-"""Labelled rows of an evaluation: features of several methods for the same places, or for the same patches of a label map.
+"""Labelled rows of an evaluation: features of several methods for the same places, or for the same patches of a label
+map.
 
-Every method sees the same batches in the same order, so that its row i is the same piece of ground as every other method's row i.
+Every method sees the same batches in the same order, so that its row i is the same piece of ground as every other
+method's row i.
 """
+
 from __future__ import annotations
 
+import re
 from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
 import numpy as np
@@ -13,29 +17,44 @@ from skysense_jax import sensors
 TASKS = ("scene", "patch")
 MIN_COVER = 0.5  # share of a patch's labelled pixels its majority class must cover
 
+_TILE = re.compile(r"@-?\d+_-?\d+$")
+
 Method = Callable[[Mapping[str, Any]], Mapping[str, np.ndarray]]
 """PlaceInput -> {"scene": [B, F], "patch": [B, g, g, F]} (the tasks asked for)."""
 
 
 class Rows(NamedTuple):
-    """features: method -> [N, F]. target: uint8 [N, K], 0/1. place: the group of every row, N texts (rows of one place stay together)."""
+    """features: method -> [N, F]. target: uint8 [N, K], 0/1. place: the catalog's place of every row, N
+    texts: rows of one place stay together in folds and resamples."""
 
     features: dict[str, np.ndarray]
     target: np.ndarray
     place: np.ndarray
 
 
-def patch_majority(label_map: np.ndarray, patch: int) -> np.ndarray:
-    """Class of every patch of label maps uint8 [B, N, N]: int64 [B, g, g], g = N // patch; -1 where the patch is dropped.
+def place_of(name: str) -> str:
+    """The catalog's place of a record: tiles cut from one place (named PLACE@COLUMN_ROW by the build) are not
+    independent of each other."""
+    return _TILE.sub("", name)
 
-    A patch has the class that covers most of its labelled pixels (the lowest value on a tie), if that is at least half of them; patches
-    without a labelled pixel are dropped.
+
+def patch_majority(label_map: np.ndarray, patch: int) -> np.ndarray:
+    """Class of every patch of label maps uint8 [B, N, N]: int64 [B, g, g], g = N // patch; -1 where the patch is
+    dropped.
+
+    A patch has the class that covers most of its labelled pixels (the lowest value on a tie), if that is at least half
+    of them; patches without a labelled pixel are dropped.
     """
     b, n, _ = label_map.shape
     g = n // patch
     if g < 1:
         raise ValueError(f"patches of {patch} base pixels do not fit places of {n}; lower config.eval.patch")
-    squares = label_map[:, :g * patch, :g * patch].reshape(b, g, patch, g, patch).transpose(0, 1, 3, 2, 4).reshape(-1, patch * patch)
+    squares = (
+        label_map[:, : g * patch, : g * patch]
+        .reshape(b, g, patch, g, patch)
+        .transpose(0, 1, 3, 2, 4)
+        .reshape(-1, patch * patch)
+    )
     index = np.arange(len(squares))[:, None] * 256 + squares
     counts = np.bincount(index.ravel(), minlength=len(squares) * 256).reshape(-1, 256)
     counts = np.delete(counts, sensors.UNLABELLED, axis=1)
@@ -45,12 +64,16 @@ def patch_majority(label_map: np.ndarray, patch: int) -> np.ndarray:
 
 
 def patch_means(pixel: np.ndarray, patch: int, tile: int) -> np.ndarray:
-    """Mean feature of every patch of maps [B, h, w, F] on the base grid (h = w = tile): [B, g, g, F] float32, g = tile // patch."""
+    """Mean feature of every patch of maps [B, h, w, F] on the base grid (h = w = tile): [B, g, g, F] float32, g = tile
+    // patch."""
     b, h, w, f = pixel.shape
     if (h, w) != (tile, tile):
-        raise ValueError(f"the feature map has {h}x{w} cells for a place of {tile}x{tile} base pixels; patches need one cell per base pixel")
+        raise ValueError(
+            f"the feature map has {h}x{w} cells for a place of {tile}x{tile} base pixels; patches need one cell "
+            "per base pixel"
+        )
     g = tile // patch
-    return pixel[:, :g * patch, :g * patch].reshape(b, g, patch, g, patch, f).mean(axis=(2, 4), dtype=np.float32)
+    return pixel[:, : g * patch, : g * patch].reshape(b, g, patch, g, patch, f).mean(axis=(2, 4), dtype=np.float32)
 
 
 def _targets(batch: Mapping[str, Any], task: str, patch: int) -> np.ndarray:
@@ -71,8 +94,8 @@ def collect(
 ) -> dict[str, Rows]:
     """One pass over the batches, all methods and tasks: {task: Rows} of the labelled rows only.
 
-    batches: eval batches {"sensors", "label" [B, K], "label_map" [B, N, N], "place": {"name": [B] texts}, "weight": [B], 0 = padding}.
-    patch: base pixels of a patch. needs: leave out the places where this sensor measured nothing.
+    batches: eval batches {"sensors", "label" [B, K], "label_map" [B, N, N], "place": {"name": [B] texts}, "weight":
+    [B], 0 = padding}. patch: base pixels of a patch. needs: leave out the places where this sensor measured nothing.
     Raises ValueError when a task has no labelled row.
     """
     features: dict[str, dict[str, list[np.ndarray]]] = {task: {name: [] for name in methods} for task in tasks}
@@ -84,7 +107,7 @@ def collect(
             measured = batch["sensors"].get(needs)
             real &= np.zeros(len(real), bool) if measured is None else np.asarray(measured["valid"]).any(axis=(1, 2, 3))
         outputs = {name: method(batch["sensors"]) for name, method in methods.items()}
-        names = np.asarray(batch["place"]["name"])
+        names = np.array([place_of(str(name)) for name in batch["place"]["name"]])
         for task in tasks:
             target = _targets(batch, task, patch)
             keep = target.any(-1) & real.reshape((-1,) + (1,) * (target.ndim - 2))
@@ -95,7 +118,9 @@ def collect(
     result = {}
     for task in tasks:
         if not sum(len(part) for part in targets[task]):
-            raise ValueError(f"no labelled {task} row" + (f" with a measured {needs!r}" if needs else "") + " in this split")
+            raise ValueError(
+                f"no labelled {task} row" + (f" with a measured {needs!r}" if needs else "") + " in this split"
+            )
         joined = {name: np.concatenate(parts) for name, parts in features[task].items()}
         result[task] = Rows(joined, np.concatenate(targets[task]), np.concatenate(groups[task]))
     return result

@@ -1,0 +1,197 @@
+"""A trained network from a folder, and `load`: a plain function from sensors with dates to features, beside the input
+contract.
+
+Three kinds of folder hold a network: a workdir (its newest checkpoint), one checkpoint, an exported folder. All three
+give the same features for the same weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+import runpy
+from typing import Any, Callable, Mapping, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import config_dict
+
+from skysense_jax import prepare
+from skysense_jax.convert import torch_import
+from skysense_jax.data import spec
+from skysense_jax.models import skysense as models
+from skysense_jax.objectives import skysense as objectives
+from skysense_jax.run import checkpoint
+
+KINDS = {
+    "dataset": "a dataset has places.json",
+    "export": "an exported folder has config.json and model.safetensors",
+    "workdir": "a workdir has checkpoints/",
+    "checkpoint": "a checkpoint is WORKDIR/checkpoints/STEP",
+}
+
+
+class Description(NamedTuple):
+    """A network without its weights. kind: key of KINDS. config: the run's whole configuration, None where only the
+    model's is known (an export of weights trained elsewhere). model: config.model. contract: the input contract. step:
+    of the checkpoint, None in an export that does not say. provenance: facts to print, in order."""
+
+    kind: str
+    path: pathlib.Path
+    config: config_dict.ConfigDict | None
+    model: config_dict.ConfigDict
+    contract: dict[str, Any]
+    step: int | None
+    provenance: dict[str, Any]
+
+
+class Network(NamedTuple):
+    """A network with its weights. encoder: parameters of `models.skysense.make_model(model, contract)`, the teacher's
+    in a run. features: (encoder, PlaceInput with batch axis) -> {"image", "pixel", "<sensor>_image",
+    "<sensor>_pixel"}; jit it."""
+
+    description: Description
+    encoder: Any
+    features: Callable[[Any, Mapping[str, Any]], dict[str, jax.Array]]
+
+
+class Loaded(NamedTuple):
+    """What :func:`load` returns. features: see there. contract: the input the network expects. config: the run's
+    configuration, or the model's alone under "model" where no more is known."""
+
+    features: Callable[[Mapping[str, Any]], dict[str, np.ndarray]]
+    contract: dict[str, Any]
+    config: config_dict.ConfigDict
+
+
+def identify(path: str | pathlib.Path) -> str:
+    """Which kind of folder `path` is, a key of KINDS. Raises FileNotFoundError, or ValueError for a folder that is
+    none of them."""
+    folder = pathlib.Path(path)
+    if not folder.exists():
+        raise FileNotFoundError(f"{path}: no such folder")
+    if (folder / "places.json").is_file():
+        return "dataset"
+    if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
+        return "export"
+    if (folder / "checkpoints").is_dir():
+        return "workdir"
+    if folder.is_dir() and folder.resolve().parent.name == "checkpoints" and folder.resolve().name.isdigit():
+        return "checkpoint"
+    raise ValueError(f"{path} is none of the folders known here: {'; '.join(KINDS.values())}")
+
+
+def read_config(path: str | pathlib.Path) -> config_dict.ConfigDict:
+    """The configuration a file's `get_config()` returns. Raises FileNotFoundError, ValueError."""
+    if not pathlib.Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such configuration file")
+    if pathlib.Path(path).suffix != ".py":
+        raise ValueError(f"{path}: a configuration is a Python file with get_config()")
+    names = runpy.run_path(str(path))
+    if "get_config" not in names:
+        raise ValueError(f"{path}: has no get_config()")
+    return names["get_config"]()
+
+
+def load(path: str | pathlib.Path) -> Loaded:
+    """Loads a workdir, a checkpoint or an exported folder: (features, contract, config).
+
+    features({sensor: {"image" [T, H, W, C] or [B, T, H, W, C] in the contract's unit and band order, "dates" one per
+    acquisition (ISO text, datetime.date or day of year counted from 0), optional "valid" [(B,) T, H, W], "bands"
+    names, "unit"}}) with any subset of the contract's sensors and any number of dates returns float32 arrays, without
+    the batch axis where the input had none:
+      "image" [B, E]             mean of the fused map over the cells with a valid input
+      "pixel" [B, h, w, E]       the fused map, one vector per base pixel
+      "<sensor>_image" [B, D]    mean of one sensor's map over valid cells and dates
+      "<sensor>_pixel" [B, h, w, D]   one sensor's map, mean over valid dates
+    Every new combination of shapes is compiled once. Raises ValueError for a folder that holds no network, and, naming
+    sensor and rule, for input that does not fit the contract (`skysense_jax.prepare`).
+    """
+    network = open_network(path)
+    forward = jax.jit(network.features)
+    contract = network.description.contract
+
+    def features(given: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        inputs, batched = prepare.prepare(contract, given)
+        out = {name: np.asarray(value) for name, value in forward(network.encoder, inputs).items()}
+        return out if batched else {name: value[0] for name, value in out.items()}
+
+    config = network.description.config
+    return Loaded(
+        features, contract, config_dict.ConfigDict({"model": network.description.model}) if config is None else config
+    )
+
+
+def read_description(path: str | pathlib.Path) -> Description:
+    """What a folder with a network says about it; no weights are read.
+
+    Raises FileNotFoundError, ValueError for a folder without a network, Damaged (a ValueError) for an altered
+    checkpoint.
+    """
+    kind, folder = identify(path), pathlib.Path(path)
+    if kind == "dataset":
+        raise ValueError(f"{path} is a dataset, not a network; give a workdir, a checkpoint or an exported folder")
+    if kind == "export":
+        meta = json.loads((folder / "config.json").read_text())
+        if "architecture" not in meta or "input_contract" not in meta:
+            raise ValueError(
+                f"{path}/config.json has no architecture and input_contract; it was not written by export-torch"
+            )
+        provenance = dict(meta.get("provenance", {}))
+        config = provenance.pop("config", None)
+        return Description(
+            kind,
+            folder,
+            None if config is None else _config(config),
+            _config(meta["architecture"]),
+            meta["input_contract"],
+            provenance.get("step"),
+            provenance,
+        )
+    meta = checkpoint.load_meta(folder)
+    config = _config(meta["config"])
+    provenance = {
+        "step": meta["step"],
+        "of steps": config.steps,
+        "dataset id": meta["dataset_id"],
+        "code": meta["code"],
+        "seconds": meta.get("seconds"),
+        "seed": config.seed,
+    }
+    return Description(kind, folder, config, config.model, meta["contract"], meta["step"], provenance)
+
+
+def open_network(path: str | pathlib.Path) -> Network:
+    """A network with its weights. Errors as :func:`read_description`."""
+    found = read_description(path)
+    if found.kind == "export":
+        encoder = torch_import.load_folder(found.path)[0]
+    else:
+        # the step that was described and no other: a damaged one is an error here, not a silent step back
+        encoder = checkpoint.load_tree(found.path, "teacher", found.step)["encoder"]
+    model = models.make_model(found.model, found.contract)
+    return Network(found, encoder, functools.partial(objectives.encoder_features, model))
+
+
+def _config(values: Mapping[str, Any]) -> config_dict.ConfigDict:
+    """A configuration read from JSON, where tuples became lists."""
+    return config_dict.ConfigDict(torch_import.tuples(dict(values)))
+
+
+def untrained(found: Description) -> Any:
+    """Freshly drawn encoder parameters of the same network, from the run's seed (0 where it is not known)."""
+    model = models.make_model(found.model, found.contract)
+    return jax.jit(model.init)(jax.random.key(found.config.seed if found.config is not None else 0))
+
+
+def abstract(config: Any, contract: Mapping[str, Any]) -> dict[str, Any]:
+    """Shapes of everything a run of `config` learns: {"params", "teacher", "memory"}; nothing is allocated."""
+    objective = objectives.make_objective(config, contract)
+    batch = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
+        spec.batch_spec(config, contract),
+        is_leaf=lambda node: isinstance(node, spec.Leaf),
+    )
+    params, teacher, memory = jax.eval_shape(lambda: objective.init(jax.random.key(0), batch))
+    return {"params": params, "teacher": teacher, "memory": memory}

@@ -1,0 +1,36 @@
+"""`skysense-jax export-torch`: the teacher of a run as a folder PyTorch reads, with where it comes from written into
+it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from skysense_jax import __version__, embed
+from skysense_jax.convert import torch_export
+from skysense_jax.evaluate import commit
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("path", help="workdir (its newest checkpoint) or checkpoint")
+    parser.add_argument("--out", required=True, help="folder to write; must not hold exported weights yet")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exports and prints where."""
+    found = embed.read_description(args.path)
+    if found.kind == "export":
+        raise ValueError(f"{args.path} is exported already")
+    network = embed.open_network(args.path)
+    provenance = {
+        "source": "teacher of a skysense_jax run",
+        "step": found.step,
+        "dataset_id": found.provenance["dataset id"],
+        "commit": commit(),
+        "trained_with": found.provenance["code"],
+        "exported_with": __version__,
+        "config": json.loads(found.config.to_json()),
+    }
+    print(torch_export.export(network.encoder, found.contract, found.model, args.out, provenance))
+    return 0

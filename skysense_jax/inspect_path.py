@@ -1,0 +1,149 @@
+"""`skysense-jax inspect`: what a dataset, a workdir, a checkpoint, an exported folder or a configuration is, and what
+input it expects."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pathlib
+from typing import Any, Mapping
+
+import jax
+
+from skysense_jax import embed
+from skysense_jax.data import sources
+from skysense_jax.models import skysense as models
+from skysense_jax.sensors import SENSORS, input_contract
+
+KIND_NAMES = {"workdir": "workdir (newest checkpoint)", "checkpoint": "checkpoint", "export": "exported weights"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("path", nargs="?", help="dataset, workdir, checkpoint or exported folder")
+    parser.add_argument(
+        "--config",
+        help="configuration file (.py): parameters per module and the input it would expect, nothing allocated",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the description."""
+    if args.path is None and args.config is None:
+        raise ValueError("give a path, or --config FILE")
+    parts = [describe(args.path)] if args.path is not None else []
+    if args.config is not None:
+        parts.append(describe_config(args.config))
+    print("\n\n".join(parts))
+    return 0
+
+
+def describe(path: str | pathlib.Path) -> str:
+    """The text for a folder; ValueError when it is none of ours."""
+    kind = embed.identify(path)
+    if kind == "dataset":
+        return describe_dataset(pathlib.Path(path))
+    found = embed.read_description(path)
+    lines = [f"{KIND_NAMES[kind]}  {found.path}"]
+    lines += [f"  {name:<14}{value}" for name, value in found.provenance.items()]
+    if kind == "export":
+        counted = parameters({"weights": {"encoder": models.param_shapes(found.model, found.contract)}})
+    else:
+        counted = parameters(embed.abstract(found.config, found.contract))
+    return "\n".join([*lines, "", counted, "", contract_table(found.contract)])
+
+
+def contract_table(contract: Mapping[str, Any]) -> str:
+    """What a model expects of every sensor, band by band."""
+    lines = [
+        f"input expected: {contract['ratio']} HR pixels along one base pixel; raw values in these units, "
+        "bands in this order"
+    ]
+    for name, rule in contract["sensors"].items():
+        row = SENSORS[name]
+        grid = "fine grid (one base pixel = ratio x ratio)" if rule["grid"] == "hr" else "base grid"
+        dates = "dated acquisitions" if row.dated else "no date needed"
+        lines.append(
+            f"  {name}: [dates, rows, columns, {len(rule['bands'])}], {rule['unit']}, {grid}, "
+            f"about {rule['gsd']:g} m, {dates}"
+        )
+        lines.append(f"    {'band':<8}{'mean':>12}{'std':>12}")
+        lines += [
+            f"    {band:<8}{mean:>12.4f}{std:>12.4f}"
+            for band, mean, std in zip(rule["bands"], rule["mean"], rule["std"])
+        ]
+        lines += [f"    statistics: {rule['statistics_source']}", f"    missing: {rule['missing']}"]
+    return "\n".join(lines)
+
+
+def describe_dataset(folder: pathlib.Path) -> str:
+    """A dataset of places, from its metadata and the record counts of its splits."""
+    meta = sources.read_metadata(folder)
+    side = f"{meta['tile'] * meta['gsd']:g} m" if "gsd" in meta else "unknown size"
+    lines = [f"dataset  {folder}" + ("   SYNTHETIC DATA" if meta.get("synthetic") else "")]
+    facts = {
+        "id": meta.get("dataset_id"),
+        "catalog sha256": meta.get("catalog_sha256"),
+        "places": ", ".join(f"{name} {count}" for name, count in split_sizes(folder).items())
+        or "none: the build did not finish",
+        "tile": f"{meta['tile']} x {meta['tile']} base pixels ({side}), {meta['ratio']} HR pixels along one base pixel",
+        "scene labels": ", ".join(meta.get("label_classes") or ()) or "none",
+        "label map": ", ".join(f"{key}={value}" for key, value in (meta.get("label_map_classes") or {}).items())
+        or "none",
+    }
+    lines += [f"  {name:<16}{value}" for name, value in facts.items()]
+    for name in meta["sensors"]:
+        row = SENSORS[name]
+        lines.append(f"  {name:<16}{row.unit}, {row.dtype}, bands {', '.join(row.bands)}")
+        statistics = (meta.get("statistics") or {}).get(name)
+        if statistics:
+            lines.append(
+                f"  {'':<16}statistics of n={statistics['n']} values, {statistics['date']}, "
+                f"sha256 {str(statistics['sha256'])[:12]}"
+            )
+            lines += [
+                f"  {'':<18}{band:<8}{mean:>12.4f}{std:>12.4f}"
+                for band, mean, std in zip(row.bands, statistics["mean"], statistics["std"])
+            ]
+        else:
+            lines.append(f"  {'':<16}no statistics of its own (`skysense-jax data stats`); the table's: {row.source}")
+    return "\n".join(lines)
+
+
+def split_sizes(folder: pathlib.Path) -> dict[str, int]:
+    """Records per split, from the TFDS metadata; empty where the build did not finish."""
+    path = folder / "dataset_info.json"
+    if not path.is_file():
+        return {}
+    return {
+        split["name"]: sum(int(length) for length in split["shardLengths"])
+        for split in json.loads(path.read_text()).get("splits", ())
+    }
+
+
+def describe_config(path: str) -> str:
+    """A configuration file: parameters per module and input contract, through shapes only."""
+    config = embed.read_config(path)
+    contract = input_contract(config.data.bands.to_dict(), config.model.ratio)
+    title = f"configuration  {path}  ({config.steps} steps of {config.data.batch} places)"
+    return "\n\n".join([title, parameters(embed.abstract(config, contract)), contract_table(contract)])
+
+
+def parameters(shapes: Mapping[str, Any]) -> str:
+    """Parameter counts: the first tree module by module, the others in all. shapes: tree -> family -> module -> leaves
+    with a shape."""
+    lines = ["parameters"]
+    for number, (tree, families) in enumerate(shapes.items()):
+        if number == 0:
+            lines += [
+                f"  {f'{family}/{name}':<28}{_size(leaves):>16,}"
+                for family, modules in families.items()
+                for name, leaves in modules.items()
+            ]
+        lines.append(f"  {f'all of {tree}':<28}{_size(families):>16,}")
+    return "\n".join(lines)
+
+
+def _size(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
