@@ -81,6 +81,7 @@ def text(report: Mapping[str, Any]) -> str:
         f"dataset  {data['dir']} ({data['dataset_id']})",
         f"kNN k={report['eval']['knn_k']}, cosine, T={report['eval']['knn_temp']}; linear probe: strength by "
         "cross-validation on the training places",
+        "statistics: mean, deviation and percentiles of every band, standardised on the training rows",
         f"95 % intervals: {report['eval']['bootstrap']} resamples of the test places; * = a difference whose interval "
         "does not hold 0",
     ]

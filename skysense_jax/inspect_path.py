@@ -99,13 +99,11 @@ def describe_dataset(folder: pathlib.Path) -> str:
         statistics = (meta.get("statistics") or {}).get(name)
         if statistics:
             lines.append(
-                f"  {'':<16}statistics of n={statistics['n']} values, {statistics['date']}, "
-                f"sha256 {str(statistics['sha256'])[:12]}"
+                f"  {'':<16}its own statistics, {statistics['date']}, sha256 {str(statistics['sha256'])[:12]}; "
+                "n = 0: the table's value"
             )
-            lines += [
-                f"  {'':<18}{band:<8}{mean:>12.4f}{std:>12.4f}"
-                for band, mean, std in zip(row.bands, statistics["mean"], statistics["std"])
-            ]
+            columns = zip(row.bands, statistics["mean"], statistics["std"], statistics["n"], strict=True)
+            lines += [f"  {'':<18}{band:<8}{mean:>12.4f}{std:>12.4f}   n {n:,}" for band, mean, std, n in columns]
         else:
             lines.append(f"  {'':<16}no statistics of its own (`skysense-jax data stats`); the table's: {row.source}")
     return "\n".join(lines)

@@ -329,6 +329,11 @@ def test_inspect_says_what_a_folder_is_and_what_it_expects(run, capsys):
         and "0=water, 1=trees, 2=crops" in text
         and "no statistics" in text
     )
+    meta = json.loads((run / "data" / "places.json").read_text())
+    own = {"mean": [-11.5, -18.25], "std": [3.0, 4.0], "n": [12345, 0], "date": "2026-01-02", "sha256": "abc"}
+    (run / "data" / "places.json").write_text(json.dumps({**meta, "statistics": {"s1": own}}))
+    text = printed(str(run / "data"))
+    assert "-18.2500" in text and "n 12,345" in text and "2026-01-02" in text
     text = printed("--config", str(CONFIG))
     assert "params" in text and "heads/fused" in text and "all of teacher" in text and "statistics: " in text
     assert cli.main(["inspect"]) == cli.EXIT_BAD_INPUT
