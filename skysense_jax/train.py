@@ -77,7 +77,9 @@ def parse(argv: Sequence[str]) -> Options:
         sys.exit(EXIT_DONE)
     try:
         rest = values(argv)[1:]
-    except (flags.Error, AttributeError, KeyError, TypeError, FileNotFoundError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"the configuration has no such field, or it takes another type: {error}") from error
+    except (flags.Error, FileNotFoundError) as error:
         raise ValueError(str(error)) from error
     if rest or values.config is None or values.workdir is None:
         raise ValueError(f"unexpected {rest}" if rest else "both --config FILE and --workdir DIR are needed")
@@ -202,13 +204,21 @@ def say(text: str) -> None:
 
 
 def train(options: Options) -> int:
-    """The run, from flags to TRAIN_COMPLETE; returns the exit code."""
-    cfg, workdir = options.config, options.workdir
-
-    # 1. Compiler flags and processes, before the first device is touched; then listen for SIGTERM.
-    xla_flags.apply(os.environ)
+    """Starts the processes of the job and runs; returns the exit code. SIGTERM is listened to from here on."""
+    xla_flags.apply(os.environ)  # before the first device is touched
     process, processes = meshes.start_processes()
     preemption = Preemption()
+    try:
+        return run(options, process, processes, preemption)
+    finally:
+        preemption.close()
+
+
+def run(options: Options, process: int, processes: int, preemption: Preemption) -> int:
+    """The run, from the data to TRAIN_COMPLETE; returns the exit code."""
+    cfg, workdir = options.config, options.workdir
+
+    # 1. A folder.
     workdir.mkdir(parents=True, exist_ok=True)
 
     # 2. What is to be learnt from: the dataset and the input contract.

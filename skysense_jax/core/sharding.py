@@ -36,10 +36,10 @@ def leaf_spec(name: str, leaf: Any, tactic: str, mesh_axes: Mapping[str, int], s
     if tactic not in TACTICS:
         raise ValueError(f"sharding of {name}: unknown tactic {tactic!r}; tactics are {', '.join(TACTICS)}")
     n, size = mesh_axes.get("fsdp", 1), trees.size_bytes(leaf)
-    if n == 1 or size < small:
-        return PartitionSpec()
-    if tactic == "replicate":
+    if tactic == "replicate" and n > 1 and size >= SMALL:
         raise ValueError(f"sharding of {name}: {size} bytes may not stay replicated on {n} devices; use the tactic fsdp")
+    if tactic == "replicate" or n == 1 or size < small:
+        return PartitionSpec()
     candidates = [axis for axis, length in enumerate(leaf.shape) if length % n == 0]
     if not candidates:
         raise ValueError(f"sharding of {name}: no dimension of {tuple(leaf.shape)} divides by the fsdp axis of {n}")

@@ -108,7 +108,7 @@ class Log:
         self._mark, self._mark_step, self._mark_data = time.monotonic(), start, timers.seconds.get("data", 0.0)
         if self._writes:
             truncate(workdir / FILE, start)
-            self._file = open(workdir / FILE, "a")
+            self._file = open(workdir / FILE, "a", buffering=1)  # a line at a time, for whoever watches
             self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
 
     def put(self, step: int, metrics: Mapping[str, Any]) -> int:
@@ -124,7 +124,7 @@ class Log:
         (step, metrics), self._pending = self._pending, None
         values = plain(metrics)
         unsound = values["finite"] == 0
-        if step % self._every == 0 or step == self._total or step == self._mark_step + 1 == 1 or unsound:
+        if step % self._every == 0 or step in (1, self._total) or unsound:
             self._write(step, values)
         return int(values["skipped"])
 

@@ -22,23 +22,24 @@ class Preemption:
 
     def __init__(self) -> None:
         self._seen = threading.Event()
-        self._in_loop = False
+        self._in_loop, self._pipe = False, None
         if jax.process_count() > 1:
             return  # jax.distributed listens itself and agrees with the other processes on a step
-        read, write = os.pipe()
-        os.set_blocking(write, False)
-        signal.signal(signal.SIGTERM, lambda *_: self._seen.set())
-        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        read, self._pipe = os.pipe()
+        os.set_blocking(self._pipe, False)
+        self._before = signal.signal(signal.SIGTERM, lambda *_: self._seen.set())
+        signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(read,), name="sigterm", daemon=True).start()
 
     def _listen(self, pipe: int) -> None:
-        while True:
-            if signal.SIGTERM in os.read(pipe, 64):
+        while received := os.read(pipe, 64):
+            if signal.SIGTERM in received:
                 self._seen.set()
                 if not self._in_loop:
                     sys.stderr.write("SIGTERM before the first step: nothing to save\n")
                     sys.stderr.flush()
                     os._exit(EXIT_PREEMPTED)
+        os.close(pipe)
 
     def enter_loop(self) -> None:
         """From here on the signal is answered by the loop, with a checkpoint."""
@@ -49,3 +50,11 @@ class Preemption:
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._seen.is_set()
+
+    def close(self) -> None:
+        """Give the signal back to whoever had it."""
+        if self._pipe is not None:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, self._before)
+            os.close(self._pipe)
+            self._pipe = None

@@ -1,0 +1,100 @@
+"""The ground floor: names and strict rules, shardings, meshes, random streams, compiler flags."""
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from skysense_jax.core import mesh, rngs, sharding, trees, xla_flags
+
+TREE = {"a": {"kernel": jnp.zeros((4, 8)), "bias": jnp.zeros(8)}, "b": [jnp.zeros(3), jnp.zeros(())]}
+
+
+def test_names_are_paths_and_nest_undoes_flatten():
+    assert list(trees.flatten(TREE)) == ["a/bias", "a/kernel", "b/0", "b/1"]
+    plain = {"a": TREE["a"]}
+    assert jax.tree.structure(trees.nest(trees.flatten(plain))) == jax.tree.structure(plain)
+    with pytest.raises(ValueError, match="same name"):
+        trees.flatten({"a": {"b": jnp.zeros(1)}, "a/b": jnp.zeros(1)})
+
+
+def test_rules_are_strict():
+    rules = ((r".*/kernel", 1), (r".*/bias", 2), (r"b/\d", 3))
+    assert trees.match(list(trees.flatten(TREE)), rules, "test") == {"a/kernel": 1, "a/bias": 2, "b/0": 3, "b/1": 3}
+    with pytest.raises(ValueError, match="no rule matches: b/0, b/1"):
+        trees.match(list(trees.flatten(TREE)), rules[:2], "test")
+    with pytest.raises(ValueError, match="more than one rule matches: a/bias"):
+        trees.match(list(trees.flatten(TREE)), (*rules, (r"a/b.*", 4)), "test")
+    with pytest.raises(ValueError, match="match nothing: 'kernel'"):  # the whole name must match
+        trees.match(list(trees.flatten(TREE)), (*rules, ("kernel", 4)), "test")
+    assert len(trees.match(list(trees.flatten(TREE)), (*rules, ("kernel", 4)), "test", unused_ok=True)) == 4
+
+
+@pytest.mark.parametrize("shape, expected", [
+    ((1024, 512), ("fsdp",)),  # the largest
+    ((24, 1024, 1024), (None, "fsdp")),  # of equal ones the first, never the stack of blocks
+    ((6, 1000, 500), (None, "fsdp")),
+    ((4, 4), ()),  # small: replicated
+])
+def test_fsdp_splits_the_largest_dimension_that_divides(shape, expected):
+    leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+    assert tuple(sharding.leaf_spec("x", leaf, "fsdp", {"data": 2, "fsdp": 4})) == expected
+
+
+def test_large_leaves_never_stay_replicated():
+    odd = jax.ShapeDtypeStruct((1023, 1021), jnp.float32)
+    with pytest.raises(ValueError, match="sharding of heads/x: no dimension"):
+        sharding.leaf_spec("heads/x", odd, "fsdp", {"fsdp": 4})
+    with pytest.raises(ValueError, match="sharding of heads/x: .* may not stay replicated"):
+        sharding.leaf_spec("heads/x", odd, "replicate", {"fsdp": 4})
+    with pytest.raises(ValueError, match="unknown tactic"):
+        sharding.leaf_spec("heads/x", odd, "split", {"fsdp": 4})
+
+
+def test_report_counts_what_is_replicated():
+    made = mesh.make_mesh({"data": 2, "fsdp": -1})
+    tree = {"big": jax.ShapeDtypeStruct((1024, 512), jnp.float32), "small": jax.ShapeDtypeStruct((10,), jnp.float32)}
+    placed = sharding.shardings(tree, (("big|small", "fsdp"),), made)
+    report = sharding.report(tree, placed)
+    assert (report.total, report.replicated, report.per_device) == (2**21 + 40, 40, 2**21 // 4 + 40)
+
+
+def test_mesh_uses_every_device_or_says_so():
+    assert mesh.mesh_shape({"data": 2, "fsdp": -1}, 8) == {"data": 2, "fsdp": 4}
+    for wrong in ({"data": 3, "fsdp": -1}, {"data": 1, "fsdp": 4}, {"data": -1, "fsdp": -1}, {"data": 0, "fsdp": -1}):
+        with pytest.raises(ValueError, match="mesh"):
+            mesh.mesh_shape(wrong, 8)
+    made = mesh.make_mesh({"data": 1, "fsdp": -1})
+    assert dict(made.shape) == {"data": 1, "fsdp": jax.device_count()}
+    assert all(kind == jax.sharding.AxisType.Auto for kind in made.axis_types)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**31 - 1), st.integers(0, 2**31 - 1))
+def test_streams_are_functions_of_seed_name_and_step(seed, step):
+    data = lambda *args: tuple(np.asarray(jax.random.key_data(rngs.key(*args))))
+    assert data(seed, "drop_path", step) == data(seed, "drop_path", step)
+    assert data(seed, "drop_path", step) != data(seed, "init", step)
+    assert data(seed, "drop_path", step) != data(seed, "drop_path", (step + 1) % 2**31)
+
+
+def test_streams_are_the_same_traced():
+    traced = jax.jit(lambda s: jax.random.key_data(rngs.key(3, "drop_path", s)))(jnp.int32(7))
+    assert (np.asarray(traced) == np.asarray(jax.random.key_data(rngs.key(3, "drop_path", 7)))).all()
+    with pytest.raises(ValueError, match="repeat"):
+        rngs.keys(0, ("a", "a"))
+
+
+def test_xla_flags_leave_the_user_alone_and_need_no_jax():
+    env = {"JAX_PLATFORMS": "tpu", "LIBTPU_INIT_ARGS": "--xla_tpu_enable_async_collective_fusion=false"}
+    added = xla_flags.apply(env)
+    assert added and env["LIBTPU_INIT_ARGS"].startswith("--xla_tpu_enable_async_collective_fusion=false ")
+    assert env["LIBTPU_INIT_ARGS"].count("async_collective_fusion=") == 1
+    assert xla_flags.apply(env) == []
+    assert all(reason for _, flags in xla_flags.FLAGS.values() for _, reason in flags)
+    code = "import sys; from skysense_jax.core import xla_flags; xla_flags.apply({}); sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

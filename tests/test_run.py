@@ -1,0 +1,394 @@
+"""What a run is made of: schedules, AdamW, decay by name, digests, checkpoints, skipped updates, metrics, exit codes."""
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import skysense_smoke, skysense_tiny
+from skysense_jax import train
+from skysense_jax.core import mesh as meshes
+from skysense_jax.core import trees
+from skysense_jax.run import checkpoint, digest, metrics, optim, state, step
+from tests import tiny, toy
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> str:
+    return tiny.write_dataset(tmp_path_factory.mktemp("places"))
+
+
+@pytest.fixture()
+def cfg(dataset):
+    """The tiny configuration with the toy objective, for eight devices."""
+    c = skysense_tiny.get_config("series")
+    c.model.name, c.data.dir, c.data.batch = "toy", dataset, 8
+    return c
+
+
+@pytest.fixture()
+def toys(monkeypatch):
+    monkeypatch.setitem(train.OBJECTIVES, "toy", toy.make_objective)
+
+
+# ---------------------------------------------------------------- schedules and optimiser
+
+def test_schedules_are_dino_s():
+    c = skysense_smoke.get_config()
+    s = c.schedule
+    at = optim.make_schedule(s, c.steps, ("teacher_temp", "last_layer_frozen", "teacher_momentum"))
+    values = {name: np.array([float(at(k)[name]) for k in range(c.steps)]) for name in at(0)}
+    k = np.arange(c.steps)
+    cosine = lambda first, last, t: last + 0.5 * (first - last) * (1 + np.cos(np.pi * t))
+    warm = s.lr * k / s.warmup_steps
+    decay = cosine(s.lr, s.final_lr, (k - s.warmup_steps) / (c.steps - s.warmup_steps))
+    np.testing.assert_allclose(values["lr"], np.where(k < s.warmup_steps, warm, decay), rtol=2e-5, atol=1e-9)
+    np.testing.assert_allclose(values["weight_decay"], cosine(0.04, 0.2, k / c.steps), rtol=1e-5)
+    np.testing.assert_allclose(values["teacher_momentum"], cosine(0.99, 1.0, k / c.steps), rtol=1e-5)
+    n = s.warmup_teacher_temp_steps
+    temps = np.concatenate([np.linspace(0.04, 0.07, n), np.full(c.steps - n, 0.07)])
+    np.testing.assert_allclose(values["teacher_temp"], temps, rtol=1e-5)
+    np.testing.assert_array_equal(values["last_layer_frozen"], k < s.freeze_last_layer_steps)
+
+
+def test_teacher_temperature_is_the_reference_s():
+    golden = np.load(GOLDEN / "dino_loss_sinkhorn.npz")["y_teacher_temps"]
+    ours = [float(optim.teacher_temperature(k, 10, 0.04, 0.07)) for k in range(len(golden))]
+    np.testing.assert_allclose(ours, golden, rtol=1e-6)
+
+
+def test_unknown_schedules_are_errors():
+    c = skysense_smoke.get_config()
+    with pytest.raises(ValueError, match="student_temp"):
+        optim.make_schedule(c.schedule, c.steps, ("student_temp",))
+    c.schedule.rule = "step"
+    with pytest.raises(ValueError, match="config.schedule.rule"):
+        optim.make_schedule(c.schedule, c.steps, ())
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("rule", ["gfm_cosine", "pp_cos", "pp_linear", "const"])
+def test_adamw_and_learning_rates_are_torch_s(rule, double):
+    """torch.optim.AdamW, clip_grad_norm_ and the schedulers of GFM and SkySense++ on a quadratic (parity case adamw_schedules)."""
+    z = np.load(GOLDEN / "adamw_schedules.npz")
+    m = json.loads(str(z["meta_json"]))
+    rates = {
+        "gfm_cosine": lambda k: optim.lr_gfm(k, m["steps"], m["warmup_steps"], m["lr"], m["warmup_lr"], m["min_lr"]),
+        "pp_cos": lambda k: optim.lr_cosine(k, m["steps"], m["warmup_steps"], m["lr"], 0.0, 0.0),
+        "pp_linear": lambda k: optim.lr_linear(k, m["steps"], m["warmup_steps"], m["lr"], 0.0, 0.0),
+        "const": lambda k: jnp.asarray(m["lr"]),
+    }
+    settings = type("Settings", (), {"b1": m["betas"][0], "b2": m["betas"][1], "eps": m["eps"]})
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", double)
+    try:
+        H, target, p, b = (jnp.asarray(z[f"x64_{name}"], jnp.result_type(float)) for name in ("H", "target", "p0", "b0"))
+
+        def loss(params):
+            d = params["p"] - target
+            return 0.5 * d @ H @ d + jnp.sum(params["b"] ** 2) + 0.1 * d.sum() * params["b"].sum()
+
+        params, opt = {"p": p, "b": b}, optim.init({"p": p, "b": b})
+        got = {name: [] for name in ("lr", "gnorm", "p", "b", "m", "v", "loss")}
+        for k in range(m["steps"]):
+            value, grads = jax.value_and_grad(loss)(params)
+            grads, norm = optim.clip(grads, m["clip"])
+            lr = rates[rule](k)
+            params, opt = optim.update(grads, opt, params, {"p": True, "b": False}, lr, m["weight_decay"], settings)
+            for name, x in zip(got, (lr, norm, params["p"], params["b"], opt["mu"]["p"], opt["nu"]["p"], value)):
+                got[name].append(np.asarray(x, np.float64))
+        tolerance = m["tol"]["float64_rel" if double else "float32_rel"]
+        for name, values in got.items():
+            wanted = z[f"y64_{rule}_{name}"]
+            error = np.linalg.norm(np.array(values) - wanted) / max(np.linalg.norm(wanted), 1e-30)
+            assert error <= tolerance, (name, error)
+    finally:
+        jax.config.update("jax_enable_x64", before)
+
+
+def test_decay_goes_by_name():
+    shape = jnp.zeros((2, 3))  # stacked blocks: a bias has two dimensions and still does not decay
+    params = trees.nest({name: shape for name in (
+        "encoder/hr/stage0/pairs0/plain/attn/qkv/kernel", "encoder/hr/stage0/pairs0/plain/attn/q_bias",
+        "encoder/hr/stage0/pairs0/plain/attn/cpb1/kernel", "encoder/hr/stage0/pairs0/plain/attn/logit_scale",
+        "encoder/s2/blocks/layers/fc1/bias", "encoder/s2/blocks/layers/ln1/scale", "encoder/s2/cls_token", "encoder/s2/pos_embed",
+        "encoder/ctpe", "heads/s2/last_layer_v", "align/s2/kernel")})
+    decayed = {name for name, on in trees.flatten(optim.decay_mask(params)).items() if on}
+    assert decayed == {"encoder/hr/stage0/pairs0/plain/attn/qkv/kernel", "heads/s2/last_layer_v", "align/s2/kernel"}
+    with pytest.raises(ValueError, match="weight decay rules: no rule matches: encoder/surprise"):
+        optim.decay_mask({"encoder": {"surprise": shape}})
+
+
+@pytest.mark.parametrize("config", [skysense_smoke, skysense_tiny])
+def test_every_parameter_and_every_leaf_of_the_model_has_its_rule(config):
+    c = config.get_config()
+    made = meshes.make_mesh({"data": 1, "fsdp": 1}, jax.devices()[:1])
+    plan = train.make_plan(c, train.make_contract(c), made)
+    mask = trees.flatten(optim.decay_mask(plan.state.params))
+    assert any(mask.values()) and not all(mask.values())
+    wrong = [name for name, on in mask.items() if on and name.split("/")[-1] not in ("kernel", "last_layer_v")]
+    assert not wrong and not [name for name, on in mask.items() if on and "cpb" in name]
+
+
+# ---------------------------------------------------------------- one step
+
+def small_state(cfg, small=2**20):
+    """(plan, state) of the toy objective on all devices; leaves of `small` bytes and more are split."""
+    contract = train.make_contract(cfg)
+    mesh = meshes.make_mesh({"data": 2, "fsdp": -1})
+    spec = train.specs.batch_spec(cfg, contract)
+    objective = toy.make_objective(cfg, contract)
+    batch = state.batch_shapes(spec, mesh)
+    shapes = state.state_shapes(objective, batch, cfg.seed, mesh, small)
+    return objective, batch, shapes, state.create(objective, batch, cfg.seed, shapes)
+
+
+def same(a, b) -> bool:
+    """Bit for bit, so that a NaN equals itself."""
+    return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_a_step_that_is_not_finite_touches_nothing(cfg):
+    objective, batch_shapes, shapes, now = small_state(cfg)
+    advance = jax.jit(step.make_step(objective, cfg, optim.decay_mask(shapes.params)))
+    rng = np.random.default_rng(0)
+    batch = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), batch_shapes)
+    first, measured = advance(now, batch)
+    assert measured["finite"] == 1 and same(first.params, now.params)  # the first learning rate is 0
+    second, _ = advance(first, batch)
+    assert not same(second.params, first.params) and not same(second.memory, first.memory)
+
+    batch["global"]["sensors"]["s2"]["image"][0, 0, 0, 0, 0, 0] = np.nan
+    third, measured = advance(second, batch)
+    for name in ("params", "opt", "teacher", "memory"):
+        assert same(getattr(third, name), getattr(second, name)), name
+    assert (int(third.step), int(third.skipped), float(measured["finite"])) == (3, 1, 0.0)
+    assert metrics.plain(measured)["loss"] == "nan"
+
+
+def test_the_batch_must_divide_by_the_devices(cfg):
+    cfg.data.batch = 6
+    with pytest.raises(ValueError, match="config.data.batch=6 does not divide by the 8 devices"):
+        small_state(cfg)
+
+
+# ---------------------------------------------------------------- digests and checkpoints
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
+def test_a_digest_sees_any_flipped_bit_and_no_sharding(dtype):
+    rng = np.random.default_rng(1)
+    x = rng.integers(0, 2, (8, 24)).astype(jnp.dtype(dtype)) if dtype == "bool" else rng.integers(0, 200, (8, 24)).astype(jnp.dtype(dtype))
+    made = meshes.make_mesh({"data": 1, "fsdp": -1})
+    split = jax.device_put(x, meshes.batch_sharding(made))
+    whole = digest.tree_digests({"x": x})
+    assert digest.tree_digests({"x": split}) == whole
+    for _ in range(5):
+        y = x.copy()
+        y.reshape(-1).view(np.uint8)[rng.integers(y.nbytes)] ^= 1
+        assert digest.tree_digests({"x": y}) != whole
+    assert digest.tree_digests({"x": x.reshape(24, 8)}) != whole
+
+
+META = {"config": {"steps": 9}, "contract": {}, "dataset_id": "d", "seconds": {}}
+
+
+@pytest.fixture()
+def saved(cfg, tmp_path):
+    """A workdir with steps 1 and 2 of a state whose kernels are split over eight devices, and the two states."""
+    _, _, shapes, now = small_state(cfg, small=1024)
+    states = [now._replace(step=jnp.int32(n), params=jax.tree.map(lambda x: x + n, now.params)) for n in (1, 2)]
+    saver = checkpoint.Saver(tmp_path, keep=2)
+    for one in states:
+        assert saver.save(one, {"step": int(one.step)}, META)
+        saver.wait()
+        assert not saver.save(one, {"step": int(one.step)}, META)  # already there
+    saver.close()
+    return tmp_path, shapes, states
+
+
+def test_a_checkpoint_comes_back_bit_for_bit_on_any_mesh(saved, cfg):
+    workdir, shapes, states = saved
+    found = checkpoint.restore_latest_valid(workdir, shapes)
+    assert (found.step, found.data, found.meta["config"]) == (2, {"step": 2}, {"steps": 9})
+    assert same(found.state, states[1])
+    assert found.state.params["encoder"]["layer"]["kernel"].sharding.spec == jax.P(None, "fsdp")
+    other = meshes.make_mesh({"data": 1, "fsdp": 2}, jax.devices()[:2])
+    moved = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=meshes.replicated(other)), shapes)
+    assert same(checkpoint.restore_latest_valid(workdir, moved).state, states[1])
+
+
+def test_one_part_loads_alone(saved):
+    workdir, _, states = saved
+    for path in (workdir, workdir / "checkpoints", workdir / "checkpoints" / "2"):
+        assert same(checkpoint.load_tree(path, "teacher"), states[1].teacher)
+        assert checkpoint.load_meta(path)["config"] == {"steps": 9}
+    assert same(checkpoint.load_tree(workdir, "params", step=1), states[0].params)
+    with pytest.raises(ValueError, match="has no 'optimiser'; it has params"):
+        checkpoint.load_tree(workdir, "optimiser")
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 7"):
+        checkpoint.load_tree(workdir, "params", step=7)
+
+
+def flip(file: pathlib.Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    file.write_bytes(data)
+
+
+def largest(folder: pathlib.Path) -> pathlib.Path:
+    return max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+
+
+@pytest.mark.parametrize("damage, reason", [
+    (lambda two: flip(largest(two / "params")), "params"),
+    (lambda two: os.truncate(largest(two / "params"), 100), "params"),
+    (lambda two: largest(two / "teacher").unlink(), "cannot be read"),
+    (lambda two: shutil.rmtree(two / "memory"), "cannot be read"),
+    (lambda two: (two / "params" / "_METADATA").unlink(), "cannot be read"),
+    (lambda two: flip(two / "meta" / "data.json"), "cannot be read|altered"),
+    (lambda two: (two / "data" / "data.json").write_text('{"step": 1}'), "data position was altered"),
+    (lambda two: [shutil.rmtree(two), two.mkdir()], "cannot be read"),
+], ids=["flipped byte", "truncated", "missing file", "missing part", "no manifest", "flipped meta", "another position", "empty folder"])
+def test_a_damaged_step_is_named_and_the_one_before_is_used(saved, capfd, damage, reason):
+    workdir, shapes, states = saved
+    damage(workdir / "checkpoints" / "2")
+    found = checkpoint.restore_latest_valid(workdir, shapes)
+    assert found.step == 1 and same(found.state, states[0])
+    aside = workdir / checkpoint.REJECTED / "2-0"
+    said = (aside / "REASON.txt").read_text()
+    assert len(said.splitlines()) == 1 and re.search(reason, said), said
+    assert f"checkpoint 2 rejected: {said.strip()}" in capfd.readouterr().err
+    assert checkpoint.steps(workdir / "checkpoints") == [1]
+
+
+def test_a_leaf_that_reads_back_wrong_is_named(saved, monkeypatch):
+    """Orbax returns flipped bytes as if nothing had happened; the digest names the leaf."""
+    workdir, shapes, _ = saved
+    honest = checkpoint.ocp.load_checkpointables
+
+    def lying(path, wanted):
+        loaded = honest(path, wanted)
+        if "params" in loaded and path.name == "2":
+            layer = loaded["params"]["encoder"]["layer"]
+            layer["kernel"] = layer["kernel"].at[3, 3].add(1e-7)
+        return loaded
+
+    monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", lying)
+    assert checkpoint.restore_latest_valid(workdir, shapes).step == 1
+    said = (workdir / checkpoint.REJECTED / "2-0" / "REASON.txt").read_text()
+    assert "params/encoder/layer/kernel: saved float32[10,512]" in said
+
+
+def test_never_silently_from_scratch(saved):
+    workdir, shapes, _ = saved
+    for n in (1, 2):
+        shutil.rmtree(workdir / "checkpoints" / str(n) / "params")
+    with pytest.raises(checkpoint.Damaged, match="none can be trusted"):
+        checkpoint.restore_latest_valid(workdir, shapes)
+    assert checkpoint.steps(workdir / "checkpoints") == [1, 2]
+    assert checkpoint.restore_latest_valid(workdir / "elsewhere", shapes) is None
+
+
+def test_another_model_is_an_error_that_names_the_leaf(saved):
+    workdir, shapes, _ = saved
+    wider = shapes._replace(memory={"centre": jax.ShapeDtypeStruct((600,), jnp.float32, sharding=shapes.memory["centre"].sharding)})
+    with pytest.raises(ValueError, match=r"another model \(1 leaves differ\): memory/centre: saved float32\[512\], .* float32\[600\]"):
+        checkpoint.restore_latest_valid(workdir, wider)
+
+
+def test_only_the_newest_are_kept(cfg, tmp_path):
+    _, _, _, now = small_state(cfg)
+    saver = checkpoint.Saver(tmp_path, keep=2)
+    for n in (1, 2, 3):
+        saver.save(now._replace(step=jnp.int32(n)), {}, META)
+        saver.wait()
+    saver.close()
+    assert checkpoint.steps(tmp_path / "checkpoints") == [2, 3]
+
+
+# ---------------------------------------------------------------- metrics
+
+def test_records_past_the_checkpoint_and_torn_lines_are_dropped(tmp_path):
+    file = tmp_path / metrics.FILE
+    file.write_text("".join(json.dumps({"step": n}) + "\n" for n in (1, 2, 3, 4)) + '{"step": 5, "lo')
+    assert metrics.truncate(file, 2) == 3
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2]
+    assert metrics.truncate(tmp_path / "none", 2) == 0
+
+
+# ---------------------------------------------------------------- the command
+
+def go(cfg, workdir) -> int:
+    return train.train(train.Options(cfg, workdir))
+
+
+def test_a_run_ends_once_and_says_so(cfg, toys, tmp_path, capfd):
+    assert go(cfg, tmp_path) == 0
+    records = [json.loads(line) for line in (tmp_path / metrics.FILE).read_text().splitlines()]
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
+    assert checkpoint.steps(tmp_path / "checkpoints") == [4, 6]
+    assert {"config.json", "contract.json", "element_spec.json", "sharding.json", "versions.json", train.COMPLETE} <= {
+        p.name for p in tmp_path.iterdir()}
+    said = capfd.readouterr().err
+    assert "compiled in" in said and "model FLOPs" in said and "replicated" in said and "input wait" in said and "ETA" in said
+    assert "MFU" not in said  # no peak is known for this device
+    before = (tmp_path / metrics.FILE).read_bytes()
+    assert go(cfg, tmp_path) == 0
+    assert "nothing to do" in capfd.readouterr().err and (tmp_path / metrics.FILE).read_bytes() == before
+    cfg.schedule.lr = 1.0
+    with pytest.raises(ValueError, match=r"config.schedule.lr was 0.001, is 1.0. Use another --workdir"):
+        go(cfg, tmp_path)
+
+
+def test_too_many_skipped_updates_end_the_run_with_65(cfg, monkeypatch, tmp_path, capfd):
+    monkeypatch.setitem(train.OBJECTIVES, "toy", lambda c, contract: toy.make_objective(c, contract, broken=True))
+    cfg.run.max_skipped = 2
+    assert go(cfg, tmp_path) == 65
+    records = [json.loads(line) for line in (tmp_path / metrics.FILE).read_text().splitlines()]
+    assert [r["skipped"] for r in records][:3] == [1, 2, 3] and records[0]["loss"] == "nan"
+    assert "3 updates were not finite, config.run.max_skipped is 2" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--config.optim.nope=3"], "nope"),
+    (["--config.optim.clip=much"], "much"),
+    (["--nope=3"], "nope"),
+    (["--config.data.dir=/nowhere"], "/nowhere is not a dataset of places"),
+    (["--config.data.statistics=mine"], "config.data.statistics='mine'"),
+    (["--config.data.statistics=dataset"], "skysense-jax data stats"),
+    (["--config.model.name=vgg"], "config.model.name='vgg'"),
+    (["--config.mesh.fsdp=3"], "mesh"),
+    (["--config.data.batch=6"], "does not divide by the 8 devices"),
+])
+def test_a_bad_configuration_is_78_and_one_line(arguments, said, dataset, tmp_path, capfd):
+    config = pathlib.Path(__file__).parents[1] / "configs" / "skysense_tiny.py"
+    base = ["--config", f"{config}:series", "--workdir", str(tmp_path / "run"), f"--config.data.dir={dataset}"]
+    assert train.main([*base, *arguments]) == 78
+    error = capfd.readouterr().err.strip()
+    assert error.startswith("skysense-jax train: ") and said in error, error
+
+
+def test_a_hung_step_is_70_with_the_stacks(tmp_path):
+    code = ("import pathlib, sys, time; from skysense_jax.run.watchdog import Watchdog\n"
+            "def stuck_here(): time.sleep(60)\n"
+            "with Watchdog(0.3, pathlib.Path(sys.argv[1])) as dog: dog.beat(); stuck_here()")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "stacks.txt")], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 70
+    assert "stuck_here" in (tmp_path / "stacks.txt").read_text() and "stuck_here" in done.stderr and "watchdog_s=0.3" in done.stderr
+
+
+def test_clipping_is_torch_s():
+    grads = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
+    clipped, norm = optim.clip(grads, 1.0)
+    assert float(norm) == 5.0 and float(optax.tree.norm(clipped)) == pytest.approx(1 / (1 + 2e-7), rel=1e-6)
+    assert same(optim.clip(grads, 10.0)[0], grads)

@@ -1,0 +1,39 @@
+"""The smallest objective that honours objectives.base: for tests of the run, not of a model. It compiles in a second.
+
+A linear map of the mean S2 spectrum of the global views is pulled to the teacher's; the memory counts what was settled.
+"""
+from __future__ import annotations
+
+from typing import Any, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from skysense_jax.objectives.base import Objective
+from skysense_jax.ops.ema import ema
+
+
+def make_objective(cfg: Any, contract: Mapping[str, Any], broken: bool = False) -> Objective:
+    """broken: the loss is never a number."""
+    bands = len(contract["sensors"]["s2"]["bands"])
+
+    def init(rng, spec):
+        params = {"encoder": {"layer": {"kernel": 0.1 * jax.random.normal(rng, (bands, 512)), "bias": jnp.zeros(512)}}}
+        return params, jax.tree.map(jnp.copy, params), {"centre": jnp.zeros(512)}
+
+    def project(params, batch):
+        image = batch["global"]["sensors"]["s2"]["image"] / 1000.0
+        layer = params["encoder"]["layer"]
+        return image.mean((1, 2, 3, 4)) @ layer["kernel"] + layer["bias"]
+
+    def loss(params, teacher, memory, batch, keys, schedule):
+        target = 1.0 - project(teacher, batch) + 0.01 * jax.random.normal(keys["noise"], (512,))
+        value = jnp.mean((project(params, batch) - target) ** 2)
+        value = value * (jnp.nan if broken else 1.0)
+        return value, ({"loss/only": value}, {"mean": target.mean(0)})
+
+    def settle(params, teacher, memory, settle_inputs, schedule):
+        return ema(teacher, params, schedule["teacher_momentum"]), {"centre": memory["centre"] + settle_inputs["mean"]}
+
+    rules = (("(params|teacher)/encoder/.+", "fsdp"), ("memory/centre", "replicate"))
+    return Objective(init, loss, settle, project, rules, lambda spec: 1e6, ("noise",), ("teacher_momentum",))
