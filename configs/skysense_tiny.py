@@ -1,8 +1,10 @@
-"""SkySense, test size: the smoke configuration with everything that costs time made small. The suite uses it; it learns nothing.
+"""SkySense, test size: the smoke configuration with everything that costs time made small. The suite uses it; it learns
+nothing.
 
 Command:   python -m skysense_jax.train --config configs/skysense_tiny.py --workdir DIR --config.data.dir=DATA
            configs/skysense_tiny.py:series takes the two time series only: half the time to compile
-Cost:      seconds on one core; about 0.1 M parameters. DATA: tiles of at least 8 base pixels with 4 x 4 HR pixels under each.
+Cost:      seconds on one core; about 0.1 M parameters. DATA: tiles of at least 8 base pixels with 4 x 4 HR pixels under
+each.
 """
 import pathlib
 import runpy
@@ -11,7 +13,9 @@ from ml_collections import config_dict
 
 
 def get_config(variant: str = "all") -> config_dict.ConfigDict:
-    """The smoke configuration at test size: same stages, width 32, six steps of four places. variant: "all" sensors, or "series"."""
+    """The smoke configuration at test size: same stages, width 32, six steps of four places. variant: "all" sensors,
+    or "series".
+    """
     if variant not in ("all", "series"):
         raise ValueError(f"unknown variant {variant!r}: all, series")
     c = runpy.run_path(str(pathlib.Path(__file__).with_name("skysense_smoke.py")))["get_config"]()

@@ -1,13 +1,16 @@
-"""Pretraining, the one loop for every model:   python -m skysense_jax.train --config FILE --workdir DIR [--config.field=value ...]
+"""Pretraining, the one loop for every model.
 
-A workdir that has begun is continued from its newest sound checkpoint; a finished one says so. The run is a function of the configuration,
-the seed and the data: kill it anywhere, start it again, and it ends in the same state.
+    python -m skysense_jax.train --config FILE --workdir DIR [--config.field=value ...]
 
-Exit codes: 0 done. 75 preempted (SIGTERM) and saved. 70 no step within config.run.watchdog_s. 65 more than config.run.max_skipped updates
-were not finite. 78 bad configuration or data.
+A workdir that has begun is continued from its newest sound checkpoint; a finished one says so. The run is a function of
+the configuration, the seed and the data: kill it anywhere, start it again, and it ends in the same state.
+
+Exit codes: 0 done. 75 preempted (SIGTERM) and saved. 70 no step within config.run.watchdog_s. 65 more than
+config.run.max_skipped updates were not finite. 78 bad configuration or data.
 """
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pathlib
@@ -34,7 +37,7 @@ COMPLETE = "TRAIN_COMPLETE"
 OBJECTIVES: dict[str, Callable[..., Any]] = {"skysense": skysense.make_objective}
 
 MAY_CHANGE = ("run.", "mesh.", "eval.", "data.dir", "data.threads", "data.prefetch")
-"""Fields a resumed run may have otherwise: they change how it runs, not what it computes (the dataset is known by its id)."""
+"""Fields a resumed run may have otherwise: how it runs, not what it computes (a dataset is known by its id)."""
 
 
 class Options(NamedTuple):
@@ -65,11 +68,11 @@ class Start(NamedTuple):
 
 
 def parse(argv: Sequence[str]) -> Options:
-    """Command line (without the program's name) to options; raises ValueError for an unknown flag, field or type of value."""
+    """Command line (without the program's name) to options. ValueError for an unknown flag or field, a wrong type."""
     argv = ["skysense-jax train", *argv]
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "configuration file; fields: --config.section.field=value", flag_values=values,
-                                    sys_argv=argv, lock_config=True)
+    config_flags.DEFINE_config_file("config", None, "configuration file; fields: --config.section.field=value",
+                                    flag_values=values, sys_argv=argv, lock_config=True)
     flags.DEFINE_string("workdir", None, "folder of this run; continued where it has begun", flag_values=values)
     flags.DEFINE_bool("help", False, "show this text", flag_values=values, short_name="h")
     if "--help" in argv or "-h" in argv:
@@ -87,19 +90,20 @@ def parse(argv: Sequence[str]) -> Options:
 
 
 def make_contract(cfg: config_dict.ConfigDict) -> dict[str, Any]:
-    """The model's input contract: bands from the configuration, statistics from the sensor table or from the dataset itself."""
+    """The model's input contract: the configuration's bands with the sensor table's or the dataset's statistics."""
     if cfg.data.statistics not in ("table", "dataset"):
         raise ValueError(f"config.data.statistics={cfg.data.statistics!r}: 'table' or 'dataset'")
     statistics = None
     if cfg.data.statistics == "dataset":
         statistics = sources.read_metadata(cfg.data.dir).get("statistics")
         if not statistics:
-            raise ValueError(f"{cfg.data.dir} has no statistics of its own: run `skysense-jax data stats {cfg.data.dir}`")
+            raise ValueError(f"{cfg.data.dir} has no statistics of its own: "
+                             f"run `skysense-jax data stats {cfg.data.dir}`")
     return sensors.input_contract(cfg.data.bands.to_dict(), cfg.model.ratio, statistics)
 
 
 def make_plan(cfg: config_dict.ConfigDict, contract: Mapping[str, Any], mesh: jax.sharding.Mesh) -> Plan:
-    """Spec, objective, shapes and shardings, and the step, from the configuration alone: no data is read, no array made."""
+    """Spec, objective, shapes, shardings and step from the configuration alone: no data is read, no array made."""
     if cfg.model.name not in OBJECTIVES:
         raise ValueError(f"config.model.name={cfg.model.name!r}; objectives are {', '.join(OBJECTIVES)}")
     spec = specs.batch_spec(cfg, contract)
@@ -121,32 +125,42 @@ def compile_step(plan: Plan, mesh: jax.sharding.Mesh) -> Any:
         "arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
         "outputs": memory.output_size_in_bytes, "of these in place": memory.alias_size_in_bytes,
     }
-    say(f"compiled in {time.monotonic() - begin:.1f} s; per device: " + ", ".join(f"{k} {v / 2**20:.1f} MiB" for k, v in parts.items())
-        + f"; model FLOPs of a step: {plan.flops:.3e}")
+    needs = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in parts.items())
+    say(f"compiled in {time.monotonic() - begin:.1f} s; per device: {needs}; model FLOPs of a step: {plan.flops:.3e}")
     return compiled
 
 
-def check_same_run(cfg: config_dict.ConfigDict, contract: Mapping[str, Any], dataset_id: str, meta: Mapping[str, Any]) -> None:
+def check_same_run(
+    cfg: config_dict.ConfigDict, contract: Mapping[str, Any], dataset_id: str, meta: Mapping[str, Any]
+) -> None:
     """A checkpoint may be continued only by the run that wrote it: ValueError naming the fields that differ."""
     now, before = flat_config(as_json(cfg)), flat_config(meta["config"])
-    differ = [name for name in sorted(set(now) | set(before)) if now.get(name) != before.get(name) and not name.startswith(MAY_CHANGE)]
+    fields = [name for name in sorted(set(now) | set(before)) if not name.startswith(MAY_CHANGE)]
+    differ = [f"config.{name} was {before.get(name)!r}, is {now.get(name)!r}"
+              for name in fields if now.get(name) != before.get(name)]
     if differ:
-        raise ValueError("this workdir was begun with another configuration: " + "; ".join(
-            f"config.{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in differ[:8]) + ". Use another --workdir.")
+        raise ValueError("this workdir was begun with another configuration: " + "; ".join(differ[:8])
+                         + ". Use another --workdir.")
     if meta["dataset_id"] != dataset_id:
-        raise ValueError(f"this workdir was begun on dataset {meta['dataset_id']}, config.data.dir={cfg.data.dir} is {dataset_id}")
+        raise ValueError(f"this workdir was begun on dataset {meta['dataset_id']}, "
+                         f"config.data.dir={cfg.data.dir} is {dataset_id}")
     if meta["contract"] != json.loads(json.dumps(contract)):
-        raise ValueError("this workdir was begun with another input contract (bands, statistics or ratio). Use another --workdir.")
+        raise ValueError("this workdir was begun with another input contract (bands, statistics or ratio). "
+                         "Use another --workdir.")
 
 
-def where_to_start(cfg: config_dict.ConfigDict, workdir: pathlib.Path, plan: Plan, dataset_id: str) -> Start:
+def where_to_start(cfg: config_dict.ConfigDict, workdir: pathlib.Path, plan: Plan, meta: Mapping[str, Any]) -> Start:
     """1. the newest sound checkpoint of this workdir; 2. scratch."""
     found = checkpoint.restore_latest_valid(
-        workdir, plan.state, lambda meta: check_same_run(cfg, plan.contract, dataset_id, meta))
+        workdir, plan.state, lambda found: check_same_run(cfg, plan.contract, meta["dataset_id"], found))
     if found is not None:
-        if found.data != data_position(cfg, found.step):
-            raise ValueError(f"checkpoint {found.step} stands at {found.data} in the data, this run would be at {data_position(cfg, found.step)}")
+        position = data_position(cfg, found.step)
+        if found.data != position:
+            raise ValueError(f"checkpoint {found.step} stands at {found.data} in the data, this run at {position}")
+        changed = [name for name, version in meta["code"].items() if found.meta["code"].get(name) != version]
         say(f"resuming from step {found.step}")
+        if changed:
+            say(f"note: other code wrote it ({', '.join(changed)}); the bits may differ from those of an unbroken run")
         return Start(found.state, found.step, found.meta["seconds"])
     say("starting from scratch")
     return Start(state.create(plan.objective, plan.batch, cfg.seed, plan.state), 0, {})
@@ -154,13 +168,14 @@ def where_to_start(cfg: config_dict.ConfigDict, workdir: pathlib.Path, plan: Pla
 
 def data_position(cfg: config_dict.ConfigDict, done: int) -> dict[str, int]:
     """Where the data stream stands after `done` steps: everything that the next batch depends on."""
-    return {"step": done, "seed": int(cfg.seed), "batch": int(cfg.data.batch), "places_seen": done * int(cfg.data.batch)}
+    batch = int(cfg.data.batch)
+    return {"step": done, "seed": int(cfg.seed), "batch": batch, "places_seen": done * batch}
 
 
 def write_run_folder(options: Options, plan: Plan, mesh: jax.sharding.Mesh, meta: Mapping[str, Any]) -> None:
     """What this run is, for people: config, contract, element spec, shardings, versions. Rewritten by every start."""
     reports = {
-        name: sharding.report(getattr(plan.state, name), jax.tree.map(lambda leaf: leaf.sharding, getattr(plan.state, name)))
+        name: sharding.report(shapes := getattr(plan.state, name), jax.tree.map(lambda leaf: leaf.sharding, shapes))
         for name in checkpoint.TREES
     }
     for name, report in reports.items():
@@ -180,7 +195,10 @@ def write_run_folder(options: Options, plan: Plan, mesh: jax.sharding.Mesh, meta
 
 def run_meta(cfg: config_dict.ConfigDict, contract: Mapping[str, Any], dataset_id: str) -> dict[str, Any]:
     """What every checkpoint of the run says about itself."""
-    code = {"skysense_jax": __version__, "jax": jax.__version__, "python": platform.python_version()}
+    package = pathlib.Path(__file__).parent
+    sources_ = b"".join(file.read_bytes() for file in sorted(package.rglob("*.py")))
+    code = {"skysense_jax": __version__, "sources_sha256": hashlib.sha256(sources_).hexdigest(), "jax": jax.__version__,
+            "python": platform.python_version()}
     return {"format": 1, "config": as_json(cfg), "contract": dict(contract), "dataset_id": dataset_id, "code": code}
 
 
@@ -218,16 +236,14 @@ def run(options: Options, process: int, processes: int, preemption: Preemption) 
     """The run, from the data to TRAIN_COMPLETE; returns the exit code."""
     cfg, workdir = options.config, options.workdir
 
-    # 1. A folder.
+    # 1. A folder, and what is to be learnt from: the dataset and the input contract.
     workdir.mkdir(parents=True, exist_ok=True)
-
-    # 2. What is to be learnt from: the dataset and the input contract.
     dataset = sources.read_metadata(cfg.data.dir)
     contract = make_contract(cfg)
     sources.check_dataset(dataset, contract, cfg)
     meta = run_meta(cfg, contract, str(dataset["dataset_id"]))
 
-    # 3. Mesh, objective, shapes, shardings.
+    # 2. Mesh, objective, shapes, shardings.
     mesh = meshes.make_mesh(cfg.mesh.to_dict())
     plan = make_plan(cfg, contract, mesh)
     if (workdir / COMPLETE).exists():
@@ -237,14 +253,14 @@ def run(options: Options, process: int, processes: int, preemption: Preemption) 
     write_run_folder(options, plan, mesh, meta)
 
     with jax.set_mesh(mesh):
-        # 4. Compile before anything runs: out of memory and unmatched shapes show here.
+        # 3. Compile before anything runs: out of memory and unmatched shapes show here.
         timers = metrics.Timers()
         with timers("compile"):
             train_step = compile_step(plan, mesh)
 
-        # 5. Where do we start from?
+        # 4. Where do we start from?
         with timers("restore"):
-            start = where_to_start(cfg, workdir, plan, meta["dataset_id"])
+            start = where_to_start(cfg, workdir, plan, meta)
         for name, seconds in start.seconds.items():
             timers.add(name, seconds)
         now, done = start.state, start.step
@@ -259,10 +275,12 @@ def run(options: Options, process: int, processes: int, preemption: Preemption) 
 
         def not_finite() -> int:
             log.close()
-            say(f"{skipped} updates were not finite, config.run.max_skipped is {cfg.run.max_skipped}; the metrics are in {workdir / metrics.FILE}")
+            say(f"{skipped} updates were not finite, config.run.max_skipped is {cfg.run.max_skipped}; "
+                f"the metrics are in {workdir / metrics.FILE}")
             return EXIT_NOT_FINITE
 
-        # 6. The loop. Order matters: save -> next batch -> step -> log; a checkpoint describes one instant of state, data and clocks.
+        # 5. The loop. Order matters: save -> next batch -> step -> log; a checkpoint describes one instant of state,
+        # data and clocks.
         preemption.enter_loop()
         skipped = 0
         try:
@@ -286,7 +304,7 @@ def run(options: Options, process: int, processes: int, preemption: Preemption) 
                     if skipped > cfg.run.max_skipped:
                         return not_finite()
 
-                # 7. Finish: the last records, the last checkpoint, the mark.
+                # 6. Finish: the last records, the last checkpoint, the mark.
                 skipped = log.flush()
                 if skipped > cfg.run.max_skipped:
                     return not_finite()
@@ -304,7 +322,9 @@ def run(options: Options, process: int, processes: int, preemption: Preemption) 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parses `argv` (without the program's name) and trains; bad configuration or data becomes exit code 78 and one line."""
+    """Parses `argv` (without the program's name) and trains; bad configuration or data becomes exit code 78 and one
+    line.
+    """
     try:
         return train(parse(sys.argv[1:] if argv is None else argv))
     except ValueError as error:

@@ -1,4 +1,6 @@
-"""What a run is made of: schedules, AdamW, decay by name, digests, checkpoints, skipped updates, metrics, exit codes."""
+"""What a run is made of: schedules, AdamW, decay by name, digests, checkpoints, skipped updates, metrics, exit
+codes.
+"""
 import json
 import os
 import pathlib
@@ -79,7 +81,9 @@ def test_unknown_schedules_are_errors():
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("rule", ["gfm_cosine", "pp_cos", "pp_linear", "const"])
 def test_adamw_and_learning_rates_are_torch_s(rule, double):
-    """torch.optim.AdamW, clip_grad_norm_ and the schedulers of GFM and SkySense++ on a quadratic (parity case adamw_schedules)."""
+    """torch.optim.AdamW, clip_grad_norm_ and the schedulers of GFM and SkySense++ on a quadratic (parity case
+    adamw_schedules).
+    """
     z = np.load(GOLDEN / "adamw_schedules.npz")
     m = json.loads(str(z["meta_json"]))
     rates = {
@@ -92,7 +96,8 @@ def test_adamw_and_learning_rates_are_torch_s(rule, double):
     before = jax.config.jax_enable_x64
     jax.config.update("jax_enable_x64", double)
     try:
-        H, target, p, b = (jnp.asarray(z[f"x64_{name}"], jnp.result_type(float)) for name in ("H", "target", "p0", "b0"))
+        dtype = jnp.result_type(float)
+        H, target, p, b = (jnp.asarray(z[f"x64_{name}"], dtype) for name in ("H", "target", "p0", "b0"))
 
         def loss(params):
             d = params["p"] - target
@@ -121,8 +126,8 @@ def test_decay_goes_by_name():
     params = trees.nest({name: shape for name in (
         "encoder/hr/stage0/pairs0/plain/attn/qkv/kernel", "encoder/hr/stage0/pairs0/plain/attn/q_bias",
         "encoder/hr/stage0/pairs0/plain/attn/cpb1/kernel", "encoder/hr/stage0/pairs0/plain/attn/logit_scale",
-        "encoder/s2/blocks/layers/fc1/bias", "encoder/s2/blocks/layers/ln1/scale", "encoder/s2/cls_token", "encoder/s2/pos_embed",
-        "encoder/ctpe", "heads/s2/last_layer_v", "align/s2/kernel")})
+        "encoder/s2/blocks/layers/fc1/bias", "encoder/s2/blocks/layers/ln1/scale", "encoder/s2/cls_token",
+        "encoder/s2/pos_embed", "encoder/ctpe", "heads/s2/last_layer_v", "align/s2/kernel")})
     decayed = {name for name, on in trees.flatten(optim.decay_mask(params)).items() if on}
     assert decayed == {"encoder/hr/stage0/pairs0/plain/attn/qkv/kernel", "heads/s2/last_layer_v", "align/s2/kernel"}
     with pytest.raises(ValueError, match="weight decay rules: no rule matches: encoder/surprise"):
@@ -155,7 +160,8 @@ def small_state(cfg, small=2**20):
 
 def same(a, b) -> bool:
     """Bit for bit, so that a NaN equals itself."""
-    return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)
 
 
 def test_a_step_that_is_not_finite_touches_nothing(cfg):
@@ -187,7 +193,7 @@ def test_the_batch_must_divide_by_the_devices(cfg):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
 def test_a_digest_sees_any_flipped_bit_and_no_sharding(dtype):
     rng = np.random.default_rng(1)
-    x = rng.integers(0, 2, (8, 24)).astype(jnp.dtype(dtype)) if dtype == "bool" else rng.integers(0, 200, (8, 24)).astype(jnp.dtype(dtype))
+    x = rng.integers(0, 2 if dtype == "bool" else 200, (8, 24)).astype(jnp.dtype(dtype))
     made = meshes.make_mesh({"data": 1, "fsdp": -1})
     split = jax.device_put(x, meshes.batch_sharding(made))
     whole = digest.tree_digests({"x": x})
@@ -258,7 +264,8 @@ def largest(folder: pathlib.Path) -> pathlib.Path:
     (lambda two: flip(two / "meta" / "data.json"), "cannot be read|altered"),
     (lambda two: (two / "data" / "data.json").write_text('{"step": 1}'), "data position was altered"),
     (lambda two: [shutil.rmtree(two), two.mkdir()], "cannot be read"),
-], ids=["flipped byte", "truncated", "missing file", "missing part", "no manifest", "flipped meta", "another position", "empty folder"])
+], ids=["flipped byte", "truncated", "missing file", "missing part", "no manifest", "flipped meta", "another position",
+        "empty folder"])
 def test_a_damaged_step_is_named_and_the_one_before_is_used(saved, capfd, damage, reason):
     workdir, shapes, states = saved
     damage(workdir / "checkpoints" / "2")
@@ -301,8 +308,10 @@ def test_never_silently_from_scratch(saved):
 
 def test_another_model_is_an_error_that_names_the_leaf(saved):
     workdir, shapes, _ = saved
-    wider = shapes._replace(memory={"centre": jax.ShapeDtypeStruct((600,), jnp.float32, sharding=shapes.memory["centre"].sharding)})
-    with pytest.raises(ValueError, match=r"another model \(1 leaves differ\): memory/centre: saved float32\[512\], .* float32\[600\]"):
+    centre = jax.ShapeDtypeStruct((600,), jnp.float32, sharding=shapes.memory["centre"].sharding)
+    wider = shapes._replace(memory={"centre": centre})
+    said = r"another model \(1 leaves differ\): memory/centre: saved float32\[512\], .* float32\[600\]"
+    with pytest.raises(ValueError, match=said):
         checkpoint.restore_latest_valid(workdir, wider)
 
 
@@ -340,7 +349,7 @@ def test_a_run_ends_once_and_says_so(cfg, toys, tmp_path, capfd):
     assert {"config.json", "contract.json", "element_spec.json", "sharding.json", "versions.json", train.COMPLETE} <= {
         p.name for p in tmp_path.iterdir()}
     said = capfd.readouterr().err
-    assert "compiled in" in said and "model FLOPs" in said and "replicated" in said and "input wait" in said and "ETA" in said
+    assert all(word in said for word in ("compiled in", "model FLOPs", "replicated", "input wait", "ETA"))
     assert "MFU" not in said  # no peak is known for this device
     before = (tmp_path / metrics.FILE).read_bytes()
     assert go(cfg, tmp_path) == 0
@@ -382,9 +391,11 @@ def test_a_hung_step_is_70_with_the_stacks(tmp_path):
     code = ("import pathlib, sys, time; from skysense_jax.run.watchdog import Watchdog\n"
             "def stuck_here(): time.sleep(60)\n"
             "with Watchdog(0.3, pathlib.Path(sys.argv[1])) as dog: dog.beat(); stuck_here()")
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "stacks.txt")], capture_output=True, text=True, check=False, timeout=60)
+    stacks = tmp_path / "stacks.txt"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(stacks)], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 70
-    assert "stuck_here" in (tmp_path / "stacks.txt").read_text() and "stuck_here" in done.stderr and "watchdog_s=0.3" in done.stderr
+    assert "stuck_here" in stacks.read_text() and "stuck_here" in done.stderr and "watchdog_s=0.3" in done.stderr
 
 
 def test_clipping_is_torch_s():

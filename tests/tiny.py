@@ -20,7 +20,8 @@ def record(number: int) -> dict:
     rng = np.random.default_rng(number)
     place = {
         "place": f"place-{number}", "crs": "EPSG:32631", "lon": 3.0 + number, "lat": 48.0, "footprint": np.zeros(4),
-        "label": np.eye(CLASSES, dtype=np.uint8)[number % CLASSES], "label_map": np.full((TILE, TILE), number % CLASSES, np.uint8),
+        "label": np.eye(CLASSES, dtype=np.uint8)[number % CLASSES],
+        "label_map": np.full((TILE, TILE), number % CLASSES, np.uint8),
     }
     for name, count in DATES.items():
         row = sensors.SENSORS[name]
@@ -51,9 +52,11 @@ def write_dataset(folder: pathlib.Path, places: int = 10) -> str:
             data_dir=folder, dataset_name="places", split=split, filetype_suffix="array_record",
             template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
         )
-        infos.append(tfds.core.SplitInfo(name=split, shard_lengths=[len(numbers)], num_bytes=0, filename_template=template))
+        lengths = [len(numbers)]
+        infos.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=0, filename_template=template))
     tfds.folder_dataset.write_metadata(data_dir=folder, features=features, split_infos=infos, check_data=False)
-    meta = {"format": 1, "tile": TILE, "ratio": RATIO, "gsd": 10.0, "sensors": list(DATES), "label_classes": ["a", "b", "c"],
-            "label_map_classes": {}, "synthetic": True, "dataset_id": f"noise-{places}"}
+    meta = {"format": 1, "tile": TILE, "ratio": RATIO, "gsd": 10.0, "sensors": list(DATES),
+            "label_classes": ["a", "b", "c"], "label_map_classes": {},
+            "synthetic": True, "dataset_id": f"noise-{places}"}
     (folder / sources.METADATA).write_text(json.dumps(meta))
     return str(folder)

@@ -1,7 +1,7 @@
 """Devices and processes: start the processes of a job together, and lay its devices out as a mesh.
 
-Mesh axes: ``data`` (replicas, the slow network between slices or hosts) and ``fsdp`` (parameters and batch split, the fast
-network); a model with experts adds ``expert``. The batch is split over ``data`` and ``fsdp`` together.
+Mesh axes: ``data`` (replicas, the slow network between slices or hosts) and ``fsdp`` (parameters and batch split, the
+fast network); a model with experts adds ``expert``. The batch is split over ``data`` and ``fsdp`` together.
 """
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ def start_processes(
 ) -> tuple[int, int]:
     """Start ``jax.distributed`` where the job has several processes; returns (process index, process count).
 
-    Arguments default to SKYSENSE_PROCESSES, SKYSENSE_COORDINATOR (host:port) and SKYSENSE_PROCESS_INDEX. processes = 1 or unset:
-    a single process, nothing is started. Without a coordinator jax's own cluster detection is used (TPU, Slurm, GKE). Raises
-    ValueError with both counts unless exactly `processes` processes came together: N processes that each train alone must not happen.
+    Arguments default to SKYSENSE_PROCESSES, SKYSENSE_COORDINATOR (host:port) and SKYSENSE_PROCESS_INDEX. processes = 1
+    or unset: a single process, nothing is started. Without a coordinator jax's own cluster detection is used (TPU,
+    Slurm, GKE). Raises ValueError with both counts unless exactly `processes` processes came together: N processes that
+    each train alone must not happen.
     """
     env = os.environ
     processes = int(env.get("SKYSENSE_PROCESSES", "1")) if processes is None else processes
@@ -37,12 +38,15 @@ def start_processes(
     else:
         jax.distributed.initialize(initialization_timeout=timeout_s)
     if jax.process_count() != processes:
-        raise ValueError(f"{jax.process_count()} processes came together, {processes} are expected (SKYSENSE_PROCESSES)")
+        raise ValueError(f"{jax.process_count()} processes came together, "
+                         f"{processes} are expected (SKYSENSE_PROCESSES)")
     return jax.process_index(), jax.process_count()
 
 
 def mesh_shape(axes: Mapping[str, int], n_devices: int) -> dict[str, int]:
-    """Sizes of the mesh axes with one -1 replaced by what remains of `n_devices`; raises ValueError unless the product fits."""
+    """Sizes of the mesh axes with one -1 replaced by what remains of `n_devices`; raises ValueError unless the product
+    fits.
+    """
     sizes = {name: int(size) for name, size in axes.items()}
     open_axes = [name for name, size in sizes.items() if size == -1]
     if len(open_axes) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
@@ -58,7 +62,8 @@ def mesh_shape(axes: Mapping[str, int], n_devices: int) -> dict[str, int]:
 def make_mesh(axes: Mapping[str, int], devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
     """Mesh over all devices (or `devices`), axes in the order given, every axis of type Auto (GSPMD).
 
-    On TPU the order of devices follows the torus; where an axis is smaller than a physical one, the physical one is split.
+    On TPU the order of devices follows the torus; where an axis is smaller than a physical one, the physical one is
+    split.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = mesh_shape(axes, len(devices))

@@ -2,9 +2,9 @@
 
 A rule is ``(pattern, tactic)`` over the names of :mod:`skysense_jax.core.trees`; tactics:
 
-``fsdp``       split the largest dimension that the ``fsdp`` axis divides (of equal ones the first: the last dimension is the one a
-               TPU pads to 128). Leaves below 1 MiB are replicated and counted: gathering them costs more latency than they weigh.
-               A larger leaf that no dimension of which divides is an error.
+``fsdp``       split the largest dimension that the ``fsdp`` axis divides (of equal ones the first: the last is the one a
+               TPU pads to 128). Leaves below 1 MiB are replicated and counted: gathering them costs more latency than
+               they weigh. A larger leaf none of whose dimensions divides is an error.
 ``replicate``  the whole value on every device; an error from 1 MiB on.
 """
 from __future__ import annotations
@@ -23,7 +23,9 @@ TACTICS = ("fsdp", "replicate")
 
 
 class Report(NamedTuple):
-    """Account of one tree: bytes in all, bytes replicated on every device, bytes held per device, and the spec of every leaf by name."""
+    """Account of one tree: bytes in all, bytes replicated on every device, bytes held per device, and the spec of
+    every leaf by name.
+    """
 
     total: int
     replicated: int
@@ -32,12 +34,15 @@ class Report(NamedTuple):
 
 
 def leaf_spec(name: str, leaf: Any, tactic: str, mesh_axes: Mapping[str, int], small: int = SMALL) -> PartitionSpec:
-    """PartitionSpec of one leaf (anything with shape and dtype). Raises ValueError naming the leaf where its tactic cannot hold."""
+    """PartitionSpec of one leaf (anything with shape and dtype). Raises ValueError naming the leaf where its tactic
+    cannot hold.
+    """
     if tactic not in TACTICS:
         raise ValueError(f"sharding of {name}: unknown tactic {tactic!r}; tactics are {', '.join(TACTICS)}")
     n, size = mesh_axes.get("fsdp", 1), trees.size_bytes(leaf)
     if tactic == "replicate" and n > 1 and size >= SMALL:
-        raise ValueError(f"sharding of {name}: {size} bytes may not stay replicated on {n} devices; use the tactic fsdp")
+        raise ValueError(f"sharding of {name}: {size} bytes may not stay replicated on {n} devices; "
+                         "use the tactic fsdp")
     if tactic == "replicate" or n == 1 or size < small:
         return PartitionSpec()
     candidates = [axis for axis, length in enumerate(leaf.shape) if length % n == 0]
@@ -48,10 +53,13 @@ def leaf_spec(name: str, leaf: Any, tactic: str, mesh_axes: Mapping[str, int], s
 
 
 def shardings(tree: trees.Tree, rules: trees.Rules, mesh: Mesh, small: int = SMALL) -> trees.Tree:
-    """NamedSharding of every leaf of `tree` (arrays or shapes) by strict rules; errors name the leaf (:func:`trees.match`)."""
+    """NamedSharding of every leaf of `tree` (arrays or shapes) by strict rules; errors name the leaf
+    (:func:`trees.match`).
+    """
     tactics = trees.match(list(trees.flatten(tree)), rules, "sharding")
     axes = dict(mesh.shape)
-    return trees.map_named(lambda name, leaf: NamedSharding(mesh, leaf_spec(name, leaf, tactics[name], axes, small)), tree)
+    return trees.map_named(
+        lambda name, leaf: NamedSharding(mesh, leaf_spec(name, leaf, tactics[name], axes, small)), tree)
 
 
 def report(tree: trees.Tree, tree_shardings: trees.Tree) -> Report:

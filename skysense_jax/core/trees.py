@@ -1,8 +1,9 @@
 """Names for the leaves of a tree, and strict rules over the names.
 
-The name of a leaf is its path joined with "/": ``encoder/s2/blocks/attn/kernel``. A rule is ``(pattern, value)``; the pattern
-must match the *whole* name (``re.fullmatch``). Strict means: every leaf is matched by exactly one rule and every rule matches
-something, so that a renamed parameter or a forgotten rule is an error with the name in it, never a silent default.
+The name of a leaf is its path joined with "/": ``encoder/s2/blocks/attn/kernel``. A rule is ``(pattern, value)``; the
+pattern must match the *whole* name (``re.fullmatch``). Strict means: every leaf is matched by exactly one rule and
+every rule matches something, so that a renamed parameter or a forgotten rule is an error with the name in it, never a
+silent default.
 """
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ def path_name(path: Sequence[Any]) -> str:
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
-    """Leaves of `tree` by name, in jax's leaf order. Raises ValueError if two leaves share a name (a key that contains "/")."""
+    """Leaves of `tree` by name, in jax's leaf order. Raises ValueError if two leaves share a name (a key that contains
+    "/").
+    """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     named = {path_name(path): leaf for path, leaf in leaves}
     if len(named) != len(leaves):
@@ -57,8 +60,9 @@ def map_named(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
 def match(names: Sequence[str], rules: Rules, what: str, unused_ok: bool = False) -> dict[str, Any]:
     """The value of the one rule that matches each name.
 
-    what: said in the errors ("sharding", "weight decay"). unused_ok: rules written once for several models may leave some
-    without a leaf. Raises ValueError naming the leaves without a rule, the leaves with two rules, and the rules without a leaf.
+    what: said in the errors ("sharding", "weight decay"). unused_ok: rules written once for several models may leave
+    some without a leaf. Raises ValueError naming the leaves without a rule, the leaves with two rules, and the rules
+    without a leaf.
     """
     compiled = [(re.compile(pattern), value) for pattern, value in rules]
     used = [0] * len(compiled)
@@ -80,7 +84,8 @@ def match(names: Sequence[str], rules: Rules, what: str, unused_ok: bool = False
     if ambiguous:
         problems.append(f"more than one rule matches: {'; '.join(ambiguous)}")
     if not unused_ok and not all(used):
-        problems.append(f"rules that match nothing: {', '.join(repr(rules[i][0]) for i, n in enumerate(used) if not n)}")
+        idle = [repr(pattern) for (pattern, _), n in zip(rules, used) if not n]
+        problems.append(f"rules that match nothing: {', '.join(idle)}")
     if problems:
         raise ValueError(f"{what} rules: " + " | ".join(problems))
     return values

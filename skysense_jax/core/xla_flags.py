@@ -1,7 +1,7 @@
 """Compiler flags per platform, each with its one reason. Sets the environment only; never imports jax.
 
-XLA reads XLA_FLAGS, and libtpu reads LIBTPU_INIT_ARGS, when the first device is looked up, so :func:`apply` runs before that.
-A flag the user has already set is left alone.
+XLA reads XLA_FLAGS, and libtpu reads LIBTPU_INIT_ARGS, when the first device is looked up, so :func:`apply` runs before
+that. A flag the user has already set is left alone.
 """
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ FLAGS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     "cpu": ("XLA_FLAGS", ()),
     "gpu": ("XLA_FLAGS", (
         ("--xla_gpu_enable_latency_hiding_scheduler=true",
-         "overlap the gathers of the next layer's parameters with this layer's matrix products (XLA documentation, GPU flags)"),
+         "overlap the gathers of the next layer's parameters with this layer's matrix products (XLA's GPU flags)"),
     )),
     "tpu": ("LIBTPU_INIT_ARGS", (
         ("--xla_tpu_enable_async_collective_fusion=true",
-         "run the parameter gathers of fsdp beside the compute they do not depend on (MaxText's published flags for v5e and v5p)"),
+         "run the parameter gathers of fsdp beside the compute they do not depend on (MaxText's flags for v5e, v5p)"),
         ("--xla_tpu_overlap_compute_collective_tc=true",
          "the other half of the same overlap: lets the fused collective share the tensor core (MaxText)"),
     )),
@@ -25,7 +25,9 @@ FLAGS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
 
 
 def platform(env: MutableMapping[str, str]) -> str:
-    """Platform the run will use: JAX_PLATFORMS where set, else what is installed (libtpu, then jax's CUDA plugin), else cpu."""
+    """Platform the run will use: JAX_PLATFORMS where set, else what is installed (libtpu, then jax's CUDA plugin),
+    else cpu.
+    """
     named = env.get("JAX_PLATFORMS", "").split(",")[0].strip()
     if named:
         return "gpu" if named in ("cuda", "rocm") else named
@@ -37,7 +39,9 @@ def platform(env: MutableMapping[str, str]) -> str:
 
 
 def apply(env: MutableMapping[str, str]) -> list[str]:
-    """Add the platform's flags to `env` (normally os.environ); returns the flags added. An unknown platform gets none."""
+    """Add the platform's flags to `env` (normally os.environ); returns the flags added. An unknown platform gets
+    none.
+    """
     variable, flags = FLAGS.get(platform(env), ("XLA_FLAGS", ()))
     present = env.get(variable, "")
     names_present = {flag.split("=")[0] for flag in present.split()}

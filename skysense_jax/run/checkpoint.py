@@ -1,8 +1,9 @@
-"""Checkpoints: one complete unit per step, each part loadable alone, every leaf with a digest of our own. Orbax v1 behind a thin wrapper.
+"""Checkpoints: one complete unit per step, each part loadable alone, every leaf with a digest of our own.
 
-FOLDER/<step>/ holds the checkpointables params, opt, teacher, memory (an empty tree is left out), counters (step, skipped), data
-(JSON: where the data stream stands) and meta (JSON: config, contract, digests, whatever the caller adds). Orbax writes
-into a temporary folder and renames it when everything is on disk, so that a killed save leaves nothing that looks like a checkpoint.
+A thin wrapper around Orbax v1. FOLDER/<step>/ holds the checkpointables params, opt, teacher, memory (an empty tree is
+left out), counters (step, skipped), data (JSON: where the data stream stands) and meta (JSON: config, contract, digests
+and what the caller adds). Orbax writes into a temporary folder and renames it when everything is on disk, so that a
+killed save leaves nothing that looks like a checkpoint.
 """
 from __future__ import annotations
 
@@ -79,8 +80,9 @@ class Saver:
             raise ValueError(f"config.run.keep={keep}: at least one checkpoint must stay")
         self._folder = epath.Path(workdir).resolve() / FOLDER
         self._orbax = ocp.training.Checkpointer(
-            self._folder, context=_context(), preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1), cleanup_tmp_directories=True)
+            self._folder, context=_context(), cleanup_tmp_directories=True,
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1))
 
     def save(self, state: TrainState, data: Mapping[str, Any], meta: Mapping[str, Any]) -> bool:
         """Start saving; returns once the state is copied (the caller may donate it). False: this step is already there.
@@ -154,9 +156,11 @@ def _check_structure(meta: Mapping[str, Any], parts: Mapping[str, Any], where: s
         wanted = {leaf: digest.describe(shape) for leaf, shape in trees.flatten(parts.get(name, {})).items()}
         for leaf in sorted(set(stored) | set(wanted)):
             if stored.get(leaf) != wanted.get(leaf):
-                differences.append(f"{name}/{leaf}: saved {stored.get(leaf, 'nothing')}, the configuration builds {wanted.get(leaf, 'nothing')}")
+                differences.append(f"{name}/{leaf}: saved {stored.get(leaf, 'nothing')}, "
+                                   f"the configuration builds {wanted.get(leaf, 'nothing')}")
     if differences:
-        raise ValueError(f"{where} holds another model ({len(differences)} leaves differ): {'; '.join(differences[:5])}")
+        some = "; ".join(differences[:5])
+        raise ValueError(f"{where} holds another model ({len(differences)} leaves differ): {some}")
 
 
 def restore_latest_valid(
@@ -164,9 +168,9 @@ def restore_latest_valid(
 ) -> Restored | None:
     """The newest step whose every leaf has its digest, on the mesh of `shapes`; None where there is no checkpoint.
 
-    check(meta) may refuse a sound checkpoint that belongs to another run by raising ValueError. A damaged step is named on stderr with the
-    reason and, once an older one is used, moved to REJECTED. Raises Damaged when there are steps but none is sound: a run
-    never starts over silently; ValueError when the newest readable step holds another model.
+    check(meta) may refuse a sound checkpoint that belongs to another run by raising ValueError. A damaged step is named
+    on stderr with the reason and, once an older one is used, moved to REJECTED. Raises Damaged when there are steps but
+    none is sound: a run never starts over silently; ValueError when the newest readable step holds another model.
     """
     folder = epath.Path(workdir).resolve() / FOLDER
     rejected: dict[int, str] = {}
@@ -187,7 +191,8 @@ def restore_latest_valid(
         return Restored(TrainState(step=counters["step"], skipped=counters["skipped"], **trees_), data, meta, step)
     if rejected:
         reasons = "; ".join(f"{step}: {reason}" for step, reason in rejected.items())
-        raise Damaged(f"{folder} has checkpoints but none can be trusted ({reasons}). Move the folder away to start over.")
+        raise Damaged(f"{folder} has checkpoints but none can be trusted ({reasons}). "
+                      "Move the folder away to start over.")
     return None
 
 
@@ -205,7 +210,9 @@ def _set_aside(workdir: epath.Path, rejected: Mapping[int, str]) -> None:
 
 
 def find(path: pathlib.Path | str, step: int | None = None) -> tuple[epath.Path, list[int]]:
-    """(folder of checkpoints, candidate steps, newest first) from a workdir, a folder of checkpoints, or one step's folder."""
+    """(folder of checkpoints, candidate steps, newest first) from a workdir, a folder of checkpoints, or one step's
+    folder.
+    """
     path = epath.Path(path).resolve()
     if path.name.isdigit() and (path / "meta").exists():
         return path.parent, [int(path.name)]
@@ -219,7 +226,9 @@ def find(path: pathlib.Path | str, step: int | None = None) -> tuple[epath.Path,
 
 
 def load_meta(path: pathlib.Path | str, step: int | None = None) -> dict[str, Any]:
-    """meta of the newest readable step under `path` (see :func:`find`): "config", "contract", "step", ... Raises Damaged."""
+    """meta of the newest readable step under `path` (see :func:`find`): "config", "contract", "step", ... Raises
+    Damaged.
+    """
     folder, candidates = find(path, step)
     return _newest(candidates, lambda n: read_json(folder, n)[1], folder)
 
@@ -227,8 +236,9 @@ def load_meta(path: pathlib.Path | str, step: int | None = None) -> dict[str, An
 def load_tree(path: pathlib.Path | str, name: str, step: int | None = None) -> trees.Tree:
     """One part ("params", "teacher", ...) alone as a tree of numpy arrays, whatever mesh it was trained on.
 
-    path: a workdir, its folder of checkpoints, or one step's folder; the newest sound step unless `step` is given. Raises
-    FileNotFoundError where there is none, Damaged with the reasons where none is sound, ValueError for a part that is not there.
+    path: a workdir, its folder of checkpoints, or one step's folder; the newest sound step unless `step` is given.
+    Raises FileNotFoundError where there is none, Damaged with the reasons where none is sound, ValueError for a part
+    that is not there.
     """
     folder, candidates = find(path, step)
 

@@ -1,8 +1,8 @@
 """Digests of arrays that do not depend on how they are sharded: what tells a damaged checkpoint from a good one.
 
-Orbax reads flipped bytes back without an error (its zstd has no checksum), so every leaf carries 64 bits of our own. They are two sums
-modulo 2**32 of the leaf's words times a weight of the position: computed where the leaf lies, the same on any mesh. Weights are odd,
-so a change of any single word changes both sums.
+Orbax reads flipped bytes back without an error (its zstd has no checksum), so every leaf carries 64 bits of our own.
+They are two sums modulo 2**32 of the leaf's words times a weight of the position: computed where the leaf lies, the
+same on any mesh. Weights are odd, so a change of any single word changes both sums.
 """
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def tree_digests(tree: trees.Tree) -> dict[str, str]:
     if not named:
         return {}
     sums = jax.device_get(_digest_leaves(list(named.values())))
-    return {name: f"{describe(leaf)} {hexadecimal(pair)}" for (name, leaf), pair in zip(named.items(), sums, strict=True)}
+    pairs = zip(named.items(), sums, strict=True)
+    return {name: f"{describe(leaf)} {hexadecimal(pair)}" for (name, leaf), pair in pairs}
 
 
 def describe(leaf: Any) -> str:

@@ -1,7 +1,8 @@
 """What a run says while it runs: JSON lines, TensorBoard, one status line; and where its time goes.
 
-Metrics are read back one step late, so that the device never waits for the host. `metrics.jsonl` holds each logged step exactly once: a
-resumed run first drops the records past the step it resumes from, and a record is on disk before the checkpoint that follows it.
+Metrics are read back one step late, so that the device never waits for the host. `metrics.jsonl` holds each logged step
+exactly once: a resumed run first drops the records past the step it resumes from, and a record is on disk before the
+checkpoint that follows it.
 """
 from __future__ import annotations
 
@@ -25,15 +26,18 @@ FILE = "metrics.jsonl"
 
 PEAK_FLOPS = {
     # Dense bfloat16 products per second of one jax device, from the vendors' data sheets.
-    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12, "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989e12,
+    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12, "TPU v6e": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
 }
 """Peak by jax's device_kind; no MFU is printed for a device that is not here."""
 
 
 class Timers:
-    """Seconds by purpose (compile, restore, data, step, save, eval), summed over all starts of a run: the goodput split."""
+    """Seconds by purpose (compile, restore, data, step, save, eval), summed over all starts of a run: the goodput
+    split.
+    """
 
     def __init__(self, earlier: Mapping[str, float] | None = None) -> None:
         self.seconds: dict[str, float] = dict(earlier or {})
@@ -58,7 +62,9 @@ def peak_memory() -> int:
 
 
 def plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Device metrics as JSON values: integers, floats (exactly float32), a digest pair as hex; NaN and infinities as text."""
+    """Device metrics as JSON values: integers, floats (exactly float32), a digest pair as hex; NaN and infinities as
+    text.
+    """
     values = {}
     for name, value in jax.device_get(dict(metrics)).items():
         value = np.asarray(value)
@@ -92,7 +98,9 @@ def truncate(file: pathlib.Path, step: int) -> int:
 
 
 class Log:
-    """The writers of one process; only process 0 writes files. A record's "step" counts the steps done, its own included."""
+    """The writers of one process; only process 0 writes files. A record's "step" counts the steps done, its own
+    included.
+    """
 
     def __init__(
         self, workdir: pathlib.Path, start: int, total: int, every: int, places: int, flops: float, timers: Timers
@@ -112,13 +120,17 @@ class Log:
             self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
 
     def put(self, step: int, metrics: Mapping[str, Any]) -> int:
-        """Hand over the metrics of `step` (device arrays) and write those of the step before; returns updates skipped so far."""
+        """Hand over the metrics of `step` (device arrays) and write those of the step before; returns updates skipped
+        so far.
+        """
         skipped = self.flush()
         self._pending = (step, metrics)
         return skipped
 
     def flush(self) -> int:
-        """Write what is pending, to the disk; returns the number of skipped updates it tells (0 where nothing was pending)."""
+        """Write what is pending, to the disk; returns the number of skipped updates it tells (0 where nothing was
+        pending).
+        """
         if self._pending is None:
             return 0
         (step, metrics), self._pending = self._pending, None
@@ -132,7 +144,8 @@ class Log:
         now, data = time.monotonic(), self._timers.seconds.get("data", 0.0)
         wall, steps = max(now - self._mark, 1e-9), max(step - self._mark_step, 1)
         rate = steps * self._places / wall
-        speed = {"places_per_s": rate, "step_s": wall / steps, "input_wait": (data - self._mark_data) / wall, "peak_bytes": peak_memory()}
+        speed = {"places_per_s": rate, "step_s": wall / steps, "input_wait": (data - self._mark_data) / wall,
+                 "peak_bytes": peak_memory()}
         if self._peak is not None:
             speed["mfu"] = self._flops * steps / wall / self._peak
         self._mark, self._mark_step, self._mark_data = now, step, data
@@ -147,11 +160,14 @@ class Log:
         mfu = f" | MFU {speed['mfu']:.1%}" if "mfu" in speed else ""
         loss = values["loss"] if isinstance(values["loss"], str) else f"{values['loss']:.4f}"
         skips = f" | skipped {values['skipped']}" if values["skipped"] else ""
-        print(f"step {step}/{self._total} | loss {loss}{skips} | {rate:.1f} places/s{mfu} | input wait {speed['input_wait']:.0%} | "
+        print(f"step {step}/{self._total} | loss {loss}{skips} | {rate:.1f} places/s{mfu} | "
+              f"input wait {speed['input_wait']:.0%} | "
               f"ETA {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}", file=sys.stderr, flush=True)
 
     def sync(self) -> int:
-        """As flush, and everything written so far is on the disk when it returns: called before a checkpoint is saved."""
+        """As flush, and everything written so far is on the disk when it returns: called before a checkpoint is
+        saved.
+        """
         skipped = self.flush()
         if self._writes:
             self._file.flush()

@@ -1,6 +1,7 @@
-"""The optimiser: AdamW with decay chosen by parameter name, clipping by the global norm, and the schedules as functions of the step.
+"""The optimiser: AdamW with decay chosen by parameter name, clipping by the global norm, schedules of the step.
 
-Schedules are pure functions of the step (an int or a traced int32), evaluated inside the jitted step; nothing of them is state.
+Schedules are pure functions of the step (an int or a traced int32), evaluated inside the jitted step; nothing of them
+is state.
 """
 from __future__ import annotations
 
@@ -15,8 +16,9 @@ from skysense_jax.core import trees
 Scalar = Any
 
 DECAY_RULES: trees.Rules = (
-    # Matrices and convolution kernels decay; whatever shifts, scales, or marks a place or a date does not. By name, because stacked
-    # blocks make a bias two-dimensional. Swin-V2's position MLP and logit scale are excluded as in the Swin-V2 release.
+    # Matrices and convolution kernels decay; whatever shifts, scales, or marks a place or a date does not. By name,
+    # because stacked blocks make a bias two-dimensional. Swin-V2's position MLP and logit scale are excluded as in the
+    # Swin-V2 release.
     (r"(?!.*/cpb[^/]*/).*/kernel", True),
     (r".*/cpb[^/]*/kernel", False),
     (r".*/last_layer_v", True),
@@ -28,7 +30,7 @@ DECAY_RULES: trees.Rules = (
     (r"(.*/)?pos_embed", False),
     (r"(.*/)?ctpe", False),
 )
-"""Which parameters decay, written once for all models: a name without a rule is an error, a rule without a name is not."""
+"""Which parameters decay, for all models: a name without a rule is an error, a rule without a name is not."""
 
 
 def decay_mask(params: trees.Tree, rules: trees.Rules = DECAY_RULES) -> trees.Tree:
@@ -61,7 +63,9 @@ lr_linear = _warmed(lambda peak, final, progress: peak + (final - peak) * progre
 
 
 def lr_gfm(step: Scalar, total: int, warmup: int, peak: float, warmup_lr: float, final: float) -> jax.Array:
-    """GFM's scheduler, advanced with the index of the finished step: one step behind, and its cosine counts the warm-up steps too."""
+    """GFM's scheduler, advanced with the index of the finished step: one step behind, and its cosine counts the
+    warm-up steps too.
+    """
     s = jnp.maximum(_float(step) - 1.0, 0.0)
     return jnp.where(s < warmup, warmup_lr + s * (peak - warmup_lr) / max(warmup, 1), _cosine(peak, final, s / total))
 
@@ -70,7 +74,9 @@ LR_RULES = {"cosine": lr_cosine, "linear": lr_linear, "gfm": lr_gfm}
 
 
 def teacher_temperature(step: Scalar, warmup: int, first: float, last: float) -> jax.Array:
-    """Linear over `warmup` values, both ends included, then constant (facebookresearch/dino, DINOLoss.teacher_temp_schedule)."""
+    """Linear over `warmup` values, both ends included, then constant (facebookresearch/dino,
+    DINOLoss.teacher_temp_schedule).
+    """
     return first + (last - first) * jnp.clip(_float(step) / max(warmup - 1, 1), 0.0, 1.0)
 
 
@@ -85,7 +91,8 @@ def make_schedule(cfg: Any, total: int, wanted: tuple[str, ...]) -> Callable[[Sc
         "lr": lambda s: LR_RULES[cfg.rule](s, total, cfg.warmup_steps, cfg.lr, cfg.warmup_lr, cfg.final_lr),
         "weight_decay": lambda s: _cosine(cfg.weight_decay, cfg.final_weight_decay, _float(s) / total),
         "teacher_momentum": lambda s: _cosine(cfg.teacher_momentum, cfg.final_teacher_momentum, _float(s) / total),
-        "teacher_temp": lambda s: teacher_temperature(s, cfg.warmup_teacher_temp_steps, cfg.warmup_teacher_temp, cfg.teacher_temp),
+        "teacher_temp": lambda s: teacher_temperature(
+            s, cfg.warmup_teacher_temp_steps, cfg.warmup_teacher_temp, cfg.teacher_temp),
         "last_layer_frozen": lambda s: (_float(s) < cfg.freeze_last_layer_steps).astype(jnp.result_type(float)),
     }
     unknown = set(wanted) - set(functions)
@@ -96,21 +103,28 @@ def make_schedule(cfg: Any, total: int, wanted: tuple[str, ...]) -> Callable[[Sc
 
 
 def init(params: trees.Tree) -> dict[str, Any]:
-    """Adam's state as a plain dict {"count" int32, "mu", "nu"}: the names are the parameters', and a checkpoint needs no class."""
+    """Adam's state as a plain dict {"count" int32, "mu", "nu"}: the names are the parameters', and a checkpoint needs
+    no class.
+    """
     return dict(optax.scale_by_adam().init(params)._asdict())
 
 
 def clip(grads: trees.Tree, limit: float) -> tuple[trees.Tree, jax.Array]:
-    """Gradients scaled to a global norm of at most `limit`, and the norm before: torch.nn.utils.clip_grad_norm_, factor limit/(norm+1e-6)."""
+    """Gradients scaled to a global norm of at most `limit`, and the norm before: torch.nn.utils.clip_grad_norm_,
+    factor limit/(norm+1e-6).
+    """
     norm = optax.tree.norm(grads)
     factor = jnp.minimum(1.0, limit / (norm + 1e-6))
     return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads), norm
 
 
 def update(
-    grads: trees.Tree, opt: Mapping[str, Any], params: trees.Tree, mask: trees.Tree, lr: Scalar, weight_decay: Scalar, cfg: Any
+    grads: trees.Tree, opt: Mapping[str, Any], params: trees.Tree, mask: trees.Tree, lr: Scalar, weight_decay: Scalar,
+    cfg: Any,
 ) -> tuple[trees.Tree, dict[str, Any]]:
-    """One AdamW step: params - lr * (Adam(grads) + weight_decay * params where `mask`). cfg: config.optim {b1, b2, eps}."""
+    """One AdamW step: params - lr * (Adam(grads) + weight_decay * params where `mask`). cfg: config.optim {b1, b2,
+    eps}.
+    """
     adam = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps)
     direction, state = adam.update(grads, optax.ScaleByAdamState(**opt), params)
     decayed = jax.tree.map(lambda d, p, on: d + weight_decay * p if on else d, direction, params, mask)

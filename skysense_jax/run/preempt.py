@@ -1,4 +1,6 @@
-"""SIGTERM: the scheduler wants the machine back. Inside the loop, save and leave; before it, leave at once (nothing to save)."""
+"""SIGTERM: the scheduler wants the machine back. Inside the loop, save and leave; before it, leave at once (nothing to
+save).
+"""
 from __future__ import annotations
 
 import os
@@ -15,9 +17,9 @@ EXIT_PREEMPTED = 75
 class Preemption:
     """Listens for SIGTERM from the moment it is made.
 
-    Until :meth:`enter_loop` the process exits with 75 as soon as the signal comes, even inside a compilation (a wake-up pipe is read by a
-    thread, because Python runs no handler while it waits in C++). From then on :meth:`requested` tells, at the same step on
-    every process, that the run should save and stop.
+    Until :meth:`enter_loop` the process exits with 75 as soon as the signal comes, even inside a compilation (a wake-up
+    pipe is read by a thread, because Python runs no handler while it waits in C++). From then on :meth:`requested`
+    tells, at the same step on every process, that the run should save and stop.
     """
 
     def __init__(self) -> None:

@@ -14,7 +14,8 @@ from skysense_jax.run import optim
 
 
 class TrainState(NamedTuple):
-    """step: int32, batches consumed. params, teacher, memory: an objective's trees (objectives.base). opt: {"count", "mu", "nu"}.
+    """step: int32, batches consumed. params, teacher, memory: an objective's trees (objectives.base). opt: {"count",
+    "mu", "nu"}.
     skipped: int32, updates dropped because a gradient was not finite."""
 
     step: Any
@@ -26,7 +27,8 @@ class TrainState(NamedTuple):
 
 
 def batch_shapes(spec: trees.Tree, mesh: Mesh) -> trees.Tree:
-    """The batch as jax will hold it: ShapeDtypeStructs, leading axis split over the mesh. spec: leaves with shape and dtype.
+    """The batch as jax will hold it: ShapeDtypeStructs, leading axis split over the mesh. spec: leaves with shape and
+    dtype.
 
     Raises ValueError where the batch does not divide by the devices.
     """
@@ -34,14 +36,17 @@ def batch_shapes(spec: trees.Tree, mesh: Mesh) -> trees.Tree:
 
     def leaf(entry: Any) -> jax.ShapeDtypeStruct:
         if entry.shape[0] % placed.num_devices:
-            raise ValueError(f"config.data.batch={entry.shape[0]} does not divide by the {placed.num_devices} devices of the mesh")
+            raise ValueError(f"config.data.batch={entry.shape[0]} does not divide by the {placed.num_devices} devices "
+                             "of the mesh")
         return jax.ShapeDtypeStruct(tuple(entry.shape), jax.dtypes.canonicalize_dtype(entry.dtype), sharding=placed)
 
     return jax.tree.map(leaf, spec, is_leaf=lambda entry: hasattr(entry, "shape") and hasattr(entry, "dtype"))
 
 
 def put_batch(batch: trees.Tree, shapes: trees.Tree) -> trees.Tree:
-    """A process's local batch (numpy) as its part of the global arrays `shapes`; 64-bit integers become jax's 32 bits."""
+    """A process's local batch (numpy) as its part of the global arrays `shapes`; 64-bit integers become jax's 32
+    bits.
+    """
     def leaf(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
         local = np.ascontiguousarray(array, dtype=like.dtype)
         return jax.make_array_from_process_local_data(like.sharding, local, like.shape)
@@ -57,7 +62,9 @@ def init_state(objective: Any, spec: trees.Tree, seed: int) -> TrainState:
 
 
 def state_shapes(objective: Any, spec: trees.Tree, seed: int, mesh: Mesh, small: int = sharding.SMALL) -> TrainState:
-    """The state as ShapeDtypeStructs with shardings, by the objective's rules; nothing is allocated. Errors: core.sharding."""
+    """The state as ShapeDtypeStructs with shardings, by the objective's rules; nothing is allocated. Errors:
+    core.sharding.
+    """
     shapes = jax.eval_shape(lambda: init_state(objective, spec, seed))
     ruled = {"params": shapes.params, "teacher": shapes.teacher, "memory": shapes.memory}
     placed = sharding.shardings(ruled, objective.rules, mesh, small)

@@ -1,7 +1,8 @@
-"""One training step as a pure function: gradients, a finite check, the update, and only then the teacher and the memory.
+"""One training step as a pure function: gradients, a finite check, the update, and only then the teacher and the
+memory.
 
-A step whose loss or gradient is not finite leaves parameters, optimiser, teacher and memory bit for bit as they were; the step and
-the data move on and `skipped` counts it.
+A step whose loss or gradient is not finite leaves parameters, optimiser, teacher and memory bit for bit as they were;
+the step and the data move on and `skipped` counts it.
 """
 from __future__ import annotations
 
@@ -19,23 +20,27 @@ PLACES = "places"
 """Metric that identifies the batch: digest (uint32 [2]) of the indices of its places, in order."""
 
 
-def make_step(objective: Any, cfg: Any, mask: trees.Tree) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]:
+def make_step(
+    objective: Any, cfg: Any, mask: trees.Tree
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]:
     """step(state, batch) -> state, metrics: to be jitted with the state donated.
 
-    cfg: the whole configuration (seed, steps, optim, schedule). mask: optim.decay_mask of the parameters. metrics: float32 scalars of the
-    objective plus loss, grad_norm, the schedule, finite (0/1), skipped, and the digest of the batch's places.
+    cfg: the whole configuration (seed, steps, optim, schedule). mask: optim.decay_mask of the parameters. metrics:
+    float32 scalars of the objective plus loss, grad_norm, the schedule, finite (0/1), skipped, and the digest of the
+    batch's places.
     """
     schedule_at = optim.make_schedule(cfg.schedule, cfg.steps, objective.schedule_keys)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         schedule = schedule_at(state.step)
         keys = rngs.keys(cfg.seed, objective.streams, state.step)
-        loss_and_gradient = jax.value_and_grad(objective.loss, has_aux=True)
-        (loss, (terms, settle_inputs)), grads = loss_and_gradient(state.params, state.teacher, state.memory, batch, keys, schedule)
+        (loss, (terms, settle_inputs)), grads = jax.value_and_grad(objective.loss, has_aux=True)(
+            state.params, state.teacher, state.memory, batch, keys, schedule)
 
         grads, norm = optim.clip(grads, cfg.optim.clip)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        params, opt = optim.update(grads, state.opt, state.params, mask, schedule["lr"], schedule["weight_decay"], cfg.optim)
+        params, opt = optim.update(
+            grads, state.opt, state.params, mask, schedule["lr"], schedule["weight_decay"], cfg.optim)
         teacher, memory = objective.settle(params, state.teacher, state.memory, settle_inputs, schedule)
 
         old = (state.params, state.opt, state.teacher, state.memory)
@@ -43,7 +48,8 @@ def make_step(objective: Any, cfg: Any, mask: trees.Tree) -> Callable[[TrainStat
         skipped = state.skipped + (1 - finite.astype(jnp.int32))
         metrics = {
             **terms, **schedule, "loss": loss, "grad_norm": norm, "param_norm": optax.tree.norm(kept[0]),
-            "finite": finite.astype(jnp.float32), "skipped": skipped, PLACES: digest.leaf_digest(batch["place"]["index"]),
+            "finite": finite.astype(jnp.float32), "skipped": skipped,
+            PLACES: digest.leaf_digest(batch["place"]["index"]),
         }
         return TrainState(state.step + 1, *kept, skipped), metrics
 

@@ -1,4 +1,6 @@
-"""A run that no longer moves is ended: all stacks are written and the process exits with 70, so that a scheduler restarts it."""
+"""A run that no longer moves is ended: all stacks are written and the process exits with 70, so that a scheduler
+restarts it.
+"""
 from __future__ import annotations
 
 import faulthandler
@@ -14,7 +16,8 @@ EXIT_HUNG = 70
 class Watchdog:
     """Ends the process when `beat` was not called for `seconds`. Use as a context manager around the loop.
 
-    stacks: file that gets every thread's stack (stderr gets them too). A save or an evaluation counts as a step: give it the time.
+    stacks: file that gets every thread's stack (stderr gets them too). A save or an evaluation counts as a step: give
+    it the time.
     """
 
     def __init__(self, seconds: float, stacks: pathlib.Path) -> None:
@@ -41,7 +44,8 @@ class Watchdog:
         while not self._done.wait(min(1.0, self._seconds / 4)):
             silent = time.monotonic() - self._last
             if silent > self._seconds:
-                sys.stderr.write(f"\nwatchdog: no step for {silent:.0f} s (config.run.watchdog_s={self._seconds:g}); stacks in {self._stacks}\n")
+                sys.stderr.write(f"\nwatchdog: no step for {silent:.0f} s (config.run.watchdog_s={self._seconds:g}); "
+                                 f"stacks in {self._stacks}\n")
                 faulthandler.dump_traceback(sys.stderr, all_threads=True)
                 with open(self._stacks, "w") as out:
                     faulthandler.dump_traceback(out, all_threads=True)
