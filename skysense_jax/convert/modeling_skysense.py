@@ -16,6 +16,7 @@ import json
 import math
 import pathlib
 import sys
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -35,11 +36,10 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.patch = patch
         self.projection = nn.Conv2d(channels, width, patch, patch)
-        self.norm = nn.LayerNorm(width) if norm else None
+        self.norm = nn.LayerNorm(width) if norm else nn.Identity()
 
     def forward(self, x):  # [B,C,H,W] -> [B,h,w,width]
-        x = self.projection(pad_corner(x, self.patch)).permute(0, 2, 3, 1)
-        return x if self.norm is None else self.norm(x)
+        return self.norm(self.projection(pad_corner(x, self.patch)).permute(0, 2, 3, 1))
 
 
 class FFN(nn.Module):
@@ -50,9 +50,6 @@ class FFN(nn.Module):
 
     def forward(self, x):
         return self.layers[1](self.layers[0](x))
-
-
-# ---- HR: Swin-V2 -------------------------------------------------------------------------------------------------------
 
 
 class WindowAttention(nn.Module):
@@ -71,7 +68,7 @@ class WindowAttention(nn.Module):
     def position_bias(self):
         w, device = self.window, self.q_bias.device
         steps = torch.arange(-(w - 1), w, dtype=torch.float32, device=device)
-        coords = torch.stack(torch.meshgrid(steps, steps, indexing="ij"), -1).reshape(-1, 2)
+        coords = torch.cartesian_prod(steps, steps)
         coords = coords / ((self.pretrained_window or w) - 1) * 8
         coords = torch.sign(coords) * torch.log2(coords.abs() + 1) / 3  # log2(8) = 3
         table = 16 * torch.sigmoid(self.cpb_mlp(coords.to(self.q_bias.dtype)))
@@ -135,20 +132,17 @@ class SwinBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width)
         self.ffn = FFN(width, ratio)
         self.norm2 = nn.LayerNorm(width)
-        if extra_norm:
-            self.norm3 = nn.LayerNorm(width)
+        self.norm3 = nn.LayerNorm(width) if extra_norm else nn.Identity()
 
     def forward(self, x):
         x = x + self.norm1(self.attn(x))
-        x = x + self.norm2(self.ffn(x))
-        return self.norm3(x) if hasattr(self, "norm3") else x
+        return self.norm3(x + self.norm2(self.ffn(x)))
 
 
 class PatchMerging(nn.Module):
     def __init__(self, width):
         super().__init__()
-        self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
-        self.norm = nn.LayerNorm(2 * width)
+        self.reduction, self.norm = nn.Linear(4 * width, 2 * width, bias=False), nn.LayerNorm(2 * width)
 
     def forward(self, x):  # [B,H,W,C] -> [B,H/2,W/2,2C]; channel order c*4 + 2*dy + dx
         x = F.pixel_unshuffle(pad_corner(x.permute(0, 3, 1, 2), 2), 2).permute(0, 2, 3, 1)
@@ -158,12 +152,11 @@ class PatchMerging(nn.Module):
 class SwinStage(nn.Module):
     def __init__(self, width, merge, blocks):
         super().__init__()
-        if merge:
-            self.downsample = PatchMerging(width // 2)
+        self.downsample = PatchMerging(width // 2) if merge else nn.Identity()
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x):
-        x = self.downsample(x) if hasattr(self, "downsample") else x
+        x = self.downsample(x)
         for block in self.blocks:
             x = block(x)
         return x
@@ -195,9 +188,6 @@ class SwinTransformerV2(nn.Module):
         return maps
 
 
-# ---- S2, S1: ViT; fusion -----------------------------------------------------------------------------------------------
-
-
 class SelfAttention(nn.Module):
     """Parameters as in torch.nn.MultiheadAttention."""
 
@@ -215,27 +205,16 @@ class SelfAttention(nn.Module):
         return self.out_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
 
 
-class NamedAttention(nn.Module):
-    """One level of nesting that the official names have (attn.attn)."""
-
-    def __init__(self, width, heads):
-        super().__init__()
-        self.attn = SelfAttention(width, heads)
-
-    def forward(self, x, seen):
-        return self.attn(x, seen)
-
-
 class Layer(nn.Module):
     def __init__(self, width, heads, ratio, eps):
         super().__init__()
         self.ln1 = nn.LayerNorm(width, eps)
-        self.attn = NamedAttention(width, heads)
+        self.attn = nn.ModuleDict({"attn": SelfAttention(width, heads)})  # the official names have attn.attn
         self.ln2 = nn.LayerNorm(width, eps)
         self.ffn = FFN(width, ratio)
 
     def forward(self, x, seen=None):
-        x = x + self.attn(self.ln1(x), seen)
+        x = x + self.attn["attn"](self.ln1(x), seen)
         return x + self.ffn(self.ln2(x))
 
 
@@ -267,15 +246,6 @@ class VisionTransformer(nn.Module):
         return x.transpose(1, 2).unflatten(2, (height, width))
 
 
-class UPHead(nn.Module):
-    def __init__(self, channels, width, scale):
-        super().__init__()
-        self.decoder = nn.Sequential(nn.Conv2d(channels, width * scale**2, 1), nn.PixelShuffle(scale))
-
-    def forward(self, x):
-        return self.decoder(x)
-
-
 class Fusion(nn.Module):
     """[N,n,D] sequences, seen [N,n] -> [N,E] at the extra token."""
 
@@ -295,9 +265,6 @@ class Fusion(nn.Module):
         return x[:, 0]
 
 
-# ---- the whole ---------------------------------------------------------------------------------------------------------
-
-
 class SkySenseParts:
     """Construction and forward pass, shared by the plain module and the transformers one."""
 
@@ -310,15 +277,14 @@ class SkySenseParts:
             else:
                 vit = architecture[name]
                 self.add_module(f"backbone_{name}", VisionTransformer(len(rule["bands"]), vit))
-                self.add_module(f"head_{name}", UPHead(vit["embed_dims"], width, vit["patch"]))
+                up = nn.Sequential(nn.Conv2d(vit["embed_dims"], width * vit["patch"] ** 2, 1), nn.PixelShuffle(vit["patch"]))
+                self.add_module(f"head_{name}", nn.Sequential(OrderedDict(decoder=up)))
         self.fusion = Fusion(width, architecture["fusion"])
         if architecture["calendar"] != "none":
             self.ctpe = nn.Parameter(torch.zeros(1, 365, width))
 
     def prepare(self, name, sensor):
         """Fill in absent masks, check the shapes, normalise. Returns image, valid, dates."""
-        if name not in self.contract["sensors"]:
-            raise ValueError(f"the model takes no {name!r}; it takes {', '.join(self.contract['sensors'])}")
         rule, image = self.contract["sensors"][name], sensor["image"]
         if image.ndim != 5 or image.shape[2] != len(rule["bands"]):
             raise ValueError(f"{name}: image must be [B,T,{len(rule['bands'])},H,W] with bands {rule['bands']} in "
@@ -336,8 +302,10 @@ class SkySenseParts:
     def forward(self, inputs):
         """{sensor: {"image", "valid", "bands", "dates"}} -> dict: fused [B,E,h,w], fused_mask [B,h,w], maps {sensor: [B,T,D,h,w]},
         mask {sensor: [B,T,h,w]}, and with HR hr_stages: list of [B,T,C_i,H_i,W_i] at strides patch * 2^i (4, 8, 16, 32)."""
+        if not inputs or set(inputs) - set(self.contract["sensors"]):
+            raise ValueError(f"sensors {list(inputs)} given; the model takes any of {list(self.contract['sensors'])}")
         out, parts, masks = {"maps": {}, "mask": {}}, [], []
-        for name in [n for n in SENSOR_ORDER if n in inputs] + [n for n in inputs if n not in SENSOR_ORDER]:
+        for name in sorted(inputs, key=SENSOR_ORDER.index):
             image, valid, dates = self.prepare(name, inputs[name])
             b, t = image.shape[:2]
             cell = self.contract["ratio"] if name == "hr" else 1
@@ -413,13 +381,11 @@ def check(folder="."):
     with torch.no_grad():
         outputs = load(folder)(inputs)
     differences = {}
-    for key, value in stored.items():
-        kind, *path = key.split(".")
-        if kind == "output":
-            got = outputs[path[0]]
-            if len(path) > 1:
-                got = got[int(path[1])] if isinstance(got, list) else got[path[1]]
-            differences[key] = float((got - value).double().norm() / value.double().norm().clamp(min=1e-30))
+    for key in (k for k in stored if k.startswith("output.")):
+        got, value = outputs, stored[key]
+        for step in key.split(".")[1:]:
+            got = got[int(step)] if isinstance(got, list) else got[step]
+        differences[key] = float((got - value).double().norm() / value.double().norm().clamp(min=1e-30))
     return differences
 
 
