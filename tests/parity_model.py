@@ -11,7 +11,7 @@ from ml_collections import config_dict
 from skysense_jax.convert import keymap
 from skysense_jax.convert.torch_import import params_from_torch
 from skysense_jax.models.skysense import build_modules, fusion_sequence, make_model
-from tests.parity_modules import Arrays, Case, fusion_arguments, gradients, nchw, nhwc, swin_arguments, vit_arguments
+from tests.parity_modules import Arrays, Case, differentiate, fusion_arguments, nchw, nhwc, swin_arguments, vit_arguments
 
 
 def assembly(case: Case) -> Arrays:
@@ -84,10 +84,18 @@ def factorised(case: Case) -> Arrays:
             inputs[sensor] = {"image": x, "valid": jnp.ones(x.shape[:4]), "bands": jnp.ones((*x.shape[:2], x.shape[-1])), "dates": dates}
         return inputs
 
-    inputs = place(images)
-    result = jax.jit(model.apply)(params, inputs)
+    inputs, out = place(images), {}
+    run = lambda p, x: model.apply(p, place(x))
     flat = lambda x: nchw(x.reshape(-1, *x.shape[2:]))
-    out = {f"y_hr_{k}": flat(result["hr_stages"][i]) for k, i in enumerate(swin_arguments(case.meta["cfg"]["hr"])["outputs"])}
+    if "g_fused" in case.arrays:
+        g = nhwc(case.arrays["g_fused"])
+        result, _, d, dx = differentiate(run, lambda outputs: jnp.sum(outputs["fused"] * g), params, images, entries)
+        out |= d
+        for sensor, x in dx.items():
+            out[f"dx_{sensor}"] = np.moveaxis(np.asarray(x), -1, 1).reshape(case.arrays[f"x_{sensor}"].shape)
+    else:
+        result = jax.jit(run)(params, images)
+    out |= {f"y_hr_{k}": flat(result["hr_stages"][i]) for k, i in enumerate(swin_arguments(case.meta["cfg"]["hr"])["outputs"])}
     out |= {f"y_{s}_vit": flat(x) for s, x in result["vit"].items()}
     out |= {f"y_{s}_up": flat(result["maps"][s]) for s in result["vit"]}
     dates = {s: x["dates"] for s, x in inputs.items()}
@@ -96,12 +104,7 @@ def factorised(case: Case) -> Arrays:
     _, every = build_modules(cfg, contract)["fusion"].apply({"params": params["fusion"]}, out["y_seq"], emit=True)
     out |= {f"y_fusion_block{i}": every[i] for i in range(cfg.fusion.depth)}
     out["y_fused"] = nchw(result["fused"])
-    without = config_dict.ConfigDict({**cfg.to_dict(), "calendar": "none"})
-    out["y_fused_noctpe"] = nchw(jax.jit(make_model(without, contract).apply)(params, inputs)["fused"])
-    if "g_fused" in case.arrays:
-        g = nhwc(case.arrays["g_fused"])
-        d, dx = gradients(lambda p, x: jnp.sum(model.apply(p, place(x))["fused"] * g), params, images, entries)
-        out |= d
-        for sensor, x in dx.items():
-            out[f"dx_{sensor}"] = np.moveaxis(np.asarray(x), -1, 1).reshape(case.arrays[f"x_{sensor}"].shape)
+    if "y_fused_noctpe" in case.arrays:
+        without = config_dict.ConfigDict({**cfg.to_dict(), "calendar": "none"})
+        out["y_fused_noctpe"] = nchw(jax.jit(make_model(without, contract).apply)(params, inputs)["fused"])
     return out

@@ -67,10 +67,23 @@ def load(module: Any, entries: Sequence[keymap.Entry], weights: Mapping[str, np.
     return fill(weights, entries, shapes).params
 
 
+def differentiate(
+    run: Callable[[Any, Any], Any], weigh: Callable[[Any], Any], params: Any, inputs: Any, entries: Sequence[keymap.Entry],
+) -> tuple[Any, Any, Arrays, Any]:
+    """One compilation for outputs = run(params, inputs) and the scalar weigh(outputs): (outputs, scalar, {"d:<torch key>": gradient},
+    gradient of the inputs)."""
+    def loss(p: Any, x: Any) -> tuple[Any, Any]:
+        outputs = run(p, x)
+        return weigh(outputs), outputs
+
+    (value, outputs), (d_params, d_inputs) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, inputs)
+    return outputs, value, {f"d:{k}": v for k, v in state_from_params(d_params, entries).items()}, d_inputs
+
+
 def gradients(loss: Callable[[Any, Any], Any], params: Any, inputs: Any, entries: Sequence[keymap.Entry]) -> tuple[Arrays, Any]:
     """({"d:<torch key>": gradient}, gradient of the inputs) of a scalar loss(params, inputs)."""
-    d_params, d_inputs = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, inputs)
-    return {f"d:{k}": v for k, v in state_from_params(d_params, entries).items()}, d_inputs
+    _, _, d, d_inputs = differentiate(loss, lambda value: value, params, inputs, entries)
+    return d, d_inputs
 
 
 def variants(case: Case) -> list[str]:
@@ -147,18 +160,16 @@ def swinv2(case: Case) -> Arrays:
         module = SwinTransformerV2(**a | {"pad_small_map": pad}, dtype=case.dtype)
         x = nhwc(case.arrays[join("x", variant)])
         params = load(module, entries, case.weights, (1, *x.shape[1:3], channels))
-        maps = jax.jit(lambda p, x: module.apply({"params": p}, x))(params, x)
-        out |= {join("y", variant, i): nchw(m) for i, m in enumerate(maps)}
-        weights = [case.arrays.get(join("g", variant, i)) for i in range(len(maps))]
-        if any(g is not None for g in weights):
-            def loss(p: Any, x: jax.Array) -> jax.Array:
-                pairs = zip(module.apply({"params": p}, x), weights, strict=True)
-                return sum(jnp.sum(m * nhwc(g)) for m, g in pairs if g is not None)
-
-            out[join("y64", "loss", variant)] = jax.jit(loss)(params, x)
-            d, dx = gradients(loss, params, x, entries)
+        run = lambda p, x: module.apply({"params": p}, x)
+        weights = {i: nhwc(case.arrays[key]) for i in range(len(a["outputs"])) if (key := join("g", variant, i)) in case.arrays}
+        if weights:
+            weigh = lambda maps: sum(jnp.sum(maps[i] * g) for i, g in weights.items())
+            maps, out[join("y64", "loss", variant)], d, dx = differentiate(run, weigh, params, x, entries)
             out[join("dx", variant)] = nchw(dx)
             out |= {k: v + out[k] if k in out else v for k, v in d.items()}
+        else:
+            maps = jax.jit(run)(params, x)
+        out |= {join("y", variant, i): nchw(m) for i, m in enumerate(maps)}
     return out
 
 
