@@ -10,13 +10,13 @@ def get_config() -> config_dict.ConfigDict:
     """The whole configuration of one run; every field can be overridden with --config.section.field=value."""
     c = config_dict.ConfigDict()
     c.seed = 0
-    c.steps = 300
+    c.steps = 200
 
     c.data = config_dict.ConfigDict()
     c.data.dir = ""  # folder that `skysense-jax data build` wrote
     c.data.split = "train"
     c.data.statistics = "table"  # the model normalises with the sensor table's statistics, or with the "dataset"'s own (`data stats`)
-    c.data.batch = 16  # places per step, over all processes
+    c.data.batch = 8  # places per step, over all processes
     c.data.bands = config_dict.ConfigDict({
         "hr": ("R", "G", "B"),
         "s2": ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12"),
@@ -61,25 +61,27 @@ def get_config() -> config_dict.ConfigDict:
                                               "eps": 1e-5})
 
     c.objective = config_dict.ConfigDict()
-    c.objective.head = config_dict.ConfigDict({"hidden": 256, "bottleneck": 64, "layers": 3, "prototypes": 512})
-    c.objective.student_temp = 0.1
-    c.objective.centre_momentum = 0.9
-    c.objective.clusters = 8  # N_C of the object granularity
-    c.objective.sinkhorn_eps = 0.05
+    # DINO's head, narrow; one per sensor and one for the fused map, shared by the three granularities (the paper's
+    # parameter budget leaves room for about that many).
+    c.objective.head = config_dict.ConfigDict({"hidden": 128, "bottleneck": 64, "layers": 3, "prototypes": 256})
+    c.objective.student_temp = 0.1  # DINO
+    c.objective.centre_momentum = 0.9  # DINO's centring: unlike Sinkhorn it never needs all logits at once
+    c.objective.clusters = 8  # N_C of the object granularity: a regular grid of seeds, about 8 cells each (paper: open)
+    c.objective.sinkhorn_eps = 0.05  # temperature on the cosine, and iterations: SwAV's
     c.objective.sinkhorn_iters = 3
-    c.objective.alpha = 1.0  # weight of the multi-granularity term
-    c.objective.beta = 1.0  # weight of the cross-modal alignment
-    c.objective.align_dim = 64
-    c.objective.align_temp = 0.07
-    c.objective.align_grid = 2  # alignment on grid x grid regions of a view; 1 = whole views
-    c.objective.chunk = 4096  # rows of one place whose logits are held at once; more are scanned with rematerialisation
+    c.objective.alpha = 1.0  # weight of the multi-granularity term (paper: open)
+    c.objective.beta = 1.0  # weight of the cross-modal alignment (paper: open)
+    c.objective.align_dim = 64  # width of the space the sensors meet in
+    c.objective.align_temp = 0.07  # CLIP's and MoCo's
+    c.objective.align_grid = 2  # alignment on grid x grid regions of a view: more positives; 1 = whole views
+    c.objective.chunk = 4096  # rows of one place whose logits are held at once; more are scanned and rematerialised
 
     c.optim = config_dict.ConfigDict({"b1": 0.9, "b2": 0.999, "eps": 1e-8, "clip": 3.0})
     c.schedule = config_dict.ConfigDict({
         "rule": "cosine", "warmup_lr": 0.0,  # linear to lr over the warm-up, then "cosine" or "linear" to final_lr ("gfm": GFM's own)
-        "lr": 1e-3, "final_lr": 1e-5, "warmup_steps": 30, "weight_decay": 0.04, "final_weight_decay": 0.2,
+        "lr": 1e-3, "final_lr": 1e-5, "warmup_steps": 20, "weight_decay": 0.04, "final_weight_decay": 0.2,
         "teacher_momentum": 0.99, "final_teacher_momentum": 1.0, "teacher_temp": 0.07, "warmup_teacher_temp": 0.04,
-        "warmup_teacher_temp_steps": 100, "freeze_last_layer_steps": 20,
+        "warmup_teacher_temp_steps": 60, "freeze_last_layer_steps": 20,
     })
     c.mesh = config_dict.ConfigDict({"data": 1, "fsdp": -1})  # -1: all remaining devices
     c.run = config_dict.ConfigDict({"save_every": 100, "keep": 2, "log_every": 10, "max_skipped": 10,

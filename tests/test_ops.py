@@ -1,4 +1,7 @@
-"""Every pure function of ops/ against an independent float64 numpy twin, and the self-distillation goldens of the reference code."""
+"""Every pure function of ops/ against an independent float64 numpy twin, and the self-distillation goldens of the
+reference code.
+"""
+
 import json
 import pathlib
 
@@ -15,7 +18,7 @@ GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "dino_loss_sinkhorn.
 META = json.loads(str(GOLDEN["meta_json"]))
 
 
-# ---------------------------------------------------------------------------------------------------------------- numpy twins
+# ---------------------------------------------------------------------------------------------------------- numpy twins
 def np_lse(x, axis=-1):
     top = x.max(axis=axis, keepdims=True)
     return np.squeeze(top + np.log(np.exp(x - top).sum(axis=axis, keepdims=True)), axis)
@@ -75,10 +78,17 @@ def normal(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-# -------------------------------------------------------------------------------------------------------------------- Sinkhorn
-@pytest.mark.parametrize("name, epsilon, iterations", [
-    ("y_sk_dinov2", None, 3), ("y_sk_swav_temp_3", None, 3), ("y_sk_swav_005_1", 0.05, 1), ("y_sk_swav_005_3", 0.05, 3), ("y_sk_swav_005_10", 0.05, 10),
-])
+# ------------------------------------------------------------------------------------------------------------- Sinkhorn
+@pytest.mark.parametrize(
+    "name, epsilon, iterations",
+    [
+        ("y_sk_dinov2", None, 3),
+        ("y_sk_swav_temp_3", None, 3),
+        ("y_sk_swav_005_1", 0.05, 1),
+        ("y_sk_swav_005_3", 0.05, 3),
+        ("y_sk_swav_005_10", 0.05, 10),
+    ],
+)
 def test_sinkhorn_equals_the_reference(name, epsilon, iterations):
     """swav distributed_sinkhorn and dinov2 sinkhorn_knopp_teacher."""
     epsilon = META["teacher_temp_used"] if epsilon is None else epsilon
@@ -105,7 +115,7 @@ def test_sinkhorn_is_finite_at_any_temperature():
         sinkhorn(jnp.zeros((2, 2)), 0)
 
 
-# ------------------------------------------------------------------------------------------------------------------------ DINO
+# ----------------------------------------------------------------------------------------------------------------- DINO
 @pytest.mark.parametrize("call", [0, 1])
 def test_dino_v1_loss_gradient_and_centre(call):
     """dino main_dino.DINOLoss: the call uses the centre from before its own update."""
@@ -141,14 +151,20 @@ def test_dino_v2_and_v3_reductions():
 
 
 def test_dino_v2_centre_is_lazy():
-    """dinov2 applies a batch's centre only when it is asked again: the same functions, the second call on the updated centre."""
+    """dinov2 applies a batch's centre only when it is asked again: the same functions, the second call on the updated
+    centre.
+    """
     t, logits = META["teacher_temp_used"], jnp.asarray(GOLDEN["x_sk"])
     start = jnp.asarray(GOLDEN["x_center0"])
     np.testing.assert_allclose(contrast.centred_softmax(logits, start, t), GOLDEN["y_v2_softmax_first"], atol=1e-5)
-    centre = contrast.update_centre(start, logits.mean(0, keepdims=True), jnp.float32(1), META["args"]["center_momentum"])
+    centre = contrast.update_centre(
+        start, logits.mean(0, keepdims=True), jnp.float32(1), META["args"]["center_momentum"]
+    )
     np.testing.assert_allclose(centre, GOLDEN["y_v2_center_after"], atol=1e-6)
     np.testing.assert_allclose(contrast.centred_softmax(logits, centre, t), GOLDEN["y_v2_softmax_second"], atol=1e-5)
-    np.testing.assert_array_equal(contrast.update_centre(start, logits.mean(0, keepdims=True), jnp.float32(0), 0.9), start)
+    np.testing.assert_array_equal(
+        contrast.update_centre(start, logits.mean(0, keepdims=True), jnp.float32(0), 0.9), start
+    )
 
 
 def distil_case():
@@ -181,7 +197,7 @@ def test_distil_gradient_is_the_student_s_and_does_not_know_chunks():
     assert not np.any(teacher) and not np.any(weight) and not np.any(teacher_prototypes) and not np.any(centre)
 
 
-# -------------------------------------------------------------------------------------------------------------------- InfoNCE
+# -------------------------------------------------------------------------------------------------------------- InfoNCE
 def test_info_nce_twin():
     a, b = np_normalise(normal(4, 3, 5)), np_normalise(normal(4, 3, 5, seed=1))
     valid = np.array([[1, 1, 0], [0, 0, 0], [1, 1, 1], [0, 1, 1]])
@@ -191,7 +207,9 @@ def test_info_nce_twin():
 
 def test_info_nce_without_rows_is_zero_and_finite():
     a = jnp.zeros((3, 2, 4))
-    value, gradient = jax.value_and_grad(lambda x: contrast.info_nce(contrast.normalise(x), contrast.normalise(x), jnp.zeros((3, 2)), 0.07))(a)
+    value, gradient = jax.value_and_grad(
+        lambda x: contrast.info_nce(contrast.normalise(x), contrast.normalise(x), jnp.zeros((3, 2)), 0.07)
+    )(a)
     assert value == 0 and np.all(gradient == 0)
     alone = contrast.info_nce(jnp.ones((1, 2, 1)), jnp.ones((1, 2, 1)), jnp.ones((1, 2)), 0.07)
     assert alone == 0  # one place has no negatives
@@ -206,8 +224,10 @@ def test_info_nce_ignores_the_other_regions_of_a_place():
     np.testing.assert_allclose(contrast.info_nce(jnp.asarray(a), jnp.asarray(b), valid, 0.1), base, rtol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------------------ clusters and EMA
-@pytest.mark.parametrize("height, width, count, rows", [(8, 8, 8, 2), (16, 16, 16, 4), (4, 8, 8, 2), (8, 8, 1, 1), (2, 16, 16, 1)])
+# ----------------------------------------------------------------------------------------------------- clusters and EMA
+@pytest.mark.parametrize(
+    "height, width, count, rows", [(8, 8, 8, 2), (16, 16, 16, 4), (4, 8, 8, 2), (8, 8, 1, 1), (2, 16, 16, 1)]
+)
 def test_seeds_are_a_regular_subset(height, width, count, rows):
     seeds = clusters.seed_cells(height, width, count)
     assert len(set(seeds.tolist())) == count and seeds.min() >= 0 and seeds.max() < height * width
@@ -231,12 +251,17 @@ def test_clusters_twin():
         np.testing.assert_allclose(ours[k], twin, atol=1e-5)
         np.testing.assert_allclose(mass[k], twin.sum(0), atol=1e-4)
         held = twin.sum(0) > 0
-        np.testing.assert_allclose(np.asarray(centre[k])[held], (twin.T @ features[k])[held] / twin.sum(0)[held, None], atol=1e-4)
+        np.testing.assert_allclose(
+            np.asarray(centre[k])[held], (twin.T @ features[k])[held] / twin.sum(0)[held, None], atol=1e-4
+        )
         assert not np.asarray(centre[k])[~held].any()
 
 
 def test_ema_twin_and_door():
-    old, new = {"a": normal(3), "b": {"c": normal(2, 2, seed=1)}}, {"a": normal(3, seed=2), "b": {"c": normal(2, 2, seed=3)}}
+    old, new = {"a": normal(3), "b": {"c": normal(2, 2, seed=1)}}, {
+        "a": normal(3, seed=2),
+        "b": {"c": normal(2, 2, seed=3)},
+    }
     ours = ema(jax.tree.map(jnp.asarray, old), jax.tree.map(jnp.asarray, new), jnp.float32(0.9))
     np.testing.assert_allclose(ours["b"]["c"], 0.9 * old["b"]["c"] + 0.1 * new["b"]["c"], rtol=1e-6)
     assert ours["a"].dtype == jnp.float32

@@ -1,12 +1,14 @@
 """Analytic model FLOPs of one training step, the numerator of MFU.
 
-What is counted: every multiply-accumulate of a matrix product or convolution as 2 FLOPs (linear layers, attention logits and values,
-patch embedding, heads, prototypes, alignment, the objective's own products); padding that the architecture itself asks for (Swin windows).
-Forward + backward of the student = 3 x forward; the teacher and everything without gradient = 1 x forward.
-What is not counted: rematerialisation (it is a choice, not work the model needs), normalisations, softmax, elementwise work, the optimiser.
-Backward products that nobody needs (gradients of the input images) are counted by the 3 x convention; they are below 1 %.
-A test holds these formulas against the products in the traced step.
+What is counted: every multiply-accumulate of a matrix product or convolution as 2 FLOPs (linear layers, attention
+logits and values, patch embedding, heads, prototypes, alignment, the objective's own products); padding that the
+architecture itself asks for (Swin windows). Forward + backward of the student = 3 x forward; the teacher and everything
+without gradient = 1 x forward. What is not counted: rematerialisation (it is a choice, not work the model needs),
+normalisations, softmax, elementwise work, the optimiser. Backward products that nobody needs (gradients of the input
+images) are counted by the 3 x convention; they are below 1 %. A test holds these formulas against the products in the
+traced step.
 """
+
 from __future__ import annotations
 
 from typing import Any, Mapping
@@ -50,7 +52,9 @@ def up_head(cfg: Any, images: float, height: int, width: int, out: int) -> float
 
 
 def swin(cfg: Any, images: float, height: int, width: int, bands: int) -> float:
-    """A Swin-V2 (fields of config.model.hr) over images of height x width pixels. The bias network runs once per block, not per image."""
+    """A Swin-V2 (fields of config.model.hr) over images of height x width pixels. The bias network runs once per block,
+    not per image.
+    """
     rows, columns, channels = -(-height // cfg.patch), -(-width // cfg.patch), cfg.embed_dims
     total = linear(images * rows * columns, cfg.patch**2 * bands, channels)
     for stage, depth in enumerate(cfg.depths):
@@ -62,18 +66,28 @@ def swin(cfg: Any, images: float, height: int, width: int, bands: int) -> float:
         padded = images * -(-rows // window) * -(-columns // window) * window**2
         offsets = (2 * window - 1) ** 2
         block = linear(padded, channels, 4 * channels) + attention(padded, window**2, channels)
-        block += mlp(images * rows * columns, channels, cfg.mlp_ratio) + linear(offsets, 2, 512) + linear(offsets, 512, heads)
+        block += (
+            mlp(images * rows * columns, channels, cfg.mlp_ratio)
+            + linear(offsets, 2, 512)
+            + linear(offsets, 512, heads)
+        )
         total += depth * block
     return total
 
 
 def fusion(cfg: Any, cells: float, dates: float, width: int) -> float:
-    """The fusion transformer (fields of config.model.fusion) over `cells` sequences of `dates` vectors of `width`, and its extra token."""
-    return linear(cells * dates, width, cfg.embed_dims) + transformer(cells, dates + 1, cfg.embed_dims, cfg.depth, cfg.mlp_ratio)
+    """The fusion transformer (fields of config.model.fusion) over `cells` sequences of `dates` vectors of `width`, and
+    its extra token.
+    """
+    return linear(cells * dates, width, cfg.embed_dims) + transformer(
+        cells, dates + 1, cfg.embed_dims, cfg.depth, cfg.mlp_ratio
+    )
 
 
 def skysense_encoder(cfg: Any, shapes: Mapping[str, tuple[int, ...]], ratio: int) -> dict[str, float]:
-    """Forward FLOPs of a SkySense model by module. cfg: config.model; shapes: sensor -> [places, T, H, W, C]; ratio: HR pixels per base pixel."""
+    """Forward FLOPs of a SkySense model by module. cfg: config.model; shapes: sensor -> [places, T, H, W, C]; ratio: HR
+    pixels per base pixel.
+    """
     parts, dates, cells = {}, 0, 0.0
     for name, (places, t, height, width, bands) in shapes.items():
         if name == "hr":
@@ -92,7 +106,9 @@ def dino_trunk(cfg: Any, rows: float, width: float) -> float:
     return sum(linear(rows, a, b) for a, b in zip(widths, widths[1:]))
 
 
-def distillation(cfg: Any, width: int, places: int, dates: int, cells: int, locals_: int, local_cells: int) -> dict[str, float]:
+def distillation(
+    cfg: Any, width: int, places: int, dates: int, cells: int, locals_: int, local_cells: int
+) -> dict[str, float]:
     """FLOPs of one head's pixel, object and image terms in a step, forward and backward, two global views.
 
     cfg: config.objective; cells, local_cells: per view; locals_: local views per place (0 = none).
@@ -103,9 +119,14 @@ def distillation(cfg: Any, width: int, places: int, dates: int, cells: int, loca
     teacher_rows = maps * (cells + c + 1) + pairs * c
     targets = maps * (cells + c + 1) + pairs * (local_cells + c + 1)
     trunks = TRAINED * dino_trunk(head, student_rows, width) + dino_trunk(head, teacher_rows, width)
-    prototypes = TRAINED * linear(student_rows, head.bottleneck, head.prototypes) + linear(targets, head.bottleneck, head.prototypes)
-    # Cluster scores; assignment there and back; the teacher's centres, and the student's (features have a gradient, weights none).
-    matched = linear(maps * cells, cells, 2 * c + head.bottleneck) + linear(pairs * local_cells, cells, 2 * c + head.bottleneck)
+    prototypes = TRAINED * linear(student_rows, head.bottleneck, head.prototypes) + linear(
+        targets, head.bottleneck, head.prototypes
+    )
+    # Cluster scores; assignment there and back; the teacher's centres, and the student's (features have a gradient,
+    # weights none).
+    matched = linear(maps * cells, cells, 2 * c + head.bottleneck) + linear(
+        pairs * local_cells, cells, 2 * c + head.bottleneck
+    )
     centres = linear(maps * cells, c, width * (1 + 1 + 2)) + linear(pairs * c, width, cells + 2 * local_cells)
     means = linear(maps * cells, 1, width * 3) + linear(local_maps * local_cells, 1, width * 2)
     return {"trunks": trunks, "prototypes": prototypes, "matching": matched + centres + means}
@@ -119,8 +140,10 @@ def skysense_step(cfg: Any, contract: Mapping[str, Any], spec: Mapping[str, Any]
 def skysense_parts(cfg: Any, contract: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str, float]:
     """The same by part: {"hr", "s2", "head_s2", ..., "fusion", "trunks", "prototypes", "matching", "align"}.
 
-    cfg: the whole configuration; contract: the input contract; spec: the training batch's nested dict with leaves that have a shape.
+    cfg: the whole configuration; contract: the input contract; spec: the training batch's nested dict with leaves that
+    have a shape.
     """
+
     def shapes(scope: str) -> dict[str, tuple[int, ...]]:
         folded = {}
         for name, sensor in spec[scope]["sensors"].items():

@@ -1,10 +1,12 @@
 """Losses between two networks (self-distillation over prototypes, DINO) and between two sensors (symmetric InfoNCE).
 
-Rows carry weights (0 = padded date, invalid cell, no overlap); every mean divides safely, so that a term without a single row is exactly 0
-with zero gradient. Reductions run over the global batch: under jit with a sharded batch the compiler inserts the collectives.
-Reductions of the DINO family differ (checked against the reference code): v1 = mean over pairs of unequal views, v2 = sum over all
-pairs, v3 = mean over all pairs, or over unequal ones (:func:`dino_reduction`).
+Rows carry weights (0 = padded date, invalid cell, no overlap); every mean divides safely, so that a term without a
+single row is exactly 0 with zero gradient. Reductions run over the global batch: under jit with a sharded batch the
+compiler inserts the collectives. Reductions of the DINO family differ (checked against the reference code): v1 = mean
+over pairs of unequal views, v2 = sum over all pairs, v3 = mean over all pairs, or over unequal ones
+(:func:`dino_reduction`).
 """
+
 from __future__ import annotations
 
 import jax
@@ -17,18 +19,24 @@ def safe_mean(total: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def normalise(x: jax.Array, eps: float = 1e-12) -> jax.Array:
-    """x / max(||x||, eps) over the last axis in float32 or wider; the gradient at 0 is 0, not NaN (torch.nn.functional.normalize)."""
+    """x / max(||x||, eps) over the last axis in float32 or wider; the gradient at 0 is 0, not NaN
+    (torch.nn.functional.normalize).
+    """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return x / jnp.sqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), eps * eps))
 
 
 def centred_softmax(logits: jax.Array, centre: jax.Array, temperature: jax.Array | float) -> jax.Array:
-    """The teacher's assignment softmax((logits - centre) / temperature); logits [..., K], centre broadcastable to them."""
+    """The teacher's assignment softmax((logits - centre) / temperature); logits [..., K], centre broadcastable to
+    them.
+    """
     return jax.nn.softmax((logits - centre) / temperature, axis=-1)
 
 
 def update_centre(centre: jax.Array, mean_logits: jax.Array, seen: jax.Array, momentum: float) -> jax.Array:
-    """DINO's centre after a batch: momentum * centre + (1 - momentum) * mean teacher logits; unchanged where `seen` (scalar) is 0."""
+    """DINO's centre after a batch: momentum * centre + (1 - momentum) * mean teacher logits; unchanged where `seen`
+    (scalar) is 0.
+    """
     return jnp.where(seen > 0, momentum * centre + (1 - momentum) * mean_logits, centre)
 
 
@@ -40,9 +48,10 @@ def cross_entropy(student_logits: jax.Array, teacher_probs: jax.Array, temperatu
 def dino_reduction(student_logits: jax.Array, teacher_probs: jax.Array, temperature: float, kind: str) -> jax.Array:
     """The whole loss over views as each member of the family reduces it.
 
-    student_logits: [S, B, K] views of the student; teacher_probs: [T, B, K], the same first T views through the teacher.
-    kind: "v1" (dino main_dino.DINOLoss: mean over pairs with different index), "v2" (dinov2 DINOLoss.forward: sum over all pairs),
-    "v3" (dinov3: mean over all pairs), "v3_ignore_diagonal". All take the mean over B. Returns a scalar. Raises ValueError for another kind.
+    student_logits: [S, B, K] views of the student; teacher_probs: [T, B, K], the same first T views through the
+    teacher. kind: "v1" (dino main_dino.DINOLoss: mean over pairs with different index), "v2" (dinov2 DINOLoss.forward:
+    sum over all pairs), "v3" (dinov3: mean over all pairs), "v3_ignore_diagonal". All take the mean over B. Returns a
+    scalar. Raises ValueError for another kind.
     """
     if kind not in ("v1", "v2", "v3", "v3_ignore_diagonal"):
         raise ValueError(f"unknown reduction {kind!r}; known: v1, v2, v3, v3_ignore_diagonal")
@@ -56,17 +65,25 @@ def dino_reduction(student_logits: jax.Array, teacher_probs: jax.Array, temperat
 
 
 def distil(
-    student: jax.Array, teacher: jax.Array, weight: jax.Array, student_prototypes: jax.Array, teacher_prototypes: jax.Array,
-    centre: jax.Array, student_temp: float, teacher_temp: jax.Array | float, chunk: int,
+    student: jax.Array,
+    teacher: jax.Array,
+    weight: jax.Array,
+    student_prototypes: jax.Array,
+    teacher_prototypes: jax.Array,
+    centre: jax.Array,
+    student_temp: float,
+    teacher_temp: jax.Array | float,
+    chunk: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Self-distillation of rows, without ever holding the logits of more than `chunk` rows of each place.
 
-    student: [B, n, d] normalised bottleneck vectors. teacher: [B, n, M, d], M targets for each student row. weight: [B, n, M] >= 0.
-    student_prototypes, teacher_prototypes: [d, K]. centre: [K]. Loss per row: sum_m weight_m * CE(teacher_m, student), linear in the
-    teacher's assignment, so the student's logits are made once. With n > chunk the rows are scanned in pieces that are rematerialised in
-    the backward pass (65,536 prototypes x 16,000 rows of a sample would be 4 GB); the batch axis is never split, so it may be sharded.
-    Returns (ce [B, n] = weighted cross-entropies, entropy [B, n] = weighted teacher entropies, assigned [K] = sum of weight * teacher
-    assignment), float32; only `ce` carries gradient, and only into the student's side.
+    student: [B, n, d] normalised bottleneck vectors. teacher: [B, n, M, d], M targets for each student row. weight: [B,
+    n, M] >= 0. student_prototypes, teacher_prototypes: [d, K]. centre: [K]. Loss per row: sum_m weight_m *
+    CE(teacher_m, student), linear in the teacher's assignment, so the student's logits are made once. With n > chunk
+    the rows are scanned in pieces that are rematerialised in the backward pass (65,536 prototypes x 16,000 rows of a
+    sample would be 4 GB); the batch axis is never split, so it may be sharded. Returns (ce [B, n] = weighted
+    cross-entropies, entropy [B, n] = weighted teacher entropies, assigned [K] = sum of weight * teacher assignment),
+    float32; only `ce` carries gradient, and only into the student's side.
     """
     teacher, centre = jax.lax.stop_gradient((teacher, centre))
     teacher_prototypes, weight = jax.lax.stop_gradient((teacher_prototypes, weight))
@@ -92,7 +109,9 @@ def distil(
         x = jnp.pad(x, [(0, 0), (0, pieces * size - n)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(batch, pieces, size, *x.shape[2:]), 1, 0)
 
-    def step(assigned: jax.Array, piece: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def step(
+        assigned: jax.Array, piece: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         ce, entropy, more = jax.checkpoint(rows, prevent_cse=False)(*piece)
         return assigned + more, (ce, entropy)
 
@@ -105,10 +124,10 @@ def distil(
 def info_nce(a: jax.Array, b: jax.Array, valid: jax.Array, temperature: float) -> jax.Array:
     """Symmetric InfoNCE between two sensors' regions, in both directions, over the global batch.
 
-    a, b: [B, n, d] L2-normalised region vectors of two sensors, row (place, region); valid: [B, n], nonzero = both sensors see the region.
-    Positive of (p, i) in one sensor: (p, i) in the other. Negatives: all valid regions of *other* places; the other regions of the same
-    place (same view or not) are in neither set, because they may show the same ground. Returns the mean over valid regions and both
-    directions, a float32 scalar; 0 where no region is valid.
+    a, b: [B, n, d] L2-normalised region vectors of two sensors, row (place, region); valid: [B, n], nonzero = both
+    sensors see the region. Positive of (p, i) in one sensor: (p, i) in the other. Negatives: all valid regions of
+    *other* places; the other regions of the same place (same view or not) are in neither set, because they may show the
+    same ground. Returns the mean over valid regions and both directions, a float32 scalar; 0 where no region is valid.
     """
     places = a.shape[0]
     valid = (valid != 0).astype(jnp.float32)

@@ -1,10 +1,13 @@
-"""Sinkhorn-Knopp in the log domain: scores of rows (samples) against columns (prototypes, clusters) -> balanced soft assignment.
+"""Sinkhorn-Knopp in the log domain: scores of rows (samples) against columns (prototypes, clusters) -> balanced soft
+assignment.
 
-Alternating normalisation of exp(scores) to equal column masses and equal row masses (Cuturi 2013; the order column first, then row, and
-the number of iterations as in SwAV `distributed_sinkhorn` and DINOv2 `sinkhorn_knopp_teacher`, which agree with each other). Working
-on logarithms replaces their global-maximum subtraction and cannot overflow, whatever the temperature.
-The rows may be sharded over devices: every reduction is a plain sum over an axis, so under jit the compiler makes it global.
+Alternating normalisation of exp(scores) to equal column masses and equal row masses (Cuturi 2013; the order column
+first, then row, and the number of iterations as in SwAV `distributed_sinkhorn` and DINOv2 `sinkhorn_knopp_teacher`,
+which agree with each other). Working on logarithms replaces their global-maximum subtraction and cannot overflow,
+whatever the temperature. The rows may be sharded over devices: every reduction is a plain sum over an axis, so under
+jit the compiler makes it global.
 """
+
 from __future__ import annotations
 
 import jax
@@ -19,11 +22,11 @@ def sinkhorn(
 ) -> jax.Array:
     """Balanced assignment of rows to columns.
 
-    scores: [..., N, K], already divided by the temperature (epsilon); leading axes are independent problems. iterations >= 1.
-    row_mask: [..., N] and column_mask: [..., K], nonzero = takes part (default: all).
-    Returns float32 (float64 for float64 scores) [..., N, K]: every row that takes part sums to 1, the columns that take part carry nearly
-    equal mass (exactly before the last row step), everything masked is exactly 0. All rows masked -> all zeros, never a NaN.
-    Raises ValueError for iterations < 1.
+    scores: [..., N, K], already divided by the temperature (epsilon); leading axes are independent problems. iterations
+    >= 1. row_mask: [..., N] and column_mask: [..., K], nonzero = takes part (default: all).
+    Returns float32 (float64 for float64 scores) [..., N, K]: every row that takes part sums to 1, the columns that take
+    part carry nearly equal mass (exactly before the last row step), everything masked is exactly 0. All rows masked ->
+    all zeros, never a NaN. Raises ValueError for iterations < 1.
     """
     if iterations < 1:
         raise ValueError(f"sinkhorn needs at least one iteration, got {iterations}")
