@@ -1,12 +1,14 @@
 """Numerical parity with the reference PyTorch code.    python -m tests.parity FILE.npz...
 
-Each file is one case: arrays run through the official module in float64 (`w:` weights, `x` inputs, `y` outputs, `g` cotangents, `dx`
-and `d:` gradients) and `meta_json` with the constructor's arguments. The module is built from the arguments, the weights go through the
-importer users use (convert.torch_import.fill), gradients come back through the exporter, so every transpose is tested. Every output
-and gradient the file holds must be produced. Prints a row each; exit code 1 on any failure.
+Each file is one case: arrays run through the official module in float64 (`w:` weights, `x` inputs, `y` outputs, `g`
+cotangents, `dx` and `d:` gradients) and `meta_json` with the constructor's arguments. The module is built from the
+arguments, the weights go through the importer users use (convert.torch_import.fill), gradients come back through the
+exporter, so every transpose is tested. Every output and gradient the file holds must be produced. Prints a row each;
+exit code 1 on any failure.
 
-Outputs are judged in float32. So are gradients; one that float32 cannot reach (a scalar that is a sum of cancelling terms: torch's
-own float32 misses there too) is judged by a second run in float64 at the float64 tolerance of 1e-6, and the row shows both.
+Outputs are judged in float32. So are gradients; one that float32 cannot reach (a scalar that is a sum of cancelling
+terms: torch's own float32 misses there too) is judged by a second run in float64 at the float64 tolerance of 1e-6, and
+the row shows both.
 """
 from __future__ import annotations
 
@@ -38,17 +40,17 @@ class Row(NamedTuple):
 
 KINDS: dict[str, Callable[[Case], Arrays]] = {
     **{f.__name__: f for f in (
-        parity_modules.swinv2, parity_modules.swinv2_block, parity_modules.vit, parity_modules.pos_resize, parity_modules.uphead,
-        parity_modules.fusion, parity_modules.dino_head, parity_model.assembly, parity_model.factorised,
-        parity_training.dino_loss, parity_training.adamw)},
+        parity_modules.swinv2, parity_modules.swinv2_block, parity_modules.vit, parity_modules.pos_resize,
+        parity_modules.uphead, parity_modules.fusion, parity_modules.dino_head, parity_model.assembly,
+        parity_model.factorised, parity_training.dino_loss, parity_training.adamw)},
 }
 
 
 def measure(name: str, ours: Any, reference: np.ndarray, tol: Mapping[str, float], largest_gradient: float) -> Row:
     """Distances of one array and the verdict by the case's tolerances.
 
-    A gradient that is mathematically zero (below 1e-12 of the largest in the file: rounding of the float64 reference) is measured
-    against the largest one.
+    A gradient that is mathematically zero (below 1e-12 of the largest in the file: rounding of the float64 reference)
+    is measured against the largest one.
     """
     ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
     if ours.shape != reference.shape:
@@ -69,15 +71,17 @@ def measure(name: str, ours: Any, reference: np.ndarray, tol: Mapping[str, float
     elif "loss_rel" in tol:
         limits = [(over, tol["loss_rel"])]
     else:
-        limits = [(rel_l2, tol.get("out_rel_l2")), (over, tol.get("out_max_over_scale")), (max_abs, tol.get("out_max_abs")),
-                  (over, tol.get("float64_rel"))]
+        limits = [(rel_l2, tol.get("out_rel_l2")), (over, tol.get("out_max_over_scale")),
+                  (max_abs, tol.get("out_max_abs")), (over, tol.get("float64_rel"))]
     limits = [(value, limit) for value, limit in limits if limit is not None]
     passed = bool(limits) and all(np.isfinite(value) and value <= limit for value, limit in limits)
     return Row(name, rel_l2, max_abs, over, passed)
 
 
 def run_case(path: str | pathlib.Path) -> list[Row]:
-    """All rows of one file. Raises ValueError for a kind or an argument that is not built, or an array nothing was computed for."""
+    """All rows of one file. Raises ValueError for a kind or an argument that is not built, or an array nothing was
+    computed for.
+    """
     with np.load(path) as file:
         arrays, meta = {k: file[k] for k in file.files if k != "meta_json"}, json.loads(str(file["meta_json"]))
     if meta["kind"] not in KINDS:
@@ -92,15 +96,15 @@ def run_case(path: str | pathlib.Path) -> list[Row]:
     largest = max((float(np.linalg.norm(arrays[k])) for k in names if k.startswith("d")), default=0.0)
     rows = [measure(k, ours[k], arrays[k], tol, largest) for k in names]
     # Gradients, and losses kept in float64: sums that cancel are below float32's noise.
-    doubtful = [r.name for r in rows if not r.passed and r.name.startswith(("d:", "dx", "y64_"))] if "grad_rel_l2" in tol else []
-    if doubtful:
+    doubtful = [r.name for r in rows if not r.passed and r.name.startswith(("d:", "dx", "y64_"))]
+    if doubtful and "grad_rel_l2" in tol:
         wide = {k: v.astype(np.float64) if k[0] in "xg" and v.dtype.kind == "f" else v for k, v in arrays.items()}
         with jax.enable_x64(True):
             ours = run(Case(wide, meta, "float64"))
         tight = {"grad_rel_l2": FLOAT64_REL_L2, "out_rel_l2": FLOAT64_REL_L2}
         again = {k: measure(k, ours[k], arrays[k], tight, largest) for k in doubtful}
-        rows = [r._replace(passed=again[r.name].passed, note=f"float64 rel L2 {again[r.name].rel_l2:.2e}") if r.name in again else r
-                for r in rows]
+        rows = [r if r.name not in again else r._replace(
+            passed=again[r.name].passed, note=f"float64 rel L2 {again[r.name].rel_l2:.2e}") for r in rows]
     return rows
 
 
@@ -120,8 +124,8 @@ def main(paths: Sequence[str]) -> int:
             continue
         for row in rows:
             verdict = "pass" if row.passed else "FAIL"
-            print(f"  {verdict} {row.name:60s} rel L2 {row.rel_l2:.2e}  max/scale {row.max_over_scale:.2e}  max {row.max_abs:.2e}  "
-                  f"{row.note}".rstrip())
+            print(f"  {verdict} {row.name:60s} rel L2 {row.rel_l2:.2e}  max/scale {row.max_over_scale:.2e}  "
+                  f"max {row.max_abs:.2e}  {row.note}".rstrip())
         if not all(row.passed for row in rows):
             failed.append(path)
     print(f"{len(paths) - len(failed)} of {len(paths)} files pass" + "".join(f"\n  failed: {path}" for path in failed))

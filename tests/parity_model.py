@@ -1,4 +1,6 @@
-"""Parity of the assembled model: the fusion's input sequence, and the whole factorised forward through `make_model` (see tests.parity)."""
+"""Parity of the assembled model: the fusion's input sequence, and the whole factorised forward through `make_model`
+(see tests.parity).
+"""
 from __future__ import annotations
 
 from typing import Any, Mapping
@@ -11,7 +13,8 @@ from ml_collections import config_dict
 from skysense_jax.convert import keymap
 from skysense_jax.convert.torch_import import params_from_torch
 from skysense_jax.models.skysense import build_modules, fusion_sequence, make_model
-from tests.parity_modules import Arrays, Case, differentiate, fusion_arguments, nchw, nhwc, swin_arguments, vit_arguments
+from tests.parity_modules import (Arrays, Case, differentiate, fusion_arguments, nchw, nhwc, swin_arguments,
+                                  vit_arguments)
 
 
 def assembly(case: Case) -> Arrays:
@@ -81,7 +84,8 @@ def factorised(case: Case) -> Arrays:
         inputs = {}
         for sensor, x in images.items():
             dates = jnp.asarray(case.arrays["x_ct"], jnp.int32) if sensor == "s2" else jnp.full(x.shape[:2], -1)
-            inputs[sensor] = {"image": x, "valid": jnp.ones(x.shape[:4]), "bands": jnp.ones((*x.shape[:2], x.shape[-1])), "dates": dates}
+            inputs[sensor] = {"image": x, "valid": jnp.ones(x.shape[:4]), "dates": dates,
+                              "bands": jnp.ones((*x.shape[:2], x.shape[-1]))}
         return inputs
 
     inputs, out = place(images), {}
@@ -95,7 +99,8 @@ def factorised(case: Case) -> Arrays:
             out[f"dx_{sensor}"] = np.moveaxis(np.asarray(x), -1, 1).reshape(case.arrays[f"x_{sensor}"].shape)
     else:
         result = jax.jit(run)(params, images)
-    out |= {f"y_hr_{k}": flat(result["hr_stages"][i]) for k, i in enumerate(swin_arguments(case.meta["cfg"]["hr"])["outputs"])}
+    stages = swin_arguments(case.meta["cfg"]["hr"])["outputs"]
+    out |= {f"y_hr_{k}": flat(result["hr_stages"][i]) for k, i in enumerate(stages)}
     out |= {f"y_{s}_vit": flat(x) for s, x in result["vit"].items()}
     out |= {f"y_{s}_up": flat(result["maps"][s]) for s in result["vit"]}
     dates = {s: x["dates"] for s, x in inputs.items()}

@@ -1,5 +1,5 @@
-"""Parity of single modules: each kind builds our module from the reference constructor's arguments and returns every array it can (see
-tests.parity). Names of the result are the file's: y..., dx..., d:<torch key>."""
+"""Parity of single modules: each kind builds our module from the reference constructor's arguments and returns every
+array it can (see tests.parity). Names of the result are the file's: y..., dx..., d:<torch key>."""
 from __future__ import annotations
 
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
@@ -36,7 +36,7 @@ class Case(NamedTuple):
         return [k for k in self.arrays if k.startswith(prefix)]
 
 
-# ---------------------------------------------------------------------------------------------------------------- layouts, arguments
+# ------------------------------------------------------------------------------------------------ layouts, arguments
 def nhwc(x: np.ndarray) -> jax.Array:
     return jnp.asarray(np.moveaxis(x, -3, -1))
 
@@ -46,9 +46,10 @@ def nchw(x: Any) -> np.ndarray:
 
 
 def take(args: Mapping[str, Any], fixed: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
-    """Constructor arguments with the reference's defaults. `fixed`: arguments only one value of which is built here; rates of
-    dropout and stochastic depth do not matter in eval mode. Raises ValueError for anything else."""
-    passive = ("drop_rate", "attn_drop_rate", "drop_path_rate", "with_cp", "norm_eval", "init_cfg", "pretrained", "act_cfg")
+    """Constructor arguments with the reference's defaults. `fixed`: arguments only one value of which is built here;
+    rates of dropout and stochastic depth do not matter in eval mode. Raises ValueError for anything else."""
+    passive = ("drop_rate", "attn_drop_rate", "drop_path_rate", "with_cp", "norm_eval", "init_cfg", "pretrained",
+               "act_cfg")
     for key, value in args.items():
         if key in fixed and value != fixed[key]:
             raise ValueError(f"{key}={value!r} is not part of SkySense; only {fixed[key]!r} is built")
@@ -68,19 +69,23 @@ def load(module: Any, entries: Sequence[keymap.Entry], weights: Mapping[str, np.
 
 
 def differentiate(
-    run: Callable[[Any, Any], Any], weigh: Callable[[Any], Any], params: Any, inputs: Any, entries: Sequence[keymap.Entry],
+    run: Callable[[Any, Any], Any], weigh: Callable[[Any], Any], params: Any, inputs: Any,
+    entries: Sequence[keymap.Entry],
 ) -> tuple[Any, Any, Arrays, Any]:
-    """One compilation for outputs = run(params, inputs) and the scalar weigh(outputs): (outputs, scalar, {"d:<torch key>": gradient},
-    gradient of the inputs)."""
+    """One compilation for outputs = run(params, inputs) and the scalar weigh(outputs): (outputs, scalar, {"d:<torch
+    key>": gradient}, gradient of the inputs)."""
     def loss(p: Any, x: Any) -> tuple[Any, Any]:
         outputs = run(p, x)
         return weigh(outputs), outputs
 
-    (value, outputs), (d_params, d_inputs) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, inputs)
+    both = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    (value, outputs), (d_params, d_inputs) = both(params, inputs)
     return outputs, value, {f"d:{k}": v for k, v in state_from_params(d_params, entries).items()}, d_inputs
 
 
-def gradients(loss: Callable[[Any, Any], Any], params: Any, inputs: Any, entries: Sequence[keymap.Entry]) -> tuple[Arrays, Any]:
+def gradients(
+    loss: Callable[[Any, Any], Any], params: Any, inputs: Any, entries: Sequence[keymap.Entry],
+) -> tuple[Arrays, Any]:
     """({"d:<torch key>": gradient}, gradient of the inputs) of a scalar loss(params, inputs)."""
     _, _, d, d_inputs = differentiate(loss, lambda value: value, params, inputs, entries)
     return d, d_inputs
@@ -95,12 +100,13 @@ def join(*parts: Any) -> str:
     return "_".join(str(p) for p in parts if p != "")
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ kinds
+# ------------------------------------------------------------------------------------------------------------- kinds
 def swinv2_block(case: Case) -> Arrays:
-    a = take(case.meta["args"], {}, embed_dims=0, num_heads=0, window_size=8, shift=False, extra_norm=False, ffn_ratio=4,
-             pad_small_map=False, pretrained_window_size=0)
-    block = SwinBlock(a["num_heads"], a["window_size"], a["shift"], a["ffn_ratio"], np.max(a["pretrained_window_size"]).item(),
-                      a["pad_small_map"], dtype=case.dtype)
+    a = take(case.meta["args"], {}, embed_dims=0, num_heads=0, window_size=8, shift=False, extra_norm=False,
+             ffn_ratio=4, pad_small_map=False, pretrained_window_size=0)
+    pretrained = np.max(a["pretrained_window_size"]).item()
+    block = SwinBlock(a["num_heads"], a["window_size"], a["shift"], a["ffn_ratio"], pretrained, a["pad_small_map"],
+                      dtype=case.dtype)
     norm = layer_norm(1e-5, "norm3")
     b, _, c = case.arrays["x"].shape
     image = (b, *case.meta["hw"], c)
@@ -118,7 +124,8 @@ def swinv2_block(case: Case) -> Arrays:
 
     out = {"y": jax.jit(run)(params, jnp.asarray(case.arrays["x"]))}
     if "g_y" in case.arrays:
-        d, out["dx"] = gradients(lambda p, x: jnp.sum(run(p, x) * case.arrays["g_y"]), params, case.arrays["x"], entries)
+        g = case.arrays["g_y"]
+        d, out["dx"] = gradients(lambda p, x: jnp.sum(run(p, x) * g), params, case.arrays["x"], entries)
         out |= d
     return out
 
@@ -132,9 +139,10 @@ ARCHITECTURES = {  # mmcls 0.25 SwinTransformerV2.arch_zoo: width, depths, heads
 
 def swin_arguments(args: Mapping[str, Any]) -> dict[str, Any]:
     """The reference constructor's arguments as one flat dict with per-stage windows."""
-    a = take(args, {"use_abs_pos_embed": False, "interpolate_mode": "bicubic", "patch_norm": True, "stage_cfgs": {}, "patch_cfg": {}},
-             arch="tiny", in_channels=3, patch_size=4, window_size=8, out_indices=(3,), pad_small_map=False, img_size=None,
-             pretrained_window_sizes=None, norm_cfg=None)
+    a = take(args, {"use_abs_pos_embed": False, "interpolate_mode": "bicubic", "patch_norm": True, "stage_cfgs": {},
+                    "patch_cfg": {}},
+             arch="tiny", in_channels=3, patch_size=4, window_size=8, out_indices=(3,), pad_small_map=False,
+             img_size=None, pretrained_window_sizes=None, norm_cfg=None)
     arch = a["arch"]
     if isinstance(arch, str):
         width, depths, heads, every = ARCHITECTURES[arch]
@@ -142,7 +150,8 @@ def swin_arguments(args: Mapping[str, Any]) -> dict[str, Any]:
     stages = len(arch["depths"])
     window = a["window_size"]
     return {
-        "width": arch["embed_dims"], "patch": a["patch_size"], "depths": tuple(arch["depths"]), "heads": tuple(arch["num_heads"]),
+        "width": arch["embed_dims"], "patch": a["patch_size"], "depths": tuple(arch["depths"]),
+        "heads": tuple(arch["num_heads"]),
         "windows": (window,) * stages if isinstance(window, int) else tuple(window),
         "pretrained_windows": tuple(a["pretrained_window_sizes"] or (0,) * stages),
         "extra_norm_every": arch.get("extra_norm_every_n_blocks", 0), "pad_small_map": a["pad_small_map"],
@@ -161,7 +170,8 @@ def swinv2(case: Case) -> Arrays:
         x = nhwc(case.arrays[join("x", variant)])
         params = load(module, entries, case.weights, (1, *x.shape[1:3], channels))
         run = lambda p, x: module.apply({"params": p}, x)
-        weights = {i: nhwc(case.arrays[key]) for i in range(len(a["outputs"])) if (key := join("g", variant, i)) in case.arrays}
+        weights = {i: nhwc(case.arrays[key]) for i in range(len(a["outputs"]))
+                   if (key := join("g", variant, i)) in case.arrays}
         if weights:
             weigh = lambda maps: sum(jnp.sum(maps[i] * g) for i, g in weights.items())
             maps, out[join("y64", "loss", variant)], d, dx = differentiate(run, weigh, params, x, entries)
@@ -174,16 +184,16 @@ def swinv2(case: Case) -> Arrays:
 
 
 def vit_arguments(args: Mapping[str, Any]) -> dict[str, Any]:
-    a = take(args, {"patch_norm": False, "final_norm": False, "qkv_bias": True, "interpolate_mode": "bicubic", "num_fcs": 2,
-                    "patch_pad": "corner", "patch_bias": True, "output_cls_token": False},
-             img_size=224, patch_size=16, in_channels=3, embed_dims=768, num_layers=12, num_heads=12, mlp_ratio=4, out_indices=-1,
-             norm_cfg=None, with_cls_token=True)
+    a = take(args, {"patch_norm": False, "final_norm": False, "qkv_bias": True, "interpolate_mode": "bicubic",
+                    "num_fcs": 2, "patch_pad": "corner", "patch_bias": True, "output_cls_token": False},
+             img_size=224, patch_size=16, in_channels=3, embed_dims=768, num_layers=12, num_heads=12, mlp_ratio=4,
+             out_indices=-1, norm_cfg=None, with_cls_token=True)
     image = a["img_size"] if isinstance(a["img_size"], (list, tuple)) else (a["img_size"],) * 2
-    outputs = a["out_indices"]
+    outputs = (a["out_indices"],) if isinstance(a["out_indices"], int) else tuple(a["out_indices"])
     return {
         "width": a["embed_dims"], "patch": a["patch_size"], "depth": a["num_layers"], "heads": a["num_heads"],
         "table_grid": (image[0] // a["patch_size"], image[-1] // a["patch_size"]), "mlp_ratio": a["mlp_ratio"],
-        "eps": eps_of(a["norm_cfg"]), "cls_token": a["with_cls_token"], "outputs": (outputs,) if isinstance(outputs, int) else tuple(outputs),
+        "eps": eps_of(a["norm_cfg"]), "cls_token": a["with_cls_token"], "outputs": outputs,
     }
 
 
@@ -193,7 +203,8 @@ def vit(case: Case) -> Arrays:
     out: Arrays = {}
     for variant in variants(case):
         x = nhwc(case.arrays[join("x", variant)])
-        named = {word: flag for word, flag in (("cls", True), ("nocls", False)) if case.has(join("y", variant, word) + "_")}
+        words = {"cls": True, "nocls": False}
+        named = {word: flag for word, flag in words.items() if case.has(join("y", variant, word) + "_")}
         for word, flag in (named or {"": a["cls_token"]}).items():
             module = VisionTransformer(**a | {"cls_token": flag}, dtype=case.dtype)
             params = load(module, entries, case.weights, x.shape)
@@ -225,7 +236,8 @@ def pos_resize(case: Case) -> Arrays:
 
 def uphead(case: Case) -> Arrays:
     a = take(case.meta["args"], {}, in_dim=0, out_dim=0, up_scale=4)
-    module, entries, x = UPHead(a["out_dim"], a["up_scale"], case.dtype), keymap.uphead_entries(), nhwc(case.arrays["x"])
+    module, entries = UPHead(a["out_dim"], a["up_scale"], case.dtype), keymap.uphead_entries()
+    x = nhwc(case.arrays["x"])
     params = load(module, entries, case.weights, x.shape)
     out = {"y": nchw(jax.jit(lambda p, x: module.apply({"params": p}, x))(params, x))}
     if "g_y" in case.arrays:
@@ -236,8 +248,9 @@ def uphead(case: Case) -> Arrays:
 
 
 def fusion_arguments(args: Mapping[str, Any]) -> dict[str, Any]:
-    a = take(args, {"with_cls_token": True, "output_cls_token": True, "final_norm": False, "qkv_bias": True, "num_fcs": 2,
-                    "require_two": False}, input_dims=2816, embed_dims=1024, num_layers=24, num_heads=16, mlp_ratio=4, norm_cfg=None)
+    a = take(args, {"with_cls_token": True, "output_cls_token": True, "final_norm": False, "qkv_bias": True,
+                    "num_fcs": 2, "require_two": False},
+             input_dims=2816, embed_dims=1024, num_layers=24, num_heads=16, mlp_ratio=4, norm_cfg=None)
     return {"width": a["embed_dims"], "depth": a["num_layers"], "heads": a["num_heads"], "mlp_ratio": a["mlp_ratio"],
             "eps": eps_of(a["norm_cfg"])}
 

@@ -1,4 +1,6 @@
-"""Parity of what trains: the self-distillation losses with their Sinkhorn, and AdamW under its schedules (see tests.parity)."""
+"""Parity of what trains: the self-distillation losses with their Sinkhorn, and AdamW under its schedules (see
+tests.parity).
+"""
 from __future__ import annotations
 
 import re
@@ -15,7 +17,9 @@ from skysense_jax.run import optim
 
 
 def dino_loss(case: Any) -> dict[str, Any]:
-    """DINO v1 over consecutive calls (the centre from before its own update), v2/v3 reductions, centring and Sinkhorn."""
+    """DINO v1 over consecutive calls (the centre from before its own update), v2/v3 reductions, centring and
+    Sinkhorn.
+    """
     z, meta = case.arrays, case.meta
     args, batch = meta["args"], meta["batch"]
     student_temp, momentum, width = args["student_temp"], args["center_momentum"], args["out_dim"]
@@ -42,7 +46,8 @@ def dino_loss(case: Any) -> dict[str, Any]:
         student, probs = jnp.asarray(z["x_v23_student"]), jnp.asarray(z["x_v23_teacher_probs"])
         reduce = lambda s, kind: contrast.dino_reduction(s, probs, student_temp, kind)
         out["y64_v2_loss"], out["dx_v2_student"] = jax.value_and_grad(reduce)(student, "v2")
-        out["y64_v3_loss"], out["y64_v3_loss_ignore_diag"] = reduce(student, "v3"), reduce(student, "v3_ignore_diagonal")
+        out["y64_v3_loss"] = reduce(student, "v3")
+        out["y64_v3_loss_ignore_diag"] = reduce(student, "v3_ignore_diagonal")
     if "y_v2_softmax_first" in z:
         logits, start = jnp.asarray(z["x_sk"]), jnp.asarray(z["x_center0"])
         after = contrast.update_centre(start, logits.mean(0, keepdims=True), one, momentum)
@@ -77,10 +82,13 @@ def adamw(case: Any) -> dict[str, Any]:
                 if rule != "const":
                     gfm = rule == "gfm_cosine"
                     rate = optim.LR_RULES[RULES[rule]](
-                        step, steps, warmup, meta["lr"], meta["warmup_lr"] if gfm else 0.0, meta["min_lr"] if gfm else 0.0)
+                        step, steps, warmup, meta["lr"], meta["warmup_lr"] if gfm else 0.0,
+                        meta["min_lr"] if gfm else 0.0)
                 value, grads = jax.value_and_grad(loss)(params)
                 grads, norm = optim.clip(grads, meta["clip"])
-                params, state = optim.update(grads, state, params, {"p": True, "b": False}, rate, meta["weight_decay"], cfg)
-                rows.append({"lr": rate, "gnorm": norm, "loss": value, **params, "m": state["mu"]["p"], "v": state["nu"]["p"]})
+                params, state = optim.update(
+                    grads, state, params, {"p": True, "b": False}, rate, meta["weight_decay"], cfg)
+                moments = {"m": state["mu"]["p"], "v": state["nu"]["p"]}
+                rows.append({"lr": rate, "gnorm": norm, "loss": value, **params, **moments})
             out |= {f"y64_{rule}_{key}": np.stack([np.asarray(row[key]) for row in rows]) for key in rows[0]}
     return out

@@ -1,4 +1,6 @@
-"""Weights both ways: the folder PyTorch reads, the strict import, single-module files with the names real files carry."""
+"""Weights both ways: the folder PyTorch reads, the strict import, single-module files with the names real files
+carry.
+"""
 import json
 import pathlib
 import runpy
@@ -21,12 +23,15 @@ NEEDS_TORCH = "needs torch (the extra `torch`): the exported folder is run by pl
 
 
 def unusual():
-    """Everything the released configuration does not use: odd depths, mixed windows, pretrained windows, padding, class token."""
+    """Everything the released configuration does not use: odd depths, mixed windows, pretrained windows, padding,
+    class token.
+    """
     hr = tiny.config().hr.to_dict()
-    hr.update({"depths": (3, 3), "extra_norm_every": 3, "window": (3, 4), "pretrained_windows": (0, 6), "pad_small_map": True,
-               "num_heads": 2})
+    hr.update({"depths": (3, 3), "extra_norm_every": 3, "window": (3, 4), "pretrained_windows": (0, 6), "eps": 1e-3,
+               "pad_small_map": True, "num_heads": 2})
     cfg = tiny.config(calendar="s2", hr=hr)
     cfg.s2.cls_token = True
+    cfg.fusion.eps = 1e-3
     cfg.s1.update({"img_size": 12, "mlp_ratio": 3})
     return cfg, tiny.contract({"s1": ("VV", "VH"), "hr": ("R", "G", "B"), "s2": ("B02", "B08")})
 
@@ -48,7 +53,8 @@ def test_folder_round_trip_and_plain_torch(case, tmp_path):
     back, cfg_back, contract_back, meta = torch_import.load_folder(folder)
     equal(back, params)
     assert cfg_back.to_dict() == cfg.to_dict() and contract_back == contract and meta["provenance"]["steps"] == 3
-    assert sum(v.size for v in safetensors.numpy.load_file(folder / "model.safetensors").values()) == meta["parameters"]["total"]
+    stored = safetensors.numpy.load_file(folder / "model.safetensors")
+    assert sum(v.size for v in stored.values()) == meta["parameters"]["total"]
     with pytest.raises(ValueError, match="already holds"):
         torch_export.export(params, contract, cfg, folder, {})
 
@@ -103,8 +109,10 @@ def test_strict_import_names_everything_wrong_at_once():
     with pytest.raises(ValueError) as error:
         torch_import.params_from_torch(state, cfg, contract)
     text = str(error.value)
-    assert "4 tensors" in text and "missing: fusion.cls_token (1, 1, 8)" in text and "unexpected: head_gep.weight (3,)" in text
-    assert "wrong shape: ctpe is (1, 364, 16), the model needs (1, 365, 16)" in text and "wrong type: backbone_s1.cls_token" in text
+    assert "4 tensors" in text
+    assert "missing: fusion.cls_token (1, 1, 8)" in text and "unexpected: head_gep.weight (3,)" in text
+    assert "wrong shape: ctpe is (1, 364, 16), the model needs (1, 365, 16)" in text
+    assert "wrong type: backbone_s1.cls_token" in text
 
 
 @pytest.mark.parametrize("prefix", ["", "backbone.", "module.backbone_gep.", "model.backbone_hr.", "visual."])
@@ -129,7 +137,8 @@ def test_single_module_file_with_its_prefix_and_extras(prefix):
 def test_fused_attention_names():
     cfg, params = tiny.config(), tiny.params(tiny.config(), CONTRACT)
     state = torch_export.state_from_params(params["s1"], keymap.vit_entries(2))
-    legacy = {k.replace("in_proj_weight", "Wqkv.weight").replace("in_proj_bias", "Wqkv.bias"): v for k, v in state.items()}
+    rename = lambda k: k.replace("in_proj_weight", "Wqkv.weight").replace("in_proj_bias", "Wqkv.bias")
+    legacy = {rename(k): v for k, v in state.items()}
     assert legacy.keys() != state.keys()
     equal(torch_import.import_module(legacy, "s1", cfg, CONTRACT).params, params["s1"])
 
@@ -137,7 +146,8 @@ def test_fused_attention_names():
 def test_reading_pytorch_files(tmp_path):
     torch = pytest.importorskip("torch", reason="needs torch (the extra `torch`) to write and read .pth files")
     weights = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
-    for name, content, legacy in (("flat.pth", weights, False), ("old.pth", weights, True), ("wrapped.ckpt", {"model": weights, "epoch": 3}, False)):
+    wrapped = {"model": weights, "epoch": 3}
+    for name, content, legacy in (("flat.pth", weights, False), ("old.pth", weights, True), ("w.ckpt", wrapped, False)):
         torch.save(content, tmp_path / name, _use_new_zipfile_serialization=not legacy)
         read = torch_import.read_tensors(tmp_path / name)
         assert read["b"].dtype == np.float32

@@ -34,7 +34,8 @@ def test_shapes(model):
     apply, params = model
     out = apply(params, tiny.inputs(CONTRACT))
     assert out["fused"].shape == (2, 4, 4, 8) and out["fused_mask"].shape == (2, 4, 4)
-    assert {k: v.shape for k, v in out["maps"].items()} == {"hr": (2, 1, 4, 4, 16), "s2": (2, 3, 4, 4, 16), "s1": (2, 2, 4, 4, 16)}
+    shapes = {k: v.shape for k, v in out["maps"].items()}
+    assert shapes == {"hr": (2, 1, 4, 4, 16), "s2": (2, 3, 4, 4, 16), "s1": (2, 2, 4, 4, 16)}
     assert [m.shape for m in out["hr_stages"]] == [(2, 1, 8, 8, 8), (2, 1, 4, 4, 16)]
     assert out["vit"]["s2"].shape == (2, 3, 2, 2, 8)
 

@@ -1,4 +1,6 @@
-"""Numerical parity with the reference code: the small cases from tests/golden, the large ones from the shared folder."""
+"""Numerical parity with the reference code: the small cases from tests/golden, the large ones from the shared
+folder.
+"""
 import json
 import pathlib
 

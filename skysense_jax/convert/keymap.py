@@ -1,4 +1,5 @@
-"""The table of names: official PyTorch key <-> (parameter name, index in a stacked leaf, transform), derived from the configuration.
+"""The table of names: official PyTorch key <-> (parameter name, index in a stacked leaf, transform), derived from the
+configuration.
 
 One table serves both directions (torch_import, torch_export) and gradients. Names are those of the SkySense release:
 backbone_hr., backbone_s2., backbone_s1., head_s2., head_s1., fusion. (with its `porj_linear`), ctpe.
@@ -13,8 +14,9 @@ from skysense_jax.nn.swin import stage_plan
 
 
 class Entry(NamedTuple):
-    """One torch tensor. torch: its key. name: "/"-name of our leaf. index: position on the leaf's leading (scanned) axis, or
-    None. kind: key of :data:`TRANSFORMS`. default: value that fills the tensor where a released file lacks it, or None = required."""
+    """One torch tensor. torch: its key. name: "/"-name of our leaf. index: position on the leaf's leading (scanned)
+    axis, or None. kind: key of :data:`TRANSFORMS`. default: value that fills the tensor where a released file lacks
+    it, or None = required."""
 
     torch: str
     name: str
@@ -35,8 +37,8 @@ TRANSFORMS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.nda
 BUFFERS = ("relative_coords_table", "relative_position_index", "attn_mask")
 """Last parts of the names of recomputed quantities: ignored on import wherever they occur."""
 
-PREFIXES = {"hr": "backbone_hr.", "s2": "backbone_s2.", "s1": "backbone_s1.", "head_s2": "head_s2.", "head_s1": "head_s1.",
-            "fusion": "fusion."}
+PREFIXES = {"hr": "backbone_hr.", "s2": "backbone_s2.", "s1": "backbone_s1.",
+            "head_s2": "head_s2.", "head_s1": "head_s1.", "fusion": "fusion."}
 """Our top-level parameter name -> prefix of the official names in a whole-model file. `ctpe` has none."""
 
 
@@ -46,11 +48,14 @@ def _affine(torch: str, name: str, index: int | None, kind: str = "linear") -> l
 
 def _norm(torch: str, name: str, index: int | None = None, optional: bool = False) -> list[Entry]:
     ones, zeros = (1.0, 0.0) if optional else (None, None)
-    return [Entry(f"{torch}.weight", f"{name}/scale", index, "same", ones), Entry(f"{torch}.bias", f"{name}/bias", index, "same", zeros)]
+    return [Entry(f"{torch}.weight", f"{name}/scale", index, "same", ones),
+            Entry(f"{torch}.bias", f"{name}/bias", index, "same", zeros)]
 
 
 def swin_block_entries(torch: str, name: str, index: int | None = None) -> list[Entry]:
-    """A SwinBlock; `torch` ends with "." or is empty, `name` ends with "/" or is empty. The extra norm belongs to the stage."""
+    """A SwinBlock; `torch` ends with "." or is empty, `name` ends with "/" or is empty. The extra norm belongs to the
+    stage.
+    """
     attn, ours = f"{torch}attn.w_msa.", f"{name}attn/"
     return [
         *(Entry(attn + key, ours + key, index) for key in ("logit_scale", "q_bias", "v_bias")),
@@ -67,12 +72,13 @@ def swin_block_entries(torch: str, name: str, index: int | None = None) -> list[
 
 def swin_entries(depths: Sequence[int], extra_norm_every: int, outputs: Iterable[int]) -> list[Entry]:
     """SwinTransformerV2. Output norms other than the last stage's are optional: released files may hold norm3 only."""
-    entries = [*_affine("patch_embed.projection", "patch_embed", None, "conv"), *_norm("patch_embed.norm", "patch_norm")]
+    entries = _affine("patch_embed.projection", "patch_embed", None, "conv") + _norm("patch_embed.norm", "patch_norm")
     for stage, depth in enumerate(depths):
         torch, name = f"stages.{stage}.", f"stage{stage}/"
         if stage:
-            entries.append(Entry(f"{torch}downsample.reduction.weight", f"{name}downsample/reduction/kernel", None, "linear"))
-            entries += _norm(f"{torch}downsample.norm", f"{name}downsample/norm")
+            torch_down, down = f"{torch}downsample.", f"{name}downsample/"
+            entries.append(Entry(f"{torch_down}reduction.weight", f"{down}reduction/kernel", None, "linear"))
+            entries += _norm(f"{torch_down}norm", f"{down}norm")
         for kind, first, count in stage_plan(depth, extra_norm_every):
             if kind == "pairs":
                 for i in range(count):

@@ -4,12 +4,13 @@
     model = load("FOLDER")                      # strict: every tensor must fit
     outputs = model({"s2": {"image": image, "dates": days}})
 
-Needs torch and safetensors. `python modeling_skysense.py [FOLDER]` runs the frozen batch of parity.safetensors and prints how far the
-outputs are from the stored ones. Where `transformers` is installed, SkySenseModel is a PreTrainedModel with the same forward.
+Needs torch and safetensors. `python modeling_skysense.py [FOLDER]` runs the frozen batch of parity.safetensors and
+prints the differences. Where `transformers` is installed, SkySenseModel is a PreTrainedModel with the same forward.
 
-Inputs are raw physical units as `input_contract` in config.json declares them (bands and their order, unit, statistics); the
-model normalises. Per sensor: image [B,T,C,H,W]; optional valid [B,T,H,W] (1 = measured), bands [B,T,C] (1 = measured), dates
-[B,T] day of year 0..364 (-1 = unknown). HR images have `ratio` pixels along one Sentinel-2 pixel. Any subset of the sensors will do.
+Inputs are raw physical units as `input_contract` in config.json declares them (bands and their order, unit,
+statistics); the model normalises. Per sensor: image [B,T,C,H,W]; optional valid [B,T,H,W] (1 = measured), bands
+[B,T,C] (1 = measured), dates [B,T] day of year 0..364 (-1 = unknown). HR images have `ratio` pixels along one
+Sentinel-2 pixel. Any subset of the sensors will do.
 """
 import importlib.util
 import json
@@ -88,7 +89,7 @@ class WindowAttention(nn.Module):
 
 
 class ShiftedWindows(nn.Module):
-    """Pad, roll, cut into windows, attend, and undo it. Padding is not masked; other regions of a rolled map get -100."""
+    """Pad, roll, cut into windows, attend, undo it. Padding is not masked; other regions of a rolled map get -100."""
 
     def __init__(self, width, heads, window, pretrained_window, shifted, pad_small_map):
         super().__init__()
@@ -129,9 +130,7 @@ class SwinBlock(nn.Module):
     def __init__(self, width, heads, window, pretrained_window, shifted, pad_small_map, ratio, extra_norm):
         super().__init__()
         self.attn = ShiftedWindows(width, heads, window, pretrained_window, shifted, pad_small_map)
-        self.norm1 = nn.LayerNorm(width)
-        self.ffn = FFN(width, ratio)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm1, self.norm2, self.ffn = nn.LayerNorm(width), nn.LayerNorm(width), FFN(width, ratio)
         self.norm3 = nn.LayerNorm(width) if extra_norm else nn.Identity()
 
     def forward(self, x):
@@ -168,17 +167,19 @@ class SwinTransformerV2(nn.Module):
     def __init__(self, channels, hr):
         super().__init__()
         count, every = len(hr["depths"]), hr["extra_norm_every"]
-        windows, pretrained, heads = (
-            [v] * count if isinstance(v, int) else v for v in (hr["window"], hr["pretrained_windows"], hr["num_heads"]))
+        fields = (hr[key] for key in ("window", "pretrained_windows", "num_heads"))
+        windows, pretrained, heads = ([v] * count if isinstance(v, int) else v for v in fields)
         self.patch_embed = PatchEmbed(channels, hr["embed_dims"], hr["patch"], norm=True)
         stages = []
         for s, depth in enumerate(hr["depths"]):
             width = hr["embed_dims"] * 2**s
-            blocks = [SwinBlock(width, heads[s], windows[s], pretrained[s], bool(b % 2), hr["pad_small_map"], hr["mlp_ratio"],
-                                bool(every) and (b + 1) % every == 0) for b in range(depth)]
+            blocks = [SwinBlock(width, heads[s], windows[s], pretrained[s], bool(b % 2), hr["pad_small_map"],
+                                hr["mlp_ratio"], bool(every) and (b + 1) % every == 0) for b in range(depth)]
             stages.append(SwinStage(width, s > 0, blocks))
             self.add_module(f"norm{s}", nn.LayerNorm(width))
         self.stages = nn.ModuleList(stages)
+        for norm in (m for m in self.modules() if isinstance(m, nn.LayerNorm)):
+            norm.eps = hr["eps"]
 
     def forward(self, x):
         x, maps = self.patch_embed(x), []
@@ -228,7 +229,8 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, width))
         self.patch_embed = PatchEmbed(channels, width, vit["patch"], norm=False)
-        self.layers = nn.ModuleList(Layer(width, vit["num_heads"], vit["mlp_ratio"], vit["eps"]) for _ in range(vit["depth"]))
+        shape = width, vit["num_heads"], vit["mlp_ratio"], vit["eps"]
+        self.layers = nn.ModuleList(Layer(*shape) for _ in range(vit["depth"]))
 
     def forward(self, x):
         x = self.patch_embed(x)
@@ -254,8 +256,8 @@ class Fusion(nn.Module):
         width = fusion["embed_dims"]
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.porj_linear = nn.Linear(channels, width)
-        self.layers = nn.ModuleList(
-            Layer(width, fusion["num_heads"], fusion["mlp_ratio"], 1e-5) for _ in range(fusion["depth"]))
+        shape = width, fusion["num_heads"], fusion["mlp_ratio"], fusion["eps"]
+        self.layers = nn.ModuleList(Layer(*shape) for _ in range(fusion["depth"]))
 
     def forward(self, x, seen):
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.porj_linear(x)], 1)
@@ -277,7 +279,8 @@ class SkySenseParts:
             else:
                 vit = architecture[name]
                 self.add_module(f"backbone_{name}", VisionTransformer(len(rule["bands"]), vit))
-                up = nn.Sequential(nn.Conv2d(vit["embed_dims"], width * vit["patch"] ** 2, 1), nn.PixelShuffle(vit["patch"]))
+                scale = vit["patch"]
+                up = nn.Sequential(nn.Conv2d(vit["embed_dims"], width * scale**2, 1), nn.PixelShuffle(scale))
                 self.add_module(f"head_{name}", nn.Sequential(OrderedDict(decoder=up)))
         self.fusion = Fusion(width, architecture["fusion"])
         if architecture["calendar"] != "none":
@@ -300,8 +303,8 @@ class SkySenseParts:
         return torch.where(use, (image - mean) / std, 0.0), valid, dates
 
     def forward(self, inputs):
-        """{sensor: {"image", "valid", "bands", "dates"}} -> dict: fused [B,E,h,w], fused_mask [B,h,w], maps {sensor: [B,T,D,h,w]},
-        mask {sensor: [B,T,h,w]}, and with HR hr_stages: list of [B,T,C_i,H_i,W_i] at strides patch * 2^i (4, 8, 16, 32)."""
+        """inputs: see the top of the file. Returns fused [B,E,h,w], fused_mask [B,h,w], maps {sensor: [B,T,D,h,w]},
+        mask {sensor: [B,T,h,w]}, and with HR hr_stages: [B,T,C_i,H_i,W_i] at strides patch * 2^i (4, 8, 16, 32)."""
         if not inputs or set(inputs) - set(self.contract["sensors"]):
             raise ValueError(f"sensors {list(inputs)} given; the model takes any of {list(self.contract['sensors'])}")
         out, parts, masks = {"maps": {}, "mask": {}}, [], []
@@ -317,8 +320,7 @@ class SkySenseParts:
                 x = getattr(self, f"head_{name}")(getattr(self, f"backbone_{name}")(image.flatten(0, 1)))
                 x = x.unflatten(0, (b, t))[..., : grid[0], : grid[1]]
             out["maps"][name] = x
-            share = F.avg_pool2d(valid, cell)
-            out["mask"][name] = (share >= 0.5).to(valid.dtype)
+            out["mask"][name] = (F.avg_pool2d(valid, cell) >= 0.5).to(valid.dtype)
             calendar = self.architecture["calendar"]
             if calendar == "dated" or (calendar == "s2" and name == "s2"):
                 rows = self.ctpe[0, dates.clamp(0, 364)] * (dates >= 0)[..., None]

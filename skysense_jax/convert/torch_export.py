@@ -1,4 +1,6 @@
-"""A folder PyTorch reads: model.safetensors in official names, config.json, a frozen batch, a model card, the modelling file."""
+"""A folder PyTorch reads: model.safetensors in official names, config.json, a frozen batch, a model card, the
+modelling file.
+"""
 from __future__ import annotations
 
 import json
@@ -40,7 +42,9 @@ def state_from_params(params: Any, entries: Sequence[keymap.Entry]) -> dict[str,
 
 
 def frozen_inputs(cfg: Any, contract: Mapping[str, Any], seed: int = 0) -> dict[str, dict[str, np.ndarray]]:
-    """A small deterministic PlaceInput in raw units: two places, with invalid pixels, a masked date and an unmeasured band."""
+    """A small deterministic PlaceInput in raw units: two places, with invalid pixels, a masked date and an unmeasured
+    band.
+    """
     rng = np.random.default_rng(seed)
     cells = 4
     if "hr" in contract["sensors"]:
@@ -67,8 +71,8 @@ def frozen_inputs(cfg: Any, contract: Mapping[str, Any], seed: int = 0) -> dict[
 def frozen_outputs(
     params: Params, cfg: Any, contract: Mapping[str, Any], inputs: Mapping[str, Mapping[str, np.ndarray]],
 ) -> dict[str, np.ndarray]:
-    """Outputs on a frozen batch in float32 at full matmul precision, flat, in torch's layout: fused [B,E,h,w], fused_mask,
-    maps.<sensor> [B,T,D,h,w], mask.<sensor>, hr_stages.<i> [B,T,C,H,W]."""
+    """Outputs on a frozen batch in float32 at full matmul precision, flat, in torch's layout: fused [B,E,h,w],
+    fused_mask, maps.<sensor> [B,T,D,h,w], mask.<sensor>, hr_stages.<i> [B,T,C,H,W]."""
     model = make_model(config_dict.ConfigDict({**cfg.to_dict(), "dtype": "float32"}), contract)
     with jax.default_matmul_precision("highest"):
         outputs = jax.device_get(jax.jit(model.apply)(params, inputs))
@@ -84,8 +88,9 @@ def export(
 ) -> pathlib.Path:
     """Write the folder and return its path.
 
-    params: the encoder of make_model(cfg, contract). cfg: config.model. provenance: JSON-able account of where the weights come
-    from (commit, config, dataset id, steps, licence, inherited licence). Raises ValueError if out_dir holds another export.
+    params: the encoder of make_model(cfg, contract). cfg: config.model. provenance: JSON-able account of where the
+    weights come from (commit, config, dataset id, steps, licence, inherited licence). Raises ValueError if out_dir
+    holds another export.
     """
     out = pathlib.Path(out_dir)
     if (out / "model.safetensors").exists():
@@ -101,13 +106,16 @@ def export(
         "model_type": "skysense", "format": 1, "architectures": ["SkySenseModel"],
         "auto_map": {"AutoConfig": "modeling_skysense.SkySenseConfig", "AutoModel": "modeling_skysense.SkySenseModel"},
         "architecture": _plain(cfg), "input_contract": _plain(contract), "provenance": _plain(provenance),
-        "parameters": counts, "parity": {"tolerance_rel_l2": PARITY_REL_L2, "computed_with": f"jax {jax.__version__}, float32"},
+        "parameters": counts,
+        "parity": {"tolerance_rel_l2": PARITY_REL_L2, "computed_with": f"jax {jax.__version__}, float32"},
     }
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (out / "README.md").write_text(model_card(config))
     shutil.copyfile(MODELING, out / MODELING.name)
     safetensors.numpy.save_file({k: np.ascontiguousarray(v) for k, v in frozen.items()}, out / "parity.safetensors")
     safetensors.numpy.save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    for file in out.glob("*.safetensors"):
+        file.chmod(0o644)  # the library writes through a private temporary file
     return out
 
 
@@ -120,16 +128,20 @@ def count_parameters(params: Params) -> dict[str, int]:
 def model_card(config: Mapping[str, Any]) -> str:
     """README.md of an exported folder: what it is, what it eats, how to load it, where it comes from."""
     architecture, contract, provenance = config["architecture"], config["input_contract"], config["provenance"]
-    rows = [f"| {name} | {', '.join(s['bands'])} | {s['unit']} | {s['gsd']} m |" for name, s in contract["sensors"].items()]
+    rows = [f"| {name} | {', '.join(rule['bands'])} | {rule['unit']} | {rule['gsd']} m |"
+            for name, rule in contract["sensors"].items()]
     counts = [f"| {name} | {count:,} |" for name, count in config["parameters"].items()]
     origin = [f"- {key}: {json.dumps(value)}" for key, value in provenance.items()] or ["- not recorded"]
     return "\n".join([
         "# SkySense weights exported by skysense_jax", "",
-        "Encoders per sensor on one grid and a fusion transformer per cell. Parameter names are the SkySense release's.", "",
+        "Encoders per sensor on one grid, a fusion transformer per cell. Parameter names are the SkySense release's.",
+        "",
         "## Input", "", "| sensor | bands, in this order | unit | pixel |", "|---|---|---|---|", *rows, "",
-        f"One base cell is one Sentinel-2 pixel; {contract['ratio']} HR pixels lie along it. Give raw units: the model normalises, "
-        "with the statistics in `config.json`. Invalid pixels and unmeasured bands are declared by masks.", "",
-        "## Use (PyTorch, this folder only)", "", "```python", "from modeling_skysense import load", "", "model = load('.')",
+        f"One base cell is one Sentinel-2 pixel; {contract['ratio']} HR pixels lie along it. "
+        "Give raw units: the model normalises, with the statistics in `config.json`. Invalid pixels and unmeasured "
+        "bands are declared by masks.", "",
+        "## Use (PyTorch, this folder only)", "",
+        "```python", "from modeling_skysense import load", "", "model = load('.')",
         "outputs = model({'s2': {'image': image, 'dates': day_of_year}})  # [B,T,C,H,W] raw units, [B,T]",
         "outputs['fused'], outputs['maps'], outputs.get('hr_stages')", "```", "",
         "`python modeling_skysense.py` runs the frozen batch in `parity.safetensors` and prints the differences.", "",

@@ -1,4 +1,6 @@
-"""PyTorch tensors in: read a file of weights, bring its names to the official ones, fill our parameter tree; strict throughout."""
+"""PyTorch tensors in: read a file of weights, bring its names to the official ones, fill our parameter tree; strict
+throughout.
+"""
 from __future__ import annotations
 
 import importlib.util
@@ -31,7 +33,9 @@ UNUSED_IN_ENCODERS = ("mask_token", "ctpe")
 
 
 class Imported(NamedTuple):
-    """params: our tree. filled: torch keys the state lacked and a default replaced. ignored: keys left out on purpose."""
+    """params: our tree. filled: torch keys the state lacked and a default replaced. ignored: keys left out on
+    purpose.
+    """
 
     params: dict[str, Any]
     filled: list[str]
@@ -43,9 +47,9 @@ def fill(
 ) -> Imported:
     """The tree of `shapes` (arrays or ShapeDtypeStructs) from torch tensors, by the entries of a module.
 
-    Every tensor must be expected and every expected one present with the right shape; recomputed buffers (keymap.BUFFERS) and the
-    names in `ignore` may be there. float16, bfloat16 and float64 become float32. Raises ValueError naming every missing, unexpected and
-    wrongly shaped tensor at once.
+    Every tensor must be expected and every expected one present with the right shape; recomputed buffers
+    (keymap.BUFFERS) and the names in `ignore` may be there. float16, bfloat16 and float64 become float32. Raises
+    ValueError naming every missing, unexpected and wrongly shaped tensor at once.
     """
     leaves = trees.flatten(shapes)
     stray = set(leaves) ^ {e.name for e in entries}
@@ -82,20 +86,24 @@ def fill(
 
 
 def import_state(state: Mapping[str, np.ndarray], cfg: Any, contract: Mapping[str, Any]) -> Imported:
-    """A whole model from tensors in official names (backbone_hr., ... as :func:`keymap.model_entries`), with the account of it."""
+    """A whole model from tensors in official names (backbone_hr., ... as :func:`keymap.model_entries`), with the
+    account of it.
+    """
     return fill(state, keymap.model_entries(cfg, contract), param_shapes(cfg, contract))
 
 
 def params_from_torch(state: Mapping[str, np.ndarray], cfg: Any, contract: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of `make_model(cfg, contract)` (numpy, float32) from tensors in official names. Strict: see :func:`fill`."""
+    """Parameters of `make_model(cfg, contract)` (numpy, float32) from tensors in official names. Strict: see
+    :func:`fill`.
+    """
     return import_state(state, cfg, contract).params
 
 
 def import_module(
     state: Mapping[str, np.ndarray], module: str, cfg: Any, contract: Mapping[str, Any],
 ) -> Imported:
-    """One top-level parameter ("hr", "s2", "s1", "head_s2", "head_s1", "fusion") from a single-module file in official names, with or
-    without the prefixes such files carry. The tree in the result is the module's own."""
+    """One top-level parameter ("hr", "s2", "s1", "head_s2", "head_s1", "fusion") from a single-module file in official
+    names, with or without the prefixes such files carry. The tree in the result is the module's own."""
     if module not in keymap.PREFIXES:
         raise ValueError(f"unknown module {module!r}; known: {', '.join(keymap.PREFIXES)}")
     prefix = keymap.PREFIXES[module]
@@ -105,8 +113,9 @@ def import_module(
 
 
 def strip_prefixes(state: Mapping[str, np.ndarray], module: str) -> dict[str, np.ndarray]:
-    """Names of a single-module file without its prefixes (module., model., then the first of MODULE_PREFIXES that occurs), and the
-    fused-attention builds' `Wqkv` names brought to in_proj. Raises ValueError where two names become one."""
+    """Names of a single-module file without its prefixes (module., model., then the first of MODULE_PREFIXES that
+    occurs), and the fused-attention builds' `Wqkv` names brought to in_proj. Raises ValueError where two names become
+    one."""
     found = next((p for p in MODULE_PREFIXES[module] if any(_outer(k).startswith(p) for k in state)), "")
     stripped: dict[str, np.ndarray] = {}
     for key, value in state.items():
@@ -128,8 +137,9 @@ def _outer(key: str) -> str:
 def read_tensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     """All tensors of a .safetensors or PyTorch file, unwrapped from `state_dict` / `model`, as numpy arrays.
 
-    PyTorch files are read with weights_only=True (never executing what a pickle asks for), memory-mapped where the file is a zip
-    archive; bfloat16 becomes float32. Raises ValueError for an unknown ending, a file without tensors, or where torch is needed and absent.
+    PyTorch files are read with weights_only=True (never executing what a pickle asks for), memory-mapped where the
+    file is a zip archive; bfloat16 becomes float32. Raises ValueError for an unknown ending, a file without tensors,
+    or where torch is needed and absent.
     """
     path = pathlib.Path(path)
     if path.suffix == ".safetensors":
@@ -137,7 +147,7 @@ def read_tensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     if path.suffix not in (".pth", ".pt", ".ckpt", ".bin"):
         raise ValueError(f"{path}: weights are read from .safetensors, .pth, .pt, .ckpt or .bin files")
     if importlib.util.find_spec("torch") is None:
-        raise ValueError(f"{path}: reading PyTorch files needs torch; install the extra `torch` or convert to .safetensors")
+        raise ValueError(f"{path}: reading PyTorch files needs torch; install the extra `torch`, or use .safetensors")
     import torch
 
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -157,8 +167,12 @@ def tuples(value: Any) -> Any:
     return tuple(tuples(v) for v in value) if isinstance(value, list) else value
 
 
-def load_folder(folder: str | pathlib.Path) -> tuple[dict[str, Any], config_dict.ConfigDict, dict[str, Any], dict[str, Any]]:
-    """An exported folder back in JAX: (params, cfg, contract, the whole config.json). Raises ValueError naming what does not fit."""
+def load_folder(
+    folder: str | pathlib.Path,
+) -> tuple[dict[str, Any], config_dict.ConfigDict, dict[str, Any], dict[str, Any]]:
+    """An exported folder back in JAX: (params, cfg, contract, the whole config.json). Raises ValueError naming what
+    does not fit.
+    """
     folder = pathlib.Path(folder)
     meta = json.loads((folder / "config.json").read_text())
     if meta.get("model_type") != "skysense":

@@ -1,6 +1,8 @@
-"""SkySense: three spatial encoders on one grid, a calendar, a fusion transformer per grid cell. Wired here, trained elsewhere.
+"""SkySense: three spatial encoders on one grid, a calendar, a fusion transformer per grid cell. Wired here, trained
+elsewhere.
 
-Facts follow the SkySense release (models/*.py) and SkySense++ (skysense_pp_pipeline.py); what they leave open is said at the choice.
+Facts follow the SkySense release (models/*.py) and SkySense++ (skysense_pp_pipeline.py); what they leave open is said
+at the choice.
 """
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ Params = dict[str, Any]
 
 
 class Model(NamedTuple):
-    """init(rng, inputs=None) -> params; apply(params, inputs, *, train=False, rng=None) -> outputs. See :func:`make_model`."""
+    """init(rng, inputs=None) -> params; apply(params, inputs, *, train=False, rng=None) -> outputs. See
+    :func:`make_model`.
+    """
 
     init: Callable[..., Params]
     apply: Callable[..., dict[str, Any]]
@@ -48,7 +52,8 @@ def build_modules(cfg: Any, contract: Mapping[str, Any]) -> dict[str, Any]:
     sensors = contract["sensors"]
     unknown = [name for name in sensors if name not in SENSOR_ORDER]
     if unknown or not sensors:
-        raise ValueError(f"SkySense encodes {', '.join(SENSOR_ORDER)}; the input contract asks for {unknown or 'nothing'}")
+        raise ValueError(
+            f"SkySense encodes {', '.join(SENSOR_ORDER)}; the input contract asks for {unknown or 'nothing'}")
     if cfg.calendar not in CALENDARS:
         raise ValueError(f"model.calendar must be one of {CALENDARS}, got {cfg.calendar!r}")
     if contract["ratio"] != cfg.ratio:
@@ -59,32 +64,34 @@ def build_modules(cfg: Any, contract: Mapping[str, Any]) -> dict[str, Any]:
         hr, stages = cfg.hr, len(cfg.hr.depths)
         stride, width = hr.patch * 2 ** (stages - 1), hr.embed_dims * 2 ** (stages - 1)
         if stride != cfg.ratio or width != cfg.width:
-            raise ValueError(f"the HR encoder has stride {stride} and width {width}; model.ratio {cfg.ratio} and model.width "
-                             f"{cfg.width} must equal them")
+            raise ValueError(f"the HR encoder has stride {stride} and width {width}; model.ratio {cfg.ratio} and "
+                             f"model.width {cfg.width} must equal them")
         modules["hr"] = SwinTransformerV2(
             hr.embed_dims, hr.patch, tuple(hr.depths), per_stage(hr.num_heads, stages, "num_heads"),
             per_stage(hr.window, stages, "window"), per_stage(hr.pretrained_windows, stages, "pretrained_windows"),
-            mlp_ratio=hr.mlp_ratio, extra_norm_every=hr.extra_norm_every, pad_small_map=hr.pad_small_map, drop=hr.drop_path,
-            before_norm=hr.drop_path_before_norm, outputs=tuple(range(stages)), eps=hr.eps,
+            mlp_ratio=hr.mlp_ratio, extra_norm_every=hr.extra_norm_every, pad_small_map=hr.pad_small_map,
+            drop=hr.drop_path, before_norm=hr.drop_path_before_norm, outputs=tuple(range(stages)), eps=hr.eps,
             remat=cfg.remat, dtype=dtype)
     for name in ("s2", "s1"):
         if name in sensors:
             vit = cfg[name]
             modules[name] = VisionTransformer(
                 vit.embed_dims, vit.patch, vit.depth, vit.num_heads, (vit.img_size // vit.patch,) * 2,
-                mlp_ratio=vit.mlp_ratio, eps=vit.eps, drop=vit.drop_path, cls_token=vit.cls_token, remat=cfg.remat, dtype=dtype)
+                mlp_ratio=vit.mlp_ratio, eps=vit.eps, drop=vit.drop_path, cls_token=vit.cls_token,
+                remat=cfg.remat, dtype=dtype)
             modules[f"head_{name}"] = UPHead(cfg.width, vit.patch, dtype)
     fusion = cfg.fusion
-    modules["fusion"] = Fusion(fusion.embed_dims, fusion.depth, fusion.num_heads, mlp_ratio=fusion.mlp_ratio, eps=fusion.eps,
-                               drop=fusion.drop_path, remat=cfg.remat, dtype=dtype)
+    modules["fusion"] = Fusion(
+        fusion.embed_dims, fusion.depth, fusion.num_heads, mlp_ratio=fusion.mlp_ratio, eps=fusion.eps,
+        drop=fusion.drop_path, remat=cfg.remat, dtype=dtype)
     return modules
 
 
 def normalise(sensor: Mapping[str, jax.Array], contract: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
     """Raw units -> what the encoders eat. sensor: a SensorInput; contract: the input contract's entry of this sensor.
 
-    Returns (image [B,T,H,W,C] float32 normalised, 0 where a pixel is invalid or a band unmeasured; valid [B,T,H,W] float32, 0 also
-    at dates where no band was measured).
+    Returns (image [B,T,H,W,C] float32 normalised, 0 where a pixel is invalid or a band unmeasured; valid [B,T,H,W]
+    float32, 0 also at dates where no band was measured).
     """
     mean, std = (jnp.asarray(contract[key], jnp.float32) for key in ("mean", "std"))
     valid = sensor["valid"] * jnp.any(sensor["bands"] > 0, axis=-1)[:, :, None, None]
@@ -104,10 +111,11 @@ def fusion_sequence(
     maps: Mapping[str, jax.Array], masks: Mapping[str, jax.Array], dates: Mapping[str, jax.Array],
     calendar: str, table: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The sequences of all cells: maps {sensor: [B,T,h,w,D]} in the order HR, S2, S1, dates inside -> ([B,h,w,n,D], mask [B,h,w,n]).
+    """The sequences of all cells: maps {sensor: [B,T,h,w,D]} in the order HR, S2, S1, dates inside -> ([B,h,w,n,D],
+    mask [B,h,w,n]).
 
-    The calendar table's rows are added to S2 only (calendar "s2", what the released code does), to every input whose date is
-    known ("dated", the paper's formula), or to nothing ("none"; table None).
+    The calendar table's rows are added to S2 only (calendar "s2", what the released code does), to every input whose
+    date is known ("dated", the paper's formula), or to nothing ("none"; table None).
     """
     parts, seen = [], []
     for name in SENSOR_ORDER:
@@ -122,14 +130,17 @@ def fusion_sequence(
 
 
 def check_inputs(inputs: Mapping[str, Mapping[str, Any]], contract: Mapping[str, Any]) -> tuple[int, int]:
-    """Door check of a PlaceInput's shapes; returns the base grid (h, w). Raises ValueError naming the sensor and the rule."""
+    """Door check of a PlaceInput's shapes; returns the base grid (h, w). Raises ValueError naming the sensor and the
+    rule.
+    """
     grids = {}
     for name, sensor in inputs.items():
         if name not in contract["sensors"]:
             raise ValueError(f"the model takes no {name!r}; its input contract has {', '.join(contract['sensors'])}")
         rule, shape = contract["sensors"][name], tuple(sensor["image"].shape)
         if len(shape) != 5 or shape[-1] != len(rule["bands"]):
-            raise ValueError(f"{name}: image must be [B,T,H,W,{len(rule['bands'])}] with bands {rule['bands']}, got {shape}")
+            raise ValueError(
+                f"{name}: image must be [B,T,H,W,{len(rule['bands'])}] with bands {rule['bands']}, got {shape}")
         wanted = {"valid": shape[:4], "bands": shape[:2] + shape[-1:], "dates": shape[:2]}
         for key, expected in wanted.items():
             if tuple(sensor[key].shape) != expected:
@@ -148,11 +159,12 @@ def check_inputs(inputs: Mapping[str, Mapping[str, Any]], contract: Mapping[str,
 def make_model(cfg: Any, contract: Mapping[str, Any]) -> Model:
     """A SkySense model from `config.model` and an input contract (sensors.input_contract).
 
-    init(rng, inputs=None) -> params {"hr","s2","s1","head_s2","head_s1","fusion","ctpe"}: those of the contract's sensors, whatever
-    subset `inputs` has; float32. inputs: a PlaceInput (arrays or ShapeDtypeStructs) for the door check, or None to skip it.
+    init(rng, inputs=None) -> params {"hr","s2","s1","head_s2","head_s1","fusion","ctpe"}: those of the contract's
+    sensors, whatever subset `inputs` has; float32. inputs: a PlaceInput (arrays or ShapeDtypeStructs) for the door
+    check, or None to skip it.
 
-    apply(params, inputs, *, train=False, rng=None) with inputs {sensor: {"image" [B,T,H,W,C] raw units, "valid" [B,T,H,W],
-    "bands" [B,T,C], "dates" int [B,T] day of year, -1 unknown}}, any subset of the sensors, any T, returns
+    apply(params, inputs, *, train=False, rng=None) with inputs {sensor: {"image" [B,T,H,W,C] raw units, "valid"
+    [B,T,H,W], "bands" [B,T,C], "dates" int [B,T] day of year, -1 unknown}}, any subset of the sensors, any T, returns
       "maps": {sensor: [B,T,h,w,D]}, "mask": {sensor: [B,T,h,w]} float32 cell validity, "fused": [B,h,w,E],
       "fused_mask": [B,h,w] (1 where any input is valid), "vit": {sensor: [B,T,h/p,w/p,C]} before the UP head,
       "hr_stages": tuple of [B,T,H_i,W_i,C_i] at strides patch*2^i (only with hr).

@@ -12,7 +12,9 @@ MASKED = -1e30
 
 
 def wide(dtype: Any) -> Any:
-    """The dtype for logits, softmax, norms: float32 for bfloat16 and float32 computation, float64 for float64 (parity runs)."""
+    """The dtype for logits, softmax, norms: float32 for bfloat16 and float32 computation, float64 for float64 (parity
+    runs).
+    """
     return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -29,15 +31,18 @@ def dense(features: int, name: str, dtype: Any, **kwargs: Any) -> nn.Dense:
 def rows_dot(x: jax.Array, kernel: jax.Array, dims: Any, precision: Any = None) -> jax.Array:
     """The product of a linear layer over rows: [..., C] x [C, F] -> [..., F], through two-dimensional operands.
 
-    The same numbers as without the reshape. The kernel's gradient contracts over all leading axes; XLA's CPU backend has a fast
-    product only where that is a single one (3x less time of forward and backward, measured at widths 64 to 256).
+    The same numbers as without the reshape. The kernel's gradient contracts over all leading axes; XLA's CPU backend
+    has a fast product only where that is a single one (3x less time of forward and backward, measured at widths 64 to
+    256).
     """
     out = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), precision=precision)
     return out.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def layer_norm(eps: float, name: str, **kwargs: Any) -> nn.LayerNorm:
-    """LayerNorm over the last axis, in float32 (its float32 parameters promote bfloat16); two-pass variance, as the eps probes need."""
+    """LayerNorm over the last axis, in float32 (its float32 parameters promote bfloat16); two-pass variance, as the
+    eps probes need.
+    """
     return nn.LayerNorm(
         epsilon=eps, dtype=None, param_dtype=jnp.float32, use_fast_variance=False, name=name, **kwargs)
 
@@ -50,8 +55,8 @@ def gelu(x: jax.Array) -> jax.Array:
 def l2_normalise(x: jax.Array, eps: float = 1e-12) -> jax.Array:
     """x / max(|x|, eps) over the last axis, in float32.
 
-    A zero vector stays zero *and gets a zero gradient*: torch's F.normalize gives it g / eps, which is multiplied by exact
-    zeros wherever the reference meets one (padding) and would explode a bias wherever it is not.
+    A zero vector stays zero *and gets a zero gradient*: torch's F.normalize gives it g / eps, which is multiplied by
+    exact zeros wherever the reference meets one (padding) and would explode a bias wherever it is not.
     """
     x = x.astype(wide(x.dtype))
     square = jnp.sum(x * x, axis=-1, keepdims=True)
@@ -60,9 +65,11 @@ def l2_normalise(x: jax.Array, eps: float = 1e-12) -> jax.Array:
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Softmax attention. q, k, v: [..., n, heads, d], q already scaled; mask: [..., n] bool, False = key not to be seen.
+    """Softmax attention. q, k, v: [..., n, heads, d], q already scaled; mask: [..., n] bool, False = key not to be
+    seen.
 
-    Logits and softmax in float32. Returns [..., n, heads, d] in v's dtype. At least one key of every row must be visible.
+    Logits and softmax in float32. Returns [..., n, heads, d] in v's dtype. At least one key of every row must be
+    visible.
     """
     logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=wide(q.dtype))
     if mask is not None:
@@ -72,7 +79,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = No
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with biases on all projections (torch.nn.MultiheadAttention; q scaled by 1/sqrt(head width)).
+    """Multi-head self-attention with biases on all projections (torch.nn.MultiheadAttention; q scaled by 1/sqrt(head
+    width)).
 
     x: [..., n, C] -> [..., n, C] in `dtype`. The columns of `qkv` are q, k, v, each made of `heads` contiguous blocks.
     """
@@ -91,7 +99,8 @@ class SelfAttention(nn.Module):
 
 
 def drop_path(x: jax.Array, rate: jax.Array | float, rng: jax.Array | None) -> jax.Array:
-    """Stochastic depth: zero the whole branch of a sample (leading axis) with probability `rate`, scale the rest by 1/(1-rate).
+    """Stochastic depth: zero the whole branch of a sample (leading axis) with probability `rate`, scale the rest by
+    1/(1-rate).
 
     rate may be traced (a scanned input). rng None = evaluation: the identity.
     """

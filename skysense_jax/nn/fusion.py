@@ -12,11 +12,13 @@ from skysense_jax.nn.vit import TransformerStack
 
 
 class Fusion(nn.Module):
-    """SkySense release, models/transformer_encoder.py: projection, a learned token in front, pre-norm layers, no final norm.
+    """SkySense release, models/transformer_encoder.py: projection, a learned token in front, pre-norm layers, no final
+    norm.
 
     x: [N,n,D] sequences (N = batch x cells), mask: [N,n] bool or None, False = key not to be seen (the token is always
     seen; without masked keys the result is the reference's). Cells do not see each other: N can be cut anywhere.
-    Returns (tokens [N,1+n,E], all layers' tokens [depth,N,1+n,E] if `emit` else None). No position or modality embedding:
+    Returns (tokens [N,1+n,E], all layers' tokens [depth,N,1+n,E] if `emit` else None). No position or modality
+    embedding:
     the token does not depend on the order of x.
     """
 

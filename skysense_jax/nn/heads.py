@@ -12,7 +12,9 @@ from skysense_jax.nn.patch import kaiming_normal, pixel_shuffle
 
 
 class UPHead(nn.Module):
-    """1x1 convolution to width*scale^2 channels, then pixel shuffle: [B,h,w,Cin] -> [B,h*scale,w*scale,width] (SkySense release)."""
+    """1x1 convolution to width*scale^2 channels, then pixel shuffle: [B,h,w,Cin] -> [B,h*scale,w*scale,width]
+    (SkySense release).
+    """
 
     width: int
     scale: int
@@ -30,12 +32,14 @@ def unit_prototypes(v: jax.Array) -> jax.Array:
 
 
 class DINOHead(nn.Module):
-    """MLP with exact GELU, L2 normalisation, weight-normalised linear layer (facebookresearch/dino, vision_transformer.DINOHead).
+    """MLP with exact GELU, L2 normalisation, weight-normalised linear layer (facebookresearch/dino,
+    vision_transformer.DINOHead).
 
-    x: [...,C] -> logits [...,prototypes] float32. layers: linear layers of the MLP (1: a single linear map to the bottleneck).
-    Parameters mlp0.., last_layer_v [bottleneck, prototypes] and, with gain=True, last_layer_g [prototypes]; without it the
-    weight norm's gain is fixed at 1, as DINO trains it. bottleneck=True stops before the last layer: normalised [...,bottleneck]
-    float32, for a loss that never holds all logits.
+    x: [...,C] -> logits [...,prototypes] float32. layers: linear layers of the MLP (1: a single linear map to the
+    bottleneck).
+    Parameters mlp0.., last_layer_v [bottleneck, prototypes] and, with gain=True, last_layer_g [prototypes]; without it
+    the weight norm's gain is fixed at 1, as DINO trains it. bottleneck=True stops before the last layer: normalised
+    [...,bottleneck] float32, for a loss that never holds all logits.
     """
 
     hidden: int

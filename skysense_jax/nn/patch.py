@@ -34,7 +34,8 @@ def pixel_shuffle(x: jax.Array, scale: int) -> jax.Array:
 
 
 class PatchEmbed(nn.Module):
-    """Convolution with kernel = stride = patch over the corner-padded input: [B,H,W,Cin] -> [B,ceil(H/p),ceil(W/p),width].
+    """Convolution with kernel = stride = patch over the corner-padded input: [B,H,W,Cin] ->
+    [B,ceil(H/p),ceil(W/p),width].
 
     `kernel` is stored HWIO. Computed as a matrix product over patches, which is the same thing and compiles faster.
     """
@@ -53,7 +54,8 @@ class PatchEmbed(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Swin-V2 downsampling as in mmcv: 2x2 unfold, linear without bias, then LayerNorm: [B,H,W,C] -> [B,ceil(H/2),ceil(W/2),2C].
+    """Swin-V2 downsampling as in mmcv: 2x2 unfold, linear without bias, then LayerNorm: [B,H,W,C] ->
+    [B,ceil(H/2),ceil(W/2),2C].
 
     The channels of the unfolded vector are ordered c*4 + 2*dy + dx (torch Unfold), unlike Microsoft's concatenation.
     """

@@ -30,13 +30,15 @@ def resize_positions(table: jax.Array, grid: tuple[int, int], wanted: tuple[int,
     """[1, 1+gh*gw, C] -> [1, 1+h*w, C]: row 0 (class token) kept, the grid rows resized bicubically."""
     height, width = grid
     rows = table[:, 1:].reshape(1, height, width, -1)
-    vertical, horizontal = (jnp.asarray(bicubic_matrix(*sizes), table.dtype) for sizes in zip(grid, wanted, strict=True))
+    vertical = jnp.asarray(bicubic_matrix(height, wanted[0]), table.dtype)
+    horizontal = jnp.asarray(bicubic_matrix(width, wanted[1]), table.dtype)
     rows = jnp.einsum("yh,xw,bhwc->byxc", vertical, horizontal, rows, precision="highest")
     return jnp.concatenate([table[:, :1], rows.reshape(1, wanted[0] * wanted[1], -1)], axis=1)
 
 
 def positions_for(table: jax.Array, grid: tuple[int, int], wanted: tuple[int, int]) -> jax.Array:
-    """The table for a token grid. It is resized only where the token *count* differs (SkySense release, vision_transformer.py):
+    """The table for a token grid. It is resized only where the token *count* differs (SkySense release,
+    vision_transformer.py):
     an 8x32 grid uses a 16x16 table as it is, row-major."""
     if wanted[0] * wanted[1] == grid[0] * grid[1]:
         return table
@@ -44,7 +46,8 @@ def positions_for(table: jax.Array, grid: tuple[int, int], wanted: tuple[int, in
 
 
 def calendar_rows(table: jax.Array, days: jax.Array) -> jax.Array:
-    """Rows of the calendar table for day-of-year indices: table [1,365,D], days int [...], -1 = unknown -> [...,D] float32.
+    """Rows of the calendar table for day-of-year indices: table [1,365,D], days int [...], -1 = unknown -> [...,D]
+    float32.
 
     An unknown date gets zeros; 31 December of a leap year (365) uses row 364.
     """

@@ -1,4 +1,6 @@
-"""Swin-V2 as the SkySense release builds it (mmcls 0.25 semantics): cosine window attention, residual post-norm, extra norms."""
+"""Swin-V2 as the SkySense release builds it (mmcls 0.25 semantics): cosine window attention, residual post-norm, extra
+norms.
+"""
 from __future__ import annotations
 
 import math
@@ -14,7 +16,7 @@ from skysense_jax.nn.patch import PatchEmbed, PatchMerging, torch_linear
 
 BIAS_HIDDEN = 512  # hidden width of the log-CPB network
 MAX_LOGIT_SCALE = math.log(100.0)
-OTHER_REGION = -100.0  # added to logits between regions of a shifted map; not -inf: at the clamp it leaks, as in the reference
+OTHER_REGION = -100.0  # added to logits between regions of a shifted map; not -inf: at the clamp it leaks, as it must
 
 
 def stage_plan(depth: int, extra_norm_every: int) -> list[tuple[str, int, int]]:
@@ -73,7 +75,9 @@ def from_windows(x: jax.Array, window: int, height: int, width: int) -> jax.Arra
 
 
 def shift_regions(height: int, width: int, window: int, shift: int) -> np.ndarray:
-    """[windows, w*w] int8 region of every position of the rolled, padded map; attention between regions is discouraged."""
+    """[windows, w*w] int8 region of every position of the rolled, padded map; attention between regions is
+    discouraged.
+    """
     def axis(length: int) -> np.ndarray:
         at = np.arange(length)
         return (at >= length - window).astype(np.int8) + (at >= length - shift)
@@ -86,8 +90,9 @@ def shift_regions(height: int, width: int, window: int, shift: int) -> np.ndarra
 class WindowAttention(nn.Module):
     """Scaled cosine attention with the log-CPB bias, inside windows. x: [B, windows, w*w, C] -> same.
 
-    regions: [windows, w*w] of :func:`shift_regions`, or None. Parameters as in the release: qkv without bias, q_bias, v_bias (keys
-    have none), logit_scale [heads,1,1] clamped at ln 100 (no gradient above), cpb1/cpb2 the bias network, proj.
+    regions: [windows, w*w] of :func:`shift_regions`, or None. Parameters as in the release: qkv without bias, q_bias,
+    v_bias (keys have none), logit_scale [heads,1,1] clamped at ln 100 (no gradient above), cpb1/cpb2 the bias network,
+    proj.
     """
 
     heads: int
@@ -123,7 +128,9 @@ class WindowAttention(nn.Module):
         return dense(width, "proj", self.dtype, kernel_init=torch_linear)(out)
 
     def position_bias(self) -> jax.Array:
-        """[heads, w*w, w*w] float32 or wider: 16 sigmoid(network(log coordinates)), computed per relative offset, then gathered."""
+        """[heads, w*w, w*w] float32 or wider: 16 sigmoid(network(log coordinates)), computed per relative offset, then
+        gathered.
+        """
         coords = jnp.asarray(relative_coords(self.window, self.pretrained_window))
         hidden = nn.relu(dense(BIAS_HIDDEN, "cpb1", wide(self.dtype), kernel_init=torch_linear)(coords))
         table = dense(self.heads, "cpb2", wide(self.dtype), use_bias=False, kernel_init=torch_linear)(hidden)
@@ -134,10 +141,11 @@ class WindowAttention(nn.Module):
 class SwinBlock(nn.Module):
     """Residual post-norm block x + norm1(attn x), x + norm2(mlp x) on a map [B,H,W,C] -> same.
 
-    The map is zero-padded to multiples of the window inside the attention; padded positions are *not* masked. shifted: roll by
-    half a window, unless the smaller side equals the window and pad_small_map is False. A side smaller than the window needs
-    pad_small_map=True, else ValueError. before_norm: stochastic depth acts on the branch before its norm (the
-    reference: a dropped branch still adds the norm's bias) instead of after it. norm1/norm2 start at zero, as Swin-V2 advises.
+    The map is zero-padded to multiples of the window inside the attention; padded positions are *not* masked. shifted:
+    roll by half a window, unless the smaller side equals the window and pad_small_map is False. A side smaller than
+    the window needs pad_small_map=True, else ValueError. before_norm: stochastic depth acts on the branch before its
+    norm (the reference: a dropped branch still adds the norm's bias) instead of after it. norm1/norm2 start at zero,
+    as Swin-V2 advises.
     """
 
     heads: int
@@ -173,7 +181,8 @@ class SwinBlock(nn.Module):
         _, height, width, _ = x.shape
         window, smaller = self.window, min(height, width)
         if smaller < window and not self.pad_small_map:
-            raise ValueError(f"a {height}x{width} map is smaller than the window {window}: use a larger input or pad_small_map")
+            raise ValueError(f"a {height}x{width} map is smaller than the window {window}: use a larger input, or "
+                             "pad_small_map")
         shift = window // 2 if self.shifted and (smaller != window or self.pad_small_map) else 0
         h = jnp.pad(x, ((0, 0), (0, -height % window), (0, -width % window), (0, 0)))
         padded = h.shape[1:3]
@@ -189,7 +198,9 @@ class SwinBlock(nn.Module):
 
 
 class SwinPair(nn.Module):
-    """An unshifted and a shifted block: the body of the scan. (x, rates [2]) -> (x, None). block: fields of SwinBlock."""
+    """An unshifted and a shifted block: the body of the scan. (x, rates [2]) -> (x, None). block: fields of
+    SwinBlock.
+    """
 
     block: dict[str, Any]
     remat: bool = False
@@ -231,7 +242,8 @@ class SwinStage(nn.Module):
 
 
 class SwinTransformerV2(nn.Module):
-    """The HR encoder: [B,H,W,Cin] -> tuple of stage maps [B,H_i,W_i,width*2^i], one per index of `outputs`, each through its norm.
+    """The HR encoder: [B,H,W,Cin] -> tuple of stage maps [B,H_i,W_i,width*2^i], one per index of `outputs`, each
+    through its norm.
 
     windows, pretrained_windows: one per stage. drop: stochastic depth of the last block, linear from 0 over all blocks.
     """
@@ -262,11 +274,13 @@ class SwinTransformerV2(nn.Module):
             block = {
                 "heads": self.heads[stage], "window": self.windows[stage], "mlp_ratio": self.mlp_ratio,
                 "pretrained_window": self.pretrained_windows[stage], "pad_small_map": self.pad_small_map,
-                "before_norm": self.before_norm, "stochastic": train and self.drop > 0, "eps": self.eps, "dtype": self.dtype,
+                "before_norm": self.before_norm, "stochastic": train and self.drop > 0, "eps": self.eps,
+                "dtype": self.dtype,
             }
             done = sum(self.depths[:stage])
-            x = SwinStage(block, stage > 0, self.extra_norm_every, self.eps, self.remat, self.dtype, name=f"stage{stage}")(
-                x, rates[done:done + depth])
+            layers = SwinStage(
+                block, stage > 0, self.extra_norm_every, self.eps, self.remat, self.dtype, name=f"stage{stage}")
+            x = layers(x, rates[done:done + depth])
             if stage in self.outputs:
                 maps.append(layer_norm(self.eps, f"norm{stage}")(x).astype(self.dtype))
         return tuple(maps)

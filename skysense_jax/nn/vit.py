@@ -43,8 +43,8 @@ class TransformerLayer(nn.Module):
 class TransformerStack(nn.Module):
     """`depth` equal layers under one scan; parameters are stacked on a leading axis under "layers".
 
-    x: [N,n,C], mask: [N,n] bool or None. Returns (x, all) where all is [depth,N,n,C] if `emit` (outputs of every layer), else
-    None. drop: the last layer's stochastic depth. remat: recompute a layer in the backward pass.
+    x: [N,n,C], mask: [N,n] bool or None. Returns (x, all) where all is [depth,N,n,C] if `emit` (outputs of every
+    layer), else None. drop: the last layer's stochastic depth. remat: recompute a layer in the backward pass.
     """
 
     depth: int
@@ -70,9 +70,10 @@ class TransformerStack(nn.Module):
 class VisionTransformer(nn.Module):
     """ViT with a learned position table and no final norm (SkySense release, models/vision_transformer.py).
 
-    [B,H,W,Cin] -> tuple of [B,ceil(H/p),ceil(W/p),width], one per index of `outputs` (layers; negative counts from the end).
-    The class token is always a parameter; cls_token=False adds it with its position row and drops it before the first layer,
-    which is what the released configurations do. table_grid: (rows, columns) of the position table.
+    [B,H,W,Cin] -> tuple of [B,ceil(H/p),ceil(W/p),width], one per index of `outputs` (layers; negative counts from the
+    end).
+    The class token is always a parameter; cls_token=False adds it with its position row and drops it before the first
+    layer, which is what the released configurations do. table_grid: (rows, columns) of the position table.
     """
 
     width: int
