@@ -205,6 +205,18 @@ def test_a_digest_sees_any_flipped_bit_and_no_sharding(dtype):
     assert digest.tree_digests({"x": x.reshape(24, 8)}) != whole
 
 
+@pytest.mark.parametrize("shape, spec", [((8, 24), ("fsdp",)), ((3, 16, 5), (None, "fsdp")), ((7,), ()), ((), ())])
+@pytest.mark.parametrize("block", [2**18, 7])
+def test_a_digest_is_the_same_on_the_host_and_in_a_step(shape, spec, block, monkeypatch):
+    monkeypatch.setattr(digest, "_BLOCK", block)
+    x = np.random.default_rng(2).normal(size=shape).astype(np.float32)
+    made = meshes.make_mesh({"data": 1, "fsdp": -1})
+    placed = jax.device_put(x, jax.NamedSharding(made, jax.P(*spec)))
+    inside = digest.hexadecimal(jax.device_get(jax.jit(digest.leaf_digest)(placed)))
+    for host in (x, placed):
+        assert digest.tree_digests({"x": host})["x"].split()[1] == inside
+
+
 META = {"config": {"steps": 9}, "contract": {}, "dataset_id": "d", "seconds": {}}
 
 

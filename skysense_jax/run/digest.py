@@ -1,52 +1,84 @@
 """Digests of arrays that do not depend on how they are sharded: what tells a damaged checkpoint from a good one.
 
 Orbax reads flipped bytes back without an error (its zstd has no checksum), so every leaf carries 64 bits of our own.
-They are two sums modulo 2**32 of the leaf's words times a weight of the position: computed where the leaf lies, the
-same on any mesh. Weights are odd, so a change of any single word changes both sums.
+They are two sums modulo 2**32 of the leaf's words times a weight of the position: a sum can be taken shard by shard,
+wherever the shards lie, and is the same on any mesh. Weights are odd, so a change of any single word changes both sums.
+
+Checkpoints are digested on the host (compiling a reduction for every shape costs far more than the sums); `leaf_digest`
+is the same sum inside a jitted step.
 """
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 
 from skysense_jax.core import trees
 
+_BLOCK = 2**18  # words digested at once: the temporaries stay in the processor's cache
 
-def _words(x: jax.Array) -> jax.Array:
-    """The bit pattern as uint32, with a last axis of 2 for 64-bit types."""
-    if x.dtype == jnp.bool_:
-        return x.astype(jnp.uint32)
-    size = x.dtype.itemsize
-    if size == 8:
-        return jax.lax.bitcast_convert_type(x, jnp.uint32)
-    return jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[size]).astype(jnp.uint32)
+
+def _mix(words: Any, index: Any) -> tuple[Any, Any]:
+    """The two products whose sums are the digest; words, index: uint32 arrays of numpy or jax."""
+    u = np.uint32
+    first = index * u(2654435761) + u(0x9E3779B9)
+    second = (index ^ (index >> u(16))) * u(0x85EBCA6B)
+    second = (second ^ (second >> u(13))) * u(0xC2B2AE35)
+    mixed = words ^ (words >> u(15))  # invertible, so that the second sum is no multiple of the first
+    return words * (first | u(1)), mixed * (second | u(1))
 
 
 def leaf_digest(x: jax.Array) -> jax.Array:
-    """uint32 [2] of one array of any shape and of a dtype of 1, 2, 4 or 8 bytes."""
-    words = _words(jnp.asarray(x))
+    """uint32 [2] of one array of a 4-byte dtype, traceable and on any sharding."""
+    words = jax.lax.bitcast_convert_type(x, jnp.uint32)
     index, stride = jnp.zeros(words.shape, jnp.uint32), 1
     for axis in reversed(range(words.ndim)):
         index = index + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride % 2**32)
         stride *= words.shape[axis]
-    first = index * jnp.uint32(2654435761) + jnp.uint32(0x9E3779B9)
-    second = (index ^ (index >> 16)) * jnp.uint32(0x85EBCA6B)
-    second = (second ^ (second >> 13)) * jnp.uint32(0xC2B2AE35)
-    mixed = words ^ (words >> 15)  # invertible, so that the second sum is no multiple of the first
-    return jnp.stack([jnp.sum(words * (first | 1), dtype=jnp.uint32), jnp.sum(mixed * (second | 1), dtype=jnp.uint32)])
+    return jnp.stack([jnp.sum(product, dtype=jnp.uint32) for product in _mix(words, index)])
 
 
-_digest_leaves = jax.jit(lambda leaves: jnp.stack([leaf_digest(leaf) for leaf in leaves]))
+def _shards(leaf: Any) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
+    """This process's part of a leaf, each element once over all processes: (values, offset in the whole)."""
+    if isinstance(leaf, jax.Array):
+        for shard in leaf.addressable_shards:
+            if shard.replica_id == 0:
+                yield np.asarray(shard.data), tuple(part.start or 0 for part in shard.index)
+    elif jax.process_index() == 0:
+        yield np.asarray(leaf), (0,) * np.ndim(leaf)
+
+
+def _sums(leaf: Any) -> np.ndarray:
+    """uint32 [2] of this process's part of a leaf, of any dtype of 1, 2, 4 or 8 bytes."""
+    total = np.zeros(2, np.uint32)
+    strides = np.cumprod([1, *leaf.shape[:0:-1]], dtype=np.uint64)[::-1]  # in elements, row-major
+    for values, offset in _shards(leaf):
+        index = np.zeros((1,) * values.ndim, np.uint32)
+        for axis, (start, stride) in enumerate(zip(offset, strides)):
+            steps = (np.arange(start, start + values.shape[axis], dtype=np.uint64) * stride).astype(np.uint32)
+            index = index + steps.reshape(-1, *(1,) * (values.ndim - 1 - axis))
+        flat, index = np.ascontiguousarray(values).reshape(-1), index.reshape(-1)
+        if flat.itemsize == 8:
+            flat, index = flat.view(np.uint32), np.stack([2 * index, 2 * index + 1], -1).reshape(-1)
+        words = flat.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[flat.itemsize])
+        for begin in range(0, words.size, _BLOCK):
+            part = slice(begin, begin + _BLOCK)
+            products = _mix(words[part].astype(np.uint32), index[part])
+            total = total + np.array([np.sum(product, dtype=np.uint32) for product in products])
+    return total
 
 
 def tree_digests(tree: trees.Tree) -> dict[str, str]:
-    """name -> "dtype[shape] 16 hex digits" of every leaf; {} for an empty tree."""
+    """name -> "dtype[shape] 16 hex digits" of every leaf (numpy or jax, over all processes); {} for an empty tree."""
     named = trees.flatten(tree)
     if not named:
         return {}
-    sums = jax.device_get(_digest_leaves(list(named.values())))
+    sums = np.stack([_sums(leaf) for leaf in named.values()])
+    if jax.process_count() > 1:
+        sums = multihost_utils.process_allgather(sums).sum(0, dtype=np.uint32)
     pairs = zip(named.items(), sums, strict=True)
     return {name: f"{describe(leaf)} {hexadecimal(pair)}" for (name, leaf), pair in pairs}
 
