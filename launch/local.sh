@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # SkySense end to end on this machine: environment, synthetic rasters, records, pretraining, evaluation, export.
 #   ./launch/local.sh [WORKDIR]        WORKDIR: ./workdir by default. Run it again to continue, or to hear that it is done.
-# PYTHON and VENV as in launch/setup.sh. CONFIG: the configuration (configs/skysense_smoke.py). PLACES: how many to render (480).
+# PYTHON and VENV as in launch/setup.sh. CONFIG: the configuration (configs/skysense_smoke.py). PLACES: how many to render (320).
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 workdir=${1:-$root/workdir}
 config=${CONFIG:-$root/configs/skysense_smoke.py}
-places=${PLACES:-480}
+places=${PLACES:-320}
 
 "$root/launch/setup.sh"
 cli=${VENV:-$root/.venv}/bin/skysense-jax

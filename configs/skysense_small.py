@@ -1,0 +1,23 @@
+"""SkySense, small: the smoke model trained for long enough that what it learnt can be told from what it was born with.
+
+Command:   CONFIG=configs/skysense_small.py PLACES=960 ./launch/local.sh WORKDIR
+Cost:      at most 60 minutes on 2 cores, everything included.
+Expected:  on 240 held-out SYNTHETIC places the trained features beat the same network untrained, intervals apart; see docs/results.md.
+"""
+import pathlib
+import runpy
+
+from ml_collections import config_dict
+
+
+def get_config() -> config_dict.ConfigDict:
+    """The smoke configuration with twice the batch and more steps, and the dataset's own statistics."""
+    c = runpy.run_path(str(pathlib.Path(__file__).with_name("skysense_smoke.py")))["get_config"]()
+    c.steps = 1200
+    c.data.batch = 16
+    c.data.statistics = "dataset"
+    c.schedule.warmup_steps = 60
+    c.schedule.warmup_teacher_temp_steps = 300
+    c.schedule.freeze_last_layer_steps = 40
+    c.run.save_every = 200
+    return c
