@@ -55,6 +55,7 @@ def get_config() -> config_dict.ConfigDict:
     c.schedule.final_lr = 1e-6
     c.schedule.warmup_steps = 10_000
     c.schedule.teacher_momentum = 0.996
+    c.schedule.teacher_temp = 0.07
     c.schedule.warmup_teacher_temp_steps = 30_000
     c.schedule.freeze_last_layer_steps = 90_000  # one epoch: 21.5 M samples / 240
     c.run.save_every = 1000

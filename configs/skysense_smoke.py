@@ -79,8 +79,8 @@ def get_config() -> config_dict.ConfigDict:
     c.optim = config_dict.ConfigDict({"b1": 0.9, "b2": 0.999, "eps": 1e-8, "clip": 3.0})
     c.schedule = config_dict.ConfigDict({
         "rule": "cosine", "warmup_lr": 0.0,  # linear to lr over the warm-up, then "cosine" or "linear" to final_lr ("gfm": GFM's own)
-        "lr": 1e-3, "final_lr": 1e-5, "warmup_steps": 20, "weight_decay": 0.04, "final_weight_decay": 0.2,
-        "teacher_momentum": 0.99, "final_teacher_momentum": 1.0, "teacher_temp": 0.07, "warmup_teacher_temp": 0.04,
+        "lr": 5e-4, "final_lr": 1e-5, "warmup_steps": 20, "weight_decay": 0.04, "final_weight_decay": 0.2,
+        "teacher_momentum": 0.99, "final_teacher_momentum": 1.0, "teacher_temp": 0.04, "warmup_teacher_temp": 0.04,
         "warmup_teacher_temp_steps": 60, "freeze_last_layer_steps": 20,
     })
     c.mesh = config_dict.ConfigDict({"data": 1, "fsdp": -1})  # -1: all remaining devices
