@@ -355,12 +355,11 @@ def test_padded_dates_and_missing_places_have_no_say(case):
 
 # ------------------------------------------------------------------------------------------------------------- collapse
 def test_constant_features_are_seen_as_collapse(case):
+    # No weights, equal biases: the same vector in every cell (noise in the UP heads' biases would tell cells apart).
     constant = jax.tree_util.tree_map_with_path(
-        lambda path, x: x if path[-1].key in ("bias", "cls_token") else jnp.zeros_like(x), case.teacher["encoder"]
+        lambda path, x: x if path[-1].key == "cls_token" else jnp.full_like(x, 0.1 * (x.ndim == 1)),
+        case.teacher["encoder"],
     )
-    constant = jax.tree.map(
-        lambda x: x + 0.1 * (x.ndim == 1), constant
-    )  # biases that are not zero: the same vector everywhere
     _, metrics, _, _ = case.run(
         params={**case.params, "encoder": constant}, teacher={**case.teacher, "encoder": constant}
     )
