@@ -1,8 +1,7 @@
 """The pixel, object and image terms of several heads at once, with the monitors that show a collapse.
 
 Heads over maps of one width (all sensors, and the fused map where it is as wide) are a *family*: their dates are laid
-side by side, because matching, clustering and means treat each date on its own; only the projection heads differ. One
-pass per family instead of one per sensor is a third of the program to compile.
+side by side, because matching, clustering and means treat each date on its own; only the projection heads differ.
 """
 
 from __future__ import annotations
