@@ -10,7 +10,10 @@ from typing import MutableMapping
 
 FLAGS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     # platform: (environment variable, ((flag, reason), ...))
-    "cpu": ("XLA_FLAGS", ()),
+    "cpu": ("XLA_FLAGS", (
+        ("--xla_backend_optimization_level=1",
+         "measured on the smoke step: a quarter less to compile (109 s against 146 s of CPU), the step as fast as at 3"),
+    )),
     "gpu": ("XLA_FLAGS", (
         ("--xla_gpu_enable_latency_hiding_scheduler=true",
          "overlap the gathers of the next layer's parameters with this layer's matrix products (XLA's GPU flags)"),
@@ -22,6 +25,9 @@ FLAGS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
          "the other half of the same overlap: lets the fused collective share the tensor core (MaxText)"),
     )),
 }
+
+ONCE: dict[str, dict[str, int]] = {"cpu": {"xla_backend_optimization_level": 0}}
+"""Compiler options by jax backend for a program that runs once, as making the first parameters (14 s against 41 s)."""
 
 
 def platform(env: MutableMapping[str, str]) -> str:

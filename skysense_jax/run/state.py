@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from skysense_jax.core import mesh as meshes
-from skysense_jax.core import rngs, sharding, trees
+from skysense_jax.core import rngs, sharding, trees, xla_flags
 from skysense_jax.run import optim
 
 
@@ -77,4 +77,5 @@ def state_shapes(objective: Any, spec: trees.Tree, seed: int, mesh: Mesh, small:
 def create(objective: Any, spec: trees.Tree, seed: int, shapes: TrainState) -> TrainState:
     """The state before the first step, made sharded: no device ever holds more than its part."""
     placed = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-    return jax.jit(lambda: init_state(objective, spec, seed), out_shardings=placed)()
+    options = xla_flags.ONCE.get(jax.default_backend())
+    return jax.jit(lambda: init_state(objective, spec, seed), out_shardings=placed, compiler_options=options)()
