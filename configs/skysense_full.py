@@ -3,7 +3,7 @@
 Command:   skysense-jax inspect --config configs/skysense_full.py          (parameter counts, nothing allocated)
            python -m skysense_jax.train --config configs/skysense_full.py --workdir DIR --config.data.dir=DATA
 Cost:      the paper trained 875,000 steps of batch 240 on 80 A100-80GB, 24,600 GPU hours.
-Expected:  encoder counts of 655,079,632 (HR), 302,738,432 (S2), 302,607,360 (S1), 46,182,400 per UP head, 305.20 M fusion.
+Expected:  655,079,632 parameters (HR), 302,738,432 (S2), 302,607,360 (S1), 46,182,400 per UP head, 305.20 M fusion.
            Not trained by us: no result is claimed.
 Data:      tiles of 64 base pixels with 32 x 32 HR pixels under each, 20 Sentinel-2 and 10 Sentinel-1 dates a sample.
 """
@@ -28,6 +28,11 @@ def get_config() -> config_dict.ConfigDict:
     c.data.local_scale = (0.0156, 0.0625)  # 8 to 16 base pixels
     c.data.threads = 16
     c.data.prefetch = 4
+
+    c.data.augment.hr_jitter_strength = (0.4, 0.4, 0.2, 0.1)  # DINO's optical set at full strength
+    c.data.augment.hr_gray = 0.2
+    c.data.augment.hr_blur = (1.0, 0.1, 0.5)
+    c.data.augment.hr_solarize = 0.2
 
     c.model.dtype = "bfloat16"
     c.model.remat = True
@@ -55,7 +60,9 @@ def get_config() -> config_dict.ConfigDict:
     c.schedule.final_lr = 1e-6
     c.schedule.warmup_steps = 10_000
     c.schedule.teacher_momentum = 0.996
+    c.schedule.final_teacher_momentum = 1.0
     c.schedule.teacher_temp = 0.07
+    c.schedule.final_weight_decay = 0.2
     c.schedule.warmup_teacher_temp_steps = 30_000
     c.schedule.freeze_last_layer_steps = 90_000  # one epoch: 21.5 M samples / 240
     c.run.save_every = 1000

@@ -15,14 +15,14 @@ def get_config() -> config_dict.ConfigDict:
     c.data = config_dict.ConfigDict()
     c.data.dir = ""  # folder that `skysense-jax data build` wrote
     c.data.split = "train"
-    c.data.statistics = "table"  # the model normalises with the sensor table's statistics, or with the "dataset"'s own (`data stats`)
+    c.data.statistics = "table"  # normalise with the sensor table's statistics, or the "dataset"'s own (`data stats`)
     c.data.batch = 8  # places per step, over all processes
     c.data.bands = config_dict.ConfigDict({
         "hr": ("R", "G", "B"),
         "s2": ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12"),
         "s1": ("VV", "VH"),
     })
-    c.data.dates = config_dict.ConfigDict({"hr": 1, "s2": 4, "s1": 3})  # acquisitions drawn per view; the paper: 1, 20, 10
+    c.data.dates = config_dict.ConfigDict({"hr": 1, "s2": 4, "s1": 3})  # drawn per view; the paper: 1, 20, 10
     c.data.eval_dates = config_dict.ConfigDict({"hr": 1, "s2": 8, "s1": 6})
     c.data.global_size = 8  # base (Sentinel-2) pixels of a global view; the paper's full size: 16
     c.data.global_scale = (0.4, 1.0)  # area of the crop box relative to the place (DINO's multi-crop)
@@ -34,9 +34,12 @@ def get_config() -> config_dict.ConfigDict:
     c.data.rotate = 0.5  # probability of a quarter turn (90, 180 or 270 degrees)
     c.data.date_jitter_days = 7
     c.data.augment = config_dict.ConfigDict({
-        # HR: DINO's optical set. S2/S1: gain and offset of the radiometry, in the sensor's own unit.
-        "hr_jitter": 0.8, "hr_jitter_strength": (0.4, 0.4, 0.2, 0.1), "hr_gray": 0.2, "hr_blur": (1.0, 0.1, 0.5),
-        "hr_solarize": 0.2, "s2_gain": 0.1, "s2_band_gain": 0.05, "s1_shift_db": 1.0, "s1_speckle_db": 0.5,
+        # HR: DINO's optical set at half its strength and without solarisation: at full strength the two views of a small
+        # HR encoder share too little, and its head collapses to uniform within a hundred steps.
+        "hr_jitter": 0.8, "hr_jitter_strength": (0.2, 0.2, 0.1, 0.05), "hr_gray": 0.1, "hr_blur": (0.5, 0.1, 0.2),
+        "hr_solarize": 0.0,
+        # S2, S1: gain and offset of the radiometry, in the sensor's own unit.
+        "s2_gain": 0.1, "s2_band_gain": 0.05, "s1_shift_db": 1.0, "s1_speckle_db": 0.5,
     })
     c.data.threads = 1  # a second one gains nothing on two cores: the arrays are small, Python's lock is the bound
     c.data.prefetch = 2
@@ -50,15 +53,15 @@ def get_config() -> config_dict.ConfigDict:
     c.model.calendar = "dated"
     c.model.hr = config_dict.ConfigDict({
         "patch": 4, "embed_dims": 16, "depths": (2, 2, 2), "num_heads": (1, 2, 4), "window": 4, "mlp_ratio": 4,
-        "eps": 1e-5, "extra_norm_every": 6, "pretrained_windows": (0, 0, 0), "pad_small_map": False, "drop_path": 0.1,
+        "eps": 1e-5, "extra_norm_every": 6, "pretrained_windows": (0, 0, 0), "pad_small_map": False, "drop_path": 0.0,
         "drop_path_before_norm": False,
     })
-    vit = {"patch": 2, "embed_dims": 64, "depth": 4, "num_heads": 4, "mlp_ratio": 4, "img_size": 16, "drop_path": 0.1,
+    vit = {"patch": 2, "embed_dims": 64, "depth": 4, "num_heads": 4, "mlp_ratio": 4, "img_size": 16, "drop_path": 0.0,
            "cls_token": False, "eps": 1e-6}
     c.model.s2 = config_dict.ConfigDict(vit)
     c.model.s1 = config_dict.ConfigDict(vit)
-    c.model.fusion = config_dict.ConfigDict({"embed_dims": 64, "depth": 3, "num_heads": 4, "mlp_ratio": 4, "drop_path": 0.1,
-                                              "eps": 1e-5})
+    c.model.fusion = config_dict.ConfigDict({
+        "embed_dims": 64, "depth": 3, "num_heads": 4, "mlp_ratio": 4, "drop_path": 0.0, "eps": 1e-5})
 
     c.objective = config_dict.ConfigDict()
     # DINO's head, narrow; one per sensor and one for the fused map, shared by the three granularities (the paper's
@@ -78,13 +81,16 @@ def get_config() -> config_dict.ConfigDict:
 
     c.optim = config_dict.ConfigDict({"b1": 0.9, "b2": 0.999, "eps": 1e-8, "clip": 3.0})
     c.schedule = config_dict.ConfigDict({
-        "rule": "cosine", "warmup_lr": 0.0,  # linear to lr over the warm-up, then "cosine" or "linear" to final_lr ("gfm": GFM's own)
-        "lr": 5e-4, "final_lr": 1e-5, "warmup_steps": 20, "weight_decay": 0.04, "final_weight_decay": 0.2,
-        "teacher_momentum": 0.99, "final_teacher_momentum": 1.0, "teacher_temp": 0.04, "warmup_teacher_temp": 0.04,
-        "warmup_teacher_temp_steps": 60, "freeze_last_layer_steps": 20,
+        # linear to lr over the warm-up, then "cosine" or "linear" to final_lr ("gfm": GFM's own rule)
+        "rule": "cosine", "warmup_lr": 0.0, "lr": 1e-3, "final_lr": 1e-5, "warmup_steps": 20,
+        "weight_decay": 0.04, "final_weight_decay": 0.1,
+        # A run of hundreds of steps needs a teacher that follows within tens (DINO: 0.996 over 100,000 steps).
+        "teacher_momentum": 0.95, "final_teacher_momentum": 0.995,
+        # DINO warms up to 0.07; a sharper teacher keeps small batches from the uniform collapse.
+        "teacher_temp": 0.04, "warmup_teacher_temp": 0.04, "warmup_teacher_temp_steps": 60, "freeze_last_layer_steps": 20,
     })
     c.mesh = config_dict.ConfigDict({"data": 1, "fsdp": -1})  # -1: all remaining devices
-    c.run = config_dict.ConfigDict({"save_every": 100, "keep": 2, "log_every": 10, "max_skipped": 10,
-                                    "watchdog_s": 1800})  # no step for so long ends the process with 70; longer than the longest save
+    # watchdog_s: no step for so long ends the process with 70; longer than the longest save
+    c.run = config_dict.ConfigDict({"save_every": 100, "keep": 2, "log_every": 10, "max_skipped": 10, "watchdog_s": 1800})
     c.eval = config_dict.ConfigDict({"batch": 16, "knn_k": 20, "knn_temp": 0.07, "patch": 4, "bootstrap": 1000})
     return c
