@@ -261,9 +261,9 @@ def build(
             for unit in units
             if (folder / f"{unit.name}.json").is_file()
         }
-        todo = [unit for unit in units if unit.name not in done]
+        pending = [unit for unit in units if unit.name not in done]
         with _progress(units, list(done.values()), progress) as bar:
-            for unit, result in _run_units(todo, settings, folder, key, workers):
+            for unit, result in _run_units(pending, settings, folder, key, workers):
                 done[unit.name] = result
                 bar.update(len(unit.places))
         total = _collect([done[unit.name] for unit in units], catalog, settings)
