@@ -14,7 +14,7 @@ from ml_collections import config_dict
 
 
 def get_config() -> config_dict.ConfigDict:
-    """The smoke configuration with the paper's sizes; values the paper leaves open are those the smoke file explains."""
+    """The smoke configuration with the paper's sizes; what the paper leaves open is explained there."""
     c = runpy.run_path(str(pathlib.Path(__file__).with_name("skysense_smoke.py")))["get_config"]()
     c.steps = 875_000
 
@@ -39,16 +39,16 @@ def get_config() -> config_dict.ConfigDict:
     c.model.width = 2816
     c.model.ratio = 32
     c.model.hr = config_dict.ConfigDict({
-        "patch": 4, "embed_dims": 352, "depths": (2, 2, 18, 2), "num_heads": (8, 16, 32, 64), "window": 8, "mlp_ratio": 4,
-        "eps": 1e-5, "extra_norm_every": 6, "pretrained_windows": (0, 0, 0, 0), "pad_small_map": False, "drop_path": 0.2,
-        "drop_path_before_norm": False,
+        "patch": 4, "embed_dims": 352, "depths": (2, 2, 18, 2), "num_heads": (8, 16, 32, 64), "window": 8,
+        "mlp_ratio": 4, "eps": 1e-5, "extra_norm_every": 6, "pretrained_windows": (0, 0, 0, 0), "pad_small_map": False,
+        "drop_path": 0.2, "drop_path_before_norm": False,
     })
-    vit = {"patch": 4, "embed_dims": 1024, "depth": 24, "num_heads": 16, "mlp_ratio": 4, "img_size": 64, "drop_path": 0.3,
-           "cls_token": False, "eps": 1e-6}
+    vit = {"patch": 4, "embed_dims": 1024, "depth": 24, "num_heads": 16, "mlp_ratio": 4, "img_size": 64,
+           "drop_path": 0.3, "cls_token": False, "eps": 1e-6}
     c.model.s2 = config_dict.ConfigDict(vit)
     c.model.s1 = config_dict.ConfigDict(vit)
-    c.model.fusion = config_dict.ConfigDict({"embed_dims": 1024, "depth": 24, "num_heads": 16, "mlp_ratio": 4, "drop_path": 0.3,
-                                              "eps": 1e-5})
+    c.model.fusion = config_dict.ConfigDict({
+        "embed_dims": 1024, "depth": 24, "num_heads": 16, "mlp_ratio": 4, "drop_path": 0.3, "eps": 1e-5})
 
     c.objective.head = config_dict.ConfigDict({"hidden": 2048, "bottleneck": 256, "layers": 3, "prototypes": 65536})
     c.objective.clusters = 16

@@ -118,7 +118,7 @@ def compile_step(plan: Plan, mesh: jax.sharding.Mesh) -> Any:
     """The compiled step; prints what it needs per device and what it computes."""
     placed = jax.tree.map(lambda leaf: leaf.sharding, plan.state)
     jitted = jax.jit(plan.step, donate_argnums=0, out_shardings=(placed, meshes.replicated(mesh)))
-    say("compiling the training step (a minute or two for small models on a CPU; kept where JAX_COMPILATION_CACHE_DIR is set)")
+    say("compiling the training step: minutes on a CPU, once where JAX_COMPILATION_CACHE_DIR is set")
     begin = time.monotonic()
     compiled = jitted.lower(plan.state, plan.batch).compile()
     memory = compiled.memory_analysis()
