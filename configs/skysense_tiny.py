@@ -36,6 +36,10 @@ def get_config(variant: str = "all") -> config_dict.ConfigDict:
         vit.embed_dims, vit.depth, vit.num_heads, vit.img_size = 32, 1, 2, 8
     c.model.fusion.embed_dims, c.model.fusion.depth, c.model.fusion.num_heads = 32, 1, 2
 
+    # The smoke configuration has no stochastic depth; the suite needs its random stream.
+    for module in (c.model.hr, c.model.s2, c.model.s1, c.model.fusion):
+        module.drop_path = 0.1
+
     c.objective.head = config_dict.ConfigDict({"hidden": 32, "bottleneck": 16, "layers": 2, "prototypes": 32})
     c.objective.clusters = 2
     c.objective.align_dim = 16
