@@ -27,7 +27,8 @@ echo "$asked" > "$workdir/asked"
 say() { printf '\n== %s  [%d s]\n' "$1" $((SECONDS - started)); }
 
 say "1/6 synthetic rasters: $places places as GeoTIFFs and a catalog"
-"$cli" data synth --places "$places" --out "$workdir/rasters"
+[ -f "$workdir/rasters/catalog.csv" ] && echo "already rendered: $workdir/rasters/catalog.csv" || \
+    "$cli" data synth --places "$places" --out "$workdir/rasters"  # the catalog is written last
 say "2/6 GeoTIFFs -> records (TFDS, ArrayRecord)"
 "$cli" data build --catalog "$workdir/rasters/catalog.csv" --out "$workdir/data"
 say "3/6 per-band statistics"
