@@ -119,7 +119,7 @@ def _entry(
         "date": today,
         "sha256": sha256,
         "unmeasured": [band for band, good in zip(row.bands, usable) if not good],
-        "source": f"{synthetic}{pixels} pixels of the train split of dataset {meta['dataset_id'][:12]}, {today}; "
+        "source": f"{synthetic}{pixels} pixels of the train split of dataset {meta['dataset_id'][:12]}; "
         f"bands without data: {row.source}",
     }
 
