@@ -1,4 +1,5 @@
 """Environment of the suite: CPU, eight fake devices, a persistent compile cache. Set before jax is imported."""
+
 import os
 import pathlib
 import tempfile
@@ -7,7 +8,9 @@ import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"skysense_jax_cache_{os.getuid()}"))
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"skysense_jax_cache_{os.getuid()}")
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
@@ -18,5 +21,7 @@ def shared() -> pathlib.Path:
     root = pathlib.Path(__file__).resolve().parents[1]
     folder = pathlib.Path(os.environ.get("SKYSENSE_SHARED", root.parent / "shared"))
     if not folder.is_dir():
-        pytest.skip(f"needs the shared reference folder (parity cases, real data), looked in {folder}; set SKYSENSE_SHARED")
+        pytest.skip(
+            f"needs the shared reference folder (parity cases, real data), looked in {folder}; set SKYSENSE_SHARED"
+        )
     return folder

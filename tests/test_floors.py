@@ -1,15 +1,22 @@
 """The house holds: imports go down only, files stay readable, nothing unsafe slips in."""
+
 import ast
 import pathlib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "skysense_jax"
 FLOORS = {
-    "sensors": 0, "core": 0,
-    "nn": 1, "ops": 1, "data": 1,
+    "sensors": 0,
+    "core": 0,
+    "nn": 1,
+    "ops": 1,
+    "data": 1,
     "models": 2,
-    "objectives": 3, "tasks": 3,
-    "run": 4, "evals": 4, "convert": 4,
+    "objectives": 3,
+    "tasks": 3,
+    "run": 4,
+    "evals": 4,
+    "convert": 4,
 }  # every other module directly in the package is a command: floor 5
 COMMANDS = 5
 SAME_FLOOR = {("nn", "ops")}  # a layer may need a pure function
@@ -65,15 +72,20 @@ def test_imports_go_down_only():
 def test_modeling_file_stands_alone():
     for name in SHIPS_ALONE:
         file = PACKAGE / name
-        assert not imported_rooms(ast.parse(file.read_text())), f"{name} ships beside the weights and must not import skysense_jax"
+        assert not imported_rooms(ast.parse(file.read_text())), (
+            f"{name} ships beside the weights and must not import skysense_jax"
+        )
 
 
 def test_files_have_one_job():
     long = {str(f.relative_to(ROOT)): n for f in sources() if (n := len(f.read_text().splitlines())) > 400}
     assert not long, f"past 400 lines, look for the second job: {long}"
     assert not list(PACKAGE.rglob("utils.py")), "no utils.py: name the job"
-    undocumented = [str(f.relative_to(ROOT)) for f in sources()
-                    if f.read_text().strip() and not ast.get_docstring(ast.parse(f.read_text()))]
+    undocumented = [
+        str(f.relative_to(ROOT))
+        for f in sources()
+        if f.read_text().strip() and not ast.get_docstring(ast.parse(f.read_text()))
+    ]
     assert not undocumented, f"a file says its one job in its docstring: {undocumented}"
 
 
@@ -98,5 +110,11 @@ def test_processes_are_known_only_where_they_may_be():
         if str(path) in allowed or room(path) == "run" or room(path) not in FLOORS:
             continue
         for node in ast.walk(ast.parse(file.read_text(), str(file))):
-            if isinstance(node, ast.Attribute) and node.attr in {"process_index", "process_count"} and ast.unparse(node.value) == "jax":
-                raise AssertionError(f"{path}:{node.lineno}: only core/mesh.py, run/ and the commands know about processes")
+            if (
+                isinstance(node, ast.Attribute)
+                and node.attr in {"process_index", "process_count"}
+                and ast.unparse(node.value) == "jax"
+            ):
+                raise AssertionError(
+                    f"{path}:{node.lineno}: only core/mesh.py, run/ and the commands know about processes"
+                )

@@ -1,4 +1,5 @@
 """The picture of a place: fixed stretches, invalid pixels hatched, "synthetic" said in it; and the whole way from synth to it."""
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -42,7 +43,9 @@ def test_command_writes_a_png_that_says_synthetic(dataset, tmp_path, capsys):
 
 def test_number_and_name_mean_the_same_place(dataset):
     record, _ = preview.read_place(dataset, "0")
-    again, _ = preview.read_place(dataset, record["place"].decode() if isinstance(record["place"], bytes) else record["place"])
+    again, _ = preview.read_place(
+        dataset, record["place"].decode() if isinstance(record["place"], bytes) else record["place"]
+    )
     assert np.array_equal(record["label_map"], again["label_map"]) and record["lon"] == again["lon"]
     for wrong in ("6", "nowhere"):
         with pytest.raises(ValueError, match="has no place"):
@@ -57,11 +60,20 @@ def test_refuses_a_folder_that_is_no_dataset_and_other_formats(dataset, tmp_path
 
 
 def _record(**changes):
-    record = {"place": b"somewhere", "lon": 1.0, "lat": 2.0, "crs": b"EPSG:32631", "label": np.zeros(1, np.uint8),
-              "label_map": np.full((8, 8), 255, np.uint8)}
+    record = {
+        "place": b"somewhere",
+        "lon": 1.0,
+        "lat": 2.0,
+        "crs": b"EPSG:32631",
+        "label": np.zeros(1, np.uint8),
+        "label_map": np.full((8, 8), 255, np.uint8),
+    }
     for name, sensor in SENSORS.items():
         size = 8 if sensor.grid == "s2" else 64
-        record |= {f"{name}_image": np.zeros((0, size, size, len(sensor.bands)), sensor.dtype), f"{name}_date": np.zeros(0, np.int32)}
+        record |= {
+            f"{name}_image": np.zeros((0, size, size, len(sensor.bands)), sensor.dtype),
+            f"{name}_date": np.zeros(0, np.int32),
+        }
         record |= {f"{name}_{mask}": np.zeros((0, size, size), np.uint8) for mask in ("valid", "clear")}
     return record | changes
 

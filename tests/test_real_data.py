@@ -1,4 +1,5 @@
 """Real data to rasters and catalogs: every folder decided, units and offsets declared, splits that share no ground."""
+
 import csv
 import json
 
@@ -19,7 +20,9 @@ def converted(shared, tmp_path_factory):
     if not source.is_dir():
         pytest.skip(f"needs the small real satellite data, looked in {source}")
     out = tmp_path_factory.mktemp("real")
-    return real_data.convert(source, out, every=40), out  # of the dense series (8000 small rasters) every 40th date says as much here
+    return real_data.convert(
+        source, out, every=40
+    ), out  # of the dense series (8000 small rasters) every 40th date says as much here
 
 
 def _rows(out, name="catalog.csv"):
@@ -34,8 +37,13 @@ def test_unknown_folder_is_an_error(tmp_path):
 
 
 def test_cf_times_and_ground_cuts():
-    assert [f"{t:%Y-%m-%d}" for t in real_folders._image_times("days since 1990-01-01", np.array([11170]))] == ["2020-08-01"]
-    assert real_folders._image_times("seconds since 2017-08-04 10:53:28", np.array([864109]))[0].isoformat() == "2017-08-14T10:55:17"
+    assert [f"{t:%Y-%m-%d}" for t in real_folders._image_times("days since 1990-01-01", np.array([11170]))] == [
+        "2020-08-01"
+    ]
+    assert (
+        real_folders._image_times("seconds since 2017-08-04 10:53:28", np.array([864109]))[0].isoformat()
+        == "2017-08-14T10:55:17"
+    )
     for origin in (790236.04, 664500.0, 0.0):
         cut = real_data.ground_cut(origin, 10.0, 224)
         assert 90 < cut < 134 and abs((origin + cut * 10 + 80) % 160 - 80) <= 5.0
@@ -76,7 +84,12 @@ def test_train_and_test_share_no_ground(converted):
     seen = {}
     for split, place, crs, box in boxes:
         left, bottom, right, top = seen.setdefault((split, place, crs), box)
-        seen[split, place, crs] = (min(left, box.left), min(bottom, box.bottom), max(right, box.right), max(top, box.top))
+        seen[split, place, crs] = (
+            min(left, box.left),
+            min(bottom, box.bottom),
+            max(right, box.right),
+            max(top, box.top),
+        )
     train = [(crs, place, box) for (split, place, crs), box in seen.items() if split == "train"]
     test = [(crs, place, box) for (split, place, crs), box in seen.items() if split == "test"]
     for crs, place, a in train:

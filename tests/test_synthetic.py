@@ -1,4 +1,5 @@
 """Synthetic places: the same bytes from the same seed, a catalog the ingest accepts, physics one can accept."""
+
 import csv
 import filecmp
 from pathlib import Path
@@ -35,13 +36,17 @@ def _files(folder: Path) -> list[Path]:
 def test_same_seed_same_bytes_whatever_the_workers(folder, tmp_path):
     synthetic.synthesise(tmp_path / "two", PLACES, seed=3, tile=8, ratio=8, workers=2)
     assert _files(folder) == _files(tmp_path / "two")
-    same, different, errors = filecmp.cmpfiles(folder, tmp_path / "two", [str(p) for p in _files(folder)], shallow=False)
+    same, different, errors = filecmp.cmpfiles(
+        folder, tmp_path / "two", [str(p) for p in _files(folder)], shallow=False
+    )
     assert not different and not errors
 
 
 def test_another_seed_and_place_give_other_images(folder, tmp_path):
     synthetic.synthesise(tmp_path / "x", 1, seed=4, tile=8, ratio=8, workers=1)
-    surface = [next((root / "synthetic_00000").glob("land_cover.tif")).read_bytes() for root in (folder, tmp_path / "x")]
+    surface = [
+        next((root / "synthetic_00000").glob("land_cover.tif")).read_bytes() for root in (folder, tmp_path / "x")
+    ]
     assert surface[0] != surface[1]
 
 
@@ -50,7 +55,9 @@ def test_never_writes_over_a_catalog(folder):
         synthetic.synthesise(folder, 1)
 
 
-@pytest.mark.parametrize("bad", [{"places": 0}, {"places": 1, "tile": 2}, {"places": 1, "test_fraction": 1.0}, {"places": 1, "gsd": 0.0}])
+@pytest.mark.parametrize(
+    "bad", [{"places": 0}, {"places": 1, "tile": 2}, {"places": 1, "test_fraction": 1.0}, {"places": 1, "gsd": 0.0}]
+)
 def test_refuses_impossible_sizes(tmp_path, bad):
     with pytest.raises(ValueError, match="need places"):
         synthetic.synthesise(tmp_path / "no", **bad)
@@ -87,7 +94,9 @@ def test_some_places_miss_a_sensor_and_scenes_are_balanced(rows):
     assert any(found != places for found in with_sensor.values())
     assert all(place in with_sensor["hr"] | with_sensor["s2"] for place in places)
     scenes = [row["classes"] for row in rows if row["sensor"] == "label"]
-    assert {scene: scenes.count(scene) for scene in set(scenes)} == dict.fromkeys(world.SCENES, PLACES // len(world.SCENES))
+    assert {scene: scenes.count(scene) for scene in set(scenes)} == dict.fromkeys(
+        world.SCENES, PLACES // len(world.SCENES)
+    )
     # Held-out places: the same share of every scene type.
     held = [synthetic.scene_of(i) for i in range(320) if synthetic.split_of(i, 0.25) == "test"]
     assert {held.count(scene) for scene in world.SCENES} == {10}

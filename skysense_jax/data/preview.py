@@ -5,6 +5,7 @@ Sentinel-1 shows VV, VH and VV-VH in fixed dB ranges, the surface model is shade
 range. Invalid pixels are hatched, the share of clear pixels stands over every date, and synthetic data says so in the
 picture.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -22,11 +23,26 @@ from skysense_jax.sensors import NO_DATE, SENSORS, UNLABELLED
 _LARGE, _SMALL, _GAP, _TEXT, _MOST_DATES = 384, 144, 10, 18, 8
 _TRUE_COLOUR = ("B04", "B03", "B02")
 _COVER_COLOURS = {
-    "water": (40, 100, 200), "forest": (20, 100, 40), "trees": (20, 100, 40), "grassland": (150, 200, 90), "rangeland": (200, 205, 140),
-    "cropland": (230, 180, 80), "crops": (230, 180, 80), "built-up": (200, 40, 40), "built": (200, 40, 40), "bare": (180, 165, 145),
+    "water": (40, 100, 200),
+    "forest": (20, 100, 40),
+    "trees": (20, 100, 40),
+    "grassland": (150, 200, 90),
+    "rangeland": (200, 205, 140),
+    "cropland": (230, 180, 80),
+    "crops": (230, 180, 80),
+    "built-up": (200, 40, 40),
+    "built": (200, 40, 40),
+    "bare": (180, 165, 145),
 }
 _OTHER_COLOURS = (
-    (120, 60, 160), (60, 180, 180), (240, 120, 160), (120, 120, 60), (90, 90, 220), (240, 240, 120), (70, 70, 70), (0, 160, 110),
+    (120, 60, 160),
+    (60, 180, 180),
+    (240, 120, 160),
+    (120, 120, 60),
+    (90, 90, 220),
+    (240, 240, 120),
+    (70, 70, 70),
+    (0, 160, 110),
 )
 
 
@@ -113,7 +129,9 @@ def _enlarge(image: np.ndarray, size: int) -> Image.Image:
 
 def _pick(count: int) -> np.ndarray:
     """Indices of at most eight dates, evenly spread."""
-    return np.unique(np.linspace(0, count - 1, min(count, _MOST_DATES)).round().astype(int)) if count else np.zeros(0, int)
+    return (
+        np.unique(np.linspace(0, count - 1, min(count, _MOST_DATES)).round().astype(int)) if count else np.zeros(0, int)
+    )
 
 
 def draw(record: Mapping[str, Any], meta: Mapping[str, Any]) -> Image.Image:
@@ -171,7 +189,9 @@ def _large_panels(record: Mapping[str, Any], meta: Mapping[str, Any]) -> list[tu
     return panels
 
 
-def _legend(pen: ImageDraw.ImageDraw, font: Any, at: tuple[int, int], cover: np.ndarray, meta: Mapping[str, Any]) -> None:
+def _legend(
+    pen: ImageDraw.ImageDraw, font: Any, at: tuple[int, int], cover: np.ndarray, meta: Mapping[str, Any]
+) -> None:
     classes = {int(key): name for key, name in meta["label_map_classes"].items()}
     left, top = at
     for key, colour in [*cover_colours(classes).items(), (UNLABELLED, (235, 235, 235))]:
@@ -181,7 +201,9 @@ def _legend(pen: ImageDraw.ImageDraw, font: Any, at: tuple[int, int], cover: np.
         top += 19
 
 
-def _series(canvas: Image.Image, pen: ImageDraw.ImageDraw, font: Any, top: int, name: str, record: Mapping[str, Any]) -> None:
+def _series(
+    canvas: Image.Image, pen: ImageDraw.ImageDraw, font: Any, top: int, name: str, record: Mapping[str, Any]
+) -> None:
     """One row of dates of a sensor: false or true colour, the date and the share of clear pixels."""
     images, valid, clear = record[f"{name}_image"], record[f"{name}_valid"] > 0, record[f"{name}_clear"] > 0
     what = {"s2": "true colour B04 B03 B02, reflectance 0..0.25", "s1": "VV, VH, VV-VH"}.get(name, "first band")

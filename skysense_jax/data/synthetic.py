@@ -5,6 +5,7 @@ of workers. Every raster carries the tag SKYSENSE_SYNTHETIC=1 and the folder has
 archives, places lie in different UTM zones, some Sentinel-2 stacks keep the +1000 offset (declared in the catalog),
 band orders differ, some Sentinel-1 rasters are linear power, dates are irregular, and some places miss a sensor.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -41,13 +42,29 @@ _NOTICE = (
 )
 
 
-def _write(path: Path, image: np.ndarray, crs: CRS, west: float, north: float, step: float, nodata: float | None,
-           bands: tuple[str, ...] = ()) -> None:
+def _write(
+    path: Path,
+    image: np.ndarray,
+    crs: CRS,
+    west: float,
+    north: float,
+    step: float,
+    nodata: float | None,
+    bands: tuple[str, ...] = (),
+) -> None:
     """Writes [C, H, W] as an uncompressed GeoTIFF with the synthetic tag and band descriptions."""
     count, height, width = image.shape
     with rasterio.open(
-        path, "w", driver="GTiff", width=width, height=height, count=count, dtype=image.dtype, crs=crs,
-        transform=from_origin(west, north, step, step), nodata=nodata,
+        path,
+        "w",
+        driver="GTiff",
+        width=width,
+        height=height,
+        count=count,
+        dtype=image.dtype,
+        crs=crs,
+        transform=from_origin(west, north, step, step),
+        nodata=nodata,
     ) as file:
         file.write(image)
         file.update_tags(**{SYNTHETIC_TAG: "1"})
@@ -85,12 +102,14 @@ def scene_of(index: int) -> str:
 
 
 def split_of(index: int, test_fraction: float) -> str:
-    """"train" or "test" of place `index`, with the same share of test places in every scene type."""
+    """Split, "train" or "test", of place `index`, with the same share of test places in every scene type."""
     turn = index // len(world.SCENES)
     return "test" if int((turn + 1) * test_fraction) > int(turn * test_fraction) else "train"
 
 
-def write_place(out: str | Path, index: int, seed: int, tile: int, ratio: int, gsd: float, test_fraction: float) -> list[dict[str, str]]:
+def write_place(
+    out: str | Path, index: int, seed: int, tile: int, ratio: int, gsd: float, test_fraction: float
+) -> list[dict[str, str]]:
     """Renders place `index` into `out` and returns its catalog rows. Deterministic in (seed, index) and the sizes."""
     rng = np.random.default_rng([seed, index])
     place, scene, split = f"synthetic_{index:05d}", scene_of(index), split_of(index, test_fraction)
@@ -108,17 +127,38 @@ def write_place(out: str | Path, index: int, seed: int, tile: int, ratio: int, g
     rows = [_row(place, "label", split, classes=scene)]
 
     def add(
-        sensor: str, name: str, image: np.ndarray, step: float, nodata: float | None, bands: tuple[str, ...] = (), **fields: Any,
+        sensor: str,
+        name: str,
+        image: np.ndarray,
+        step: float,
+        nodata: float | None,
+        bands: tuple[str, ...] = (),
+        **fields: Any,
     ) -> None:
         _write(folder / name, image, crs, west, north, step, nodata, bands)
         rows.append(_row(place, sensor, split, path=f"{place}/{name}", bands=",".join(bands), **fields))
 
-    add("label_map", "land_cover.tif", sensors.label_map(land, ratio)[None], gsd, 255.0,
-        classes=";".join(f"{key}={name}" for key, name in world.LAND_COVER.items()))
+    add(
+        "label_map",
+        "land_cover.tif",
+        sensors.label_map(land, ratio)[None],
+        gsd,
+        255.0,
+        classes=";".join(f"{key}={name}" for key, name in world.LAND_COVER.items()),
+    )
     if not missing[0]:
         date = _dates(rng, 1, 1)[0]
         image = sensors.render_hr(rng, land, climate, date.timetuple().tm_yday, gsd / ratio)
-        add("hr", f"hr_{date:%Y%m%d}.tif", np.moveaxis(image, -1, 0), gsd / ratio, None, ("R", "G", "B"), datetime=date, units="dn")
+        add(
+            "hr",
+            f"hr_{date:%Y%m%d}.tif",
+            np.moveaxis(image, -1, 0),
+            gsd / ratio,
+            None,
+            ("R", "G", "B"),
+            datetime=date,
+            units="dn",
+        )
     if not missing[1]:
         _add_s2(rng, land, share, climate, tile, gsd, add)
     if not missing[2]:
@@ -126,18 +166,35 @@ def write_place(out: str | Path, index: int, seed: int, tile: int, ratio: int, g
         for date in _dates(rng, 4, 7):
             power = sensors.render_s1(rng, area, climate, date.timetuple().tm_yday, gain)
             image = power if linear else (10 * np.log10(power)).astype(np.float32)
-            add("s1", f"s1_{date:%Y%m%d}.tif", image, gsd, None, ("VV", "VH"), datetime=date, units="linear_power" if linear else "db")
+            add(
+                "s1",
+                f"s1_{date:%Y%m%d}.tif",
+                image,
+                gsd,
+                None,
+                ("VV", "VH"),
+                datetime=date,
+                units="linear_power" if linear else "db",
+            )
     if not missing[3]:
         # Surface models are coarser than the photograph: half its resolution where the ratio allows.
         half = 2 if ratio % 2 == 0 else 1
         n = tile * ratio // half
-        surface = (land.terrain + land.canopy).reshape(n, half, n, half).mean((1, 3)) + 0.15 * rng.standard_normal((n, n))
+        surface = (land.terrain + land.canopy).reshape(n, half, n, half).mean((1, 3)) + 0.15 * rng.standard_normal(
+            (n, n)
+        )
         add("dsm", "dsm.tif", surface.astype(np.float32)[None], gsd / ratio * half, -9999.0, ("height",), units="m")
     return rows
 
 
 def _add_s2(
-    rng: np.random.Generator, land: world.Land, share: np.ndarray, climate: sensors.Climate, tile: int, gsd: float, add: Any,
+    rng: np.random.Generator,
+    land: world.Land,
+    share: np.ndarray,
+    climate: sensors.Climate,
+    tile: int,
+    gsd: float,
+    add: Any,
 ) -> None:
     """Writes the Sentinel-2 dates of a place and their SCL masks through `add`."""
     bands = sensors.S2_BANDS if rng.uniform() < 0.6 else TEN_BANDS
@@ -151,7 +208,15 @@ def _add_s2(
         add("s2", f"s2_{date:%Y%m%d}.tif", dn, gsd, 0.0, bands, datetime=date, units="dn", offset=-offset)
         # The SCL is a 20 m layer; where the tile has an odd size it is written at the base resolution.
         coarse = 2 if tile % 2 == 0 else 1
-        add("mask:s2", f"scl_{date:%Y%m%d}.tif", scl[None, ::coarse, ::coarse], gsd * coarse, 0.0, datetime=date, classes=CLEAR_CLASSES)
+        add(
+            "mask:s2",
+            f"scl_{date:%Y%m%d}.tif",
+            scl[None, ::coarse, ::coarse],
+            gsd * coarse,
+            0.0,
+            datetime=date,
+            classes=CLEAR_CLASSES,
+        )
 
 
 def _write_places(arguments: tuple[Any, ...]) -> list[dict[str, str]]:
@@ -160,7 +225,13 @@ def _write_places(arguments: tuple[Any, ...]) -> list[dict[str, str]]:
 
 
 def synthesise(
-    out: str | Path, places: int, seed: int = 0, tile: int = 16, ratio: int = 16, gsd: float = 10.0, test_fraction: float = 0.25,
+    out: str | Path,
+    places: int,
+    seed: int = 0,
+    tile: int = 16,
+    ratio: int = 16,
+    gsd: float = 10.0,
+    test_fraction: float = 0.25,
     workers: int | None = None,
 ) -> Path:
     """Writes `places` synthetic places into `out` and returns the path of its catalog.csv.
@@ -170,11 +241,15 @@ def synthesise(
     """
     out = Path(out)
     if places < 1 or tile < 4 or ratio < 1 or not 0 <= test_fraction < 1 or gsd <= 0:
-        raise ValueError(f"places {places}, tile {tile}, ratio {ratio}, gsd {gsd}, test fraction {test_fraction}: need places >= 1, "
-                         "tile >= 4, ratio >= 1, gsd > 0 and 0 <= fraction < 1")
+        raise ValueError(
+            f"places {places}, tile {tile}, ratio {ratio}, gsd {gsd}, test fraction {test_fraction}: need places >= 1, "
+            "tile >= 4, ratio >= 1, gsd > 0 and 0 <= fraction < 1"
+        )
     catalog = out / "catalog.csv"
     if catalog.exists():
-        raise ValueError(f"{catalog} exists: synthetic places are never written over a catalog; choose another --out or delete it")
+        raise ValueError(
+            f"{catalog} exists: synthetic places are never written over a catalog; choose another --out or delete it"
+        )
     out.mkdir(parents=True, exist_ok=True)
     (out / "SYNTHETIC.txt").write_text(_NOTICE + f"places {places} seed {seed} tile {tile} ratio {ratio} gsd {gsd}\n")
     workers = workers or os.cpu_count() or 1
@@ -205,12 +280,16 @@ def _collect(done: Any, places: int) -> list[dict[str, str]]:
         rows += chunk
         seen += len({row["place"] for row in chunk})
         if sys.stderr.isatty() or seen == places:
-            print(f"\rsynthetic places {seen}/{places}", end="\n" if seen == places else "", file=sys.stderr, flush=True)
+            print(
+                f"\rsynthetic places {seen}/{places}", end="\n" if seen == places else "", file=sys.stderr, flush=True
+            )
     return rows
 
 
 def _run_synth(args: argparse.Namespace) -> int:
-    catalog = synthesise(args.out, args.places, args.seed, args.tile, args.ratio, args.gsd, args.test_fraction, args.workers)
+    catalog = synthesise(
+        args.out, args.places, args.seed, args.tile, args.ratio, args.gsd, args.test_fraction, args.workers
+    )
     print(f"SYNTHETIC data: {args.places} places, catalog {catalog}")
     return 0
 
@@ -218,13 +297,17 @@ def _run_synth(args: argparse.Namespace) -> int:
 def add_parsers_synth(subparsers: Any) -> None:
     """Adds `synth` to the `data` commands; the parsed namespace carries `run`, a function of the namespace that returns
     the exit status."""
-    parser = subparsers.add_parser("synth", help="write synthetic places as GeoTIFFs with a catalog (for testing; says so everywhere)")
+    parser = subparsers.add_parser(
+        "synth", help="write synthetic places as GeoTIFFs with a catalog (for testing; says so everywhere)"
+    )
     parser.add_argument("--places", type=int, required=True, help="how many places")
     parser.add_argument("--out", required=True, help="folder to write; must not have a catalog yet")
     parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same bytes")
     parser.add_argument("--tile", type=int, default=16, help="side of a place in base pixels")
     parser.add_argument("--ratio", type=int, default=16, help="HR pixels along one base pixel")
     parser.add_argument("--gsd", type=float, default=10.0, help="metres of one base pixel")
-    parser.add_argument("--test-fraction", type=float, default=0.25, help="share of held-out places, the same in every scene type")
+    parser.add_argument(
+        "--test-fraction", type=float, default=0.25, help="share of held-out places, the same in every scene type"
+    )
     parser.add_argument("--workers", type=int, default=None, help="processes (default: all cores)")
     parser.set_defaults(run=_run_synth)

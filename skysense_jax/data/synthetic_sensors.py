@@ -5,6 +5,7 @@ phenology curve per material, and every place and date has its own illumination,
 Spectra are round numbers after the usual shapes of spectral libraries (green vegetation, litter, soil, roofs, water).
 Synthetic: made for testing a pipeline.
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -19,27 +20,32 @@ S2_BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09"
 
 _WAVELENGTH = np.array([443, 490, 560, 665, 705, 740, 783, 842, 865, 945, 1610, 2190], np.float64)
 _SPECTRA = {
-    "crop": (.020, .030, .060, .030, .090, .300, .400, .420, .440, .440, .200, .100),
-    "grass": (.030, .042, .075, .052, .110, .250, .310, .330, .345, .350, .230, .130),
-    "broadleaf": (.015, .022, .045, .024, .070, .240, .320, .340, .360, .360, .165, .075),
-    "needle": (.013, .019, .033, .020, .048, .150, .195, .210, .225, .230, .105, .048),
-    "litter": (.040, .055, .085, .105, .145, .185, .205, .225, .240, .250, .290, .210),
-    "soil": (.060, .080, .110, .150, .180, .200, .220, .240, .260, .260, .340, .290),
-    "water": (.040, .045, .045, .030, .026, .018, .015, .012, .010, .009, .005, .003),
-    "tile_roof": (.060, .070, .105, .200, .230, .250, .260, .270, .280, .280, .320, .300),
-    "grey_roof": (.130, .140, .150, .160, .165, .170, .175, .180, .185, .190, .210, .200),
-    "metal_roof": (.300, .330, .360, .380, .390, .400, .400, .410, .410, .410, .400, .360),
-    "asphalt": (.070, .080, .090, .100, .105, .110, .115, .120, .125, .125, .140, .130),
+    "crop": (0.020, 0.030, 0.060, 0.030, 0.090, 0.300, 0.400, 0.420, 0.440, 0.440, 0.200, 0.100),
+    "grass": (0.030, 0.042, 0.075, 0.052, 0.110, 0.250, 0.310, 0.330, 0.345, 0.350, 0.230, 0.130),
+    "broadleaf": (0.015, 0.022, 0.045, 0.024, 0.070, 0.240, 0.320, 0.340, 0.360, 0.360, 0.165, 0.075),
+    "needle": (0.013, 0.019, 0.033, 0.020, 0.048, 0.150, 0.195, 0.210, 0.225, 0.230, 0.105, 0.048),
+    "litter": (0.040, 0.055, 0.085, 0.105, 0.145, 0.185, 0.205, 0.225, 0.240, 0.250, 0.290, 0.210),
+    "soil": (0.060, 0.080, 0.110, 0.150, 0.180, 0.200, 0.220, 0.240, 0.260, 0.260, 0.340, 0.290),
+    "water": (0.040, 0.045, 0.045, 0.030, 0.026, 0.018, 0.015, 0.012, 0.010, 0.009, 0.005, 0.003),
+    "tile_roof": (0.060, 0.070, 0.105, 0.200, 0.230, 0.250, 0.260, 0.270, 0.280, 0.280, 0.320, 0.300),
+    "grey_roof": (0.130, 0.140, 0.150, 0.160, 0.165, 0.170, 0.175, 0.180, 0.185, 0.190, 0.210, 0.200),
+    "metal_roof": (0.300, 0.330, 0.360, 0.380, 0.390, 0.400, 0.400, 0.410, 0.410, 0.410, 0.400, 0.360),
+    "asphalt": (0.070, 0.080, 0.090, 0.100, 0.105, 0.110, 0.115, 0.120, 0.125, 0.125, 0.140, 0.130),
 }
 _S = {name: np.array(values) for name, values in _SPECTRA.items()}
 
 # Mean backscatter sigma0 in dB (VV, VH): with leaves or standing crop, without; C band, middle of the swath.
 _BACKSCATTER = {
-    world.WATER: ((-19.0, -26.5), (-19.0, -26.5)), world.CONIFER: ((-9.5, -15.0), (-9.5, -15.2)),
-    world.DECIDUOUS: ((-10.0, -15.3), (-9.0, -14.8)), world.GRASS: ((-12.5, -19.0), (-12.0, -19.5)),
-    world.WINTER_CROP: ((-14.0, -19.5), (-10.5, -18.5)), world.SUMMER_CROP: ((-9.5, -15.2), (-11.0, -19.0)),
-    world.SOIL: ((-11.0, -19.5), (-11.0, -19.5)), world.TILE_ROOF: ((-4.0, -12.0), (-4.0, -12.0)),
-    world.GREY_ROOF: ((-4.0, -12.0), (-4.0, -12.0)), world.METAL_ROOF: ((-2.5, -12.5), (-2.5, -12.5)),
+    world.WATER: ((-19.0, -26.5), (-19.0, -26.5)),
+    world.CONIFER: ((-9.5, -15.0), (-9.5, -15.2)),
+    world.DECIDUOUS: ((-10.0, -15.3), (-9.0, -14.8)),
+    world.GRASS: ((-12.5, -19.0), (-12.0, -19.5)),
+    world.WINTER_CROP: ((-14.0, -19.5), (-10.5, -18.5)),
+    world.SUMMER_CROP: ((-9.5, -15.2), (-11.0, -19.0)),
+    world.SOIL: ((-11.0, -19.5), (-11.0, -19.5)),
+    world.TILE_ROOF: ((-4.0, -12.0), (-4.0, -12.0)),
+    world.GREY_ROOF: ((-4.0, -12.0), (-4.0, -12.0)),
+    world.METAL_ROOF: ((-2.5, -12.5), (-2.5, -12.5)),
     world.ASPHALT: ((-15.0, -22.0), (-15.0, -22.0)),
 }
 _MEADOW_CUT = 16.0
@@ -68,7 +74,13 @@ def draw_climate(rng: np.random.Generator, south: bool) -> Climate:
     count = (len(world.MATERIALS), 1)
     reflectance = np.exp(0.13 * rng.standard_normal(count) + 0.10 * rng.standard_normal(count) * slope)
     return Climate(
-        south, rng.normal(0, 12), rng.normal(0, 12), rng.normal(0, 10), rng.uniform(150, 230), rng.uniform(0, 1), reflectance,
+        south,
+        rng.normal(0, 12),
+        rng.normal(0, 12),
+        rng.normal(0, 10),
+        rng.uniform(150, 230),
+        rng.uniform(0, 1),
+        reflectance,
         rng.normal(0, 0.9, (len(world.MATERIALS), 2)),
     )
 
@@ -91,7 +103,9 @@ def green_cover(material: int, day: float, climate: Climate) -> float:
         return growth * (1 - 0.45 * np.exp(-since_cut / _MEADOW_CUT) * (since_cut < 90))
     if material == world.WINTER_CROP:
         autumn = 0.3 * _rise(day, 300 + climate.sowing, 10)
-        early = (0.3 + 0.65 * _rise(day, 88 + climate.spring, 12)) * (1 - _rise(day, 178 + climate.spring, 7)) * (day < 280)
+        early = (
+            (0.3 + 0.65 * _rise(day, 88 + climate.spring, 12)) * (1 - _rise(day, 178 + climate.spring, 7)) * (day < 280)
+        )
         return 0.03 + autumn + early
     if material == world.SUMMER_CROP:
         return 0.03 + 0.92 * _rise(day, 163 + climate.sowing, 9) * (1 - _rise(day, 262 + climate.autumn, 8))
@@ -102,9 +116,13 @@ def spectra(day: float, climate: Climate) -> np.ndarray:
     """Surface reflectance float64[material, band of S2_BANDS] on a day of the year."""
     dry = _S["soil"] * (1 - 0.35 * climate.wetness)
     leaf = {
-        world.CONIFER: (_S["needle"], _S["litter"]), world.DECIDUOUS: (_S["broadleaf"], 0.75 * _S["litter"]),
-        world.GRASS: (_S["grass"], _S["litter"]), world.WINTER_CROP: (_S["crop"], 0.6 * dry + 0.4 * _S["litter"]),
-        world.SUMMER_CROP: (_S["crop"], dry), world.SOIL: (dry, dry), world.WATER: (_S["water"],) * 2,
+        world.CONIFER: (_S["needle"], _S["litter"]),
+        world.DECIDUOUS: (_S["broadleaf"], 0.75 * _S["litter"]),
+        world.GRASS: (_S["grass"], _S["litter"]),
+        world.WINTER_CROP: (_S["crop"], 0.6 * dry + 0.4 * _S["litter"]),
+        world.SUMMER_CROP: (_S["crop"], dry),
+        world.SOIL: (dry, dry),
+        world.WATER: (_S["water"],) * 2,
     }
     rows = []
     for index, name in enumerate(world.MATERIALS):
@@ -135,7 +153,9 @@ def label_map(land: Land, ratio: int) -> np.ndarray:
 def _blur(image: np.ndarray) -> np.ndarray:
     """Point spread over neighbouring pixels along the last two axes (1/6, 2/3, 1/6; edges repeat)."""
     for axis in (-2, -1):
-        padded = np.pad(image, [(0, 0)] * (image.ndim - 2) + [(1, 1) if a == axis else (0, 0) for a in (-2, -1)], "edge")
+        padded = np.pad(
+            image, [(0, 0)] * (image.ndim - 2) + [(1, 1) if a == axis else (0, 0) for a in (-2, -1)], "edge"
+        )
         n = image.shape[axis]
         parts = [np.take(padded, np.arange(k, k + n), axis) for k in range(3)]
         image = (parts[0] + 4 * parts[1] + parts[2]) / 6
@@ -183,7 +203,12 @@ def render_hr(rng: np.random.Generator, land: Land, climate: Climate, day: float
 
 
 def render_s2(
-    rng: np.random.Generator, land: Land, share: np.ndarray, climate: Climate, day: float, place_gain: float,
+    rng: np.random.Generator,
+    land: Land,
+    share: np.ndarray,
+    climate: Climate,
+    day: float,
+    place_gain: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One Level-2A acquisition: (reflectance float64[12, N, N], SCL uint8[N, N], seen bool[N, N]).
 
@@ -197,7 +222,10 @@ def render_s2(
     for band in (4, 5, 6, 8, 10, 11):  # measured at 20 m
         clear[band] = _coarse(clear[band])
     aerosol = abs(rng.normal(0, 0.014)) * (_WAVELENGTH / 490.0) ** -1.4
-    image = clear * (place_gain * (1 + rng.normal(0, 0.08))) * (1 + rng.normal(0, 0.02, (12, 1, 1))) + aerosol[:, None, None]
+    image = (
+        clear * (place_gain * (1 + rng.normal(0, 0.08))) * (1 + rng.normal(0, 0.02, (12, 1, 1)))
+        + aerosol[:, None, None]
+    )
     ndvi = (clear[7] - clear[3]) / (clear[7] + clear[3])
     scl = np.where(ndvi > 0.4, 4, np.where(share[world.WATER] > 0.6, 6, 5)).astype(np.uint8)
     if rng.uniform() < 0.55:
@@ -229,7 +257,9 @@ def _coarse(band: np.ndarray) -> np.ndarray:
     return out
 
 
-def render_s1(rng: np.random.Generator, share: np.ndarray, climate: Climate, day: float, place_gain: float) -> np.ndarray:
+def render_s1(
+    rng: np.random.Generator, share: np.ndarray, climate: Climate, day: float, place_gain: float
+) -> np.ndarray:
     """One backscatter acquisition: linear power float32[2, N, N] (VV, VH), gamma speckle of a multilooked product (4.4
     looks)."""
     power = np.empty((len(world.MATERIALS), 2))
@@ -238,7 +268,9 @@ def render_s1(rng: np.random.Generator, share: np.ndarray, climate: Climate, day
         green = green_cover(material, day, climate) if material < world.SOIL else 1.0
         moist = rain * (material in (world.GRASS, world.WINTER_CROP, world.SUMMER_CROP, world.SOIL)) * (1.2 - green)
         wind = rng.normal(0, 2.5) * (material == world.WATER)
-        power[material] = 10 ** ((green * np.array(leafy) + (1 - green) * np.array(bare) + moist + wind + place_gain) / 10)
+        power[material] = 10 ** (
+            (green * np.array(leafy) + (1 - green) * np.array(bare) + moist + wind + place_gain) / 10
+        )
     power *= 10 ** (climate.backscatter / 10)
     mean = _blur(np.einsum("mhw,mp->phw", share, power))
     looks = 4.4

@@ -5,6 +5,7 @@ fields. A scene type sets what most of the ground is; every place also gets patc
 so that no scene type is one colour. The sensors (:mod:`skysense_jax.data.synthetic_sensors`) only see what is defined
 here. Synthetic: made for testing a pipeline, not for claims about the Earth.
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -12,15 +13,34 @@ from typing import NamedTuple
 import numpy as np
 
 MATERIALS = (
-    "water", "conifer", "deciduous", "grass", "winter_crop", "summer_crop", "soil", "tile_roof", "grey_roof", "metal_roof", "asphalt",
+    "water",
+    "conifer",
+    "deciduous",
+    "grass",
+    "winter_crop",
+    "summer_crop",
+    "soil",
+    "tile_roof",
+    "grey_roof",
+    "metal_roof",
+    "asphalt",
 )
-WATER, CONIFER, DECIDUOUS, GRASS, WINTER_CROP, SUMMER_CROP, SOIL, TILE_ROOF, GREY_ROOF, METAL_ROOF, ASPHALT = range(len(MATERIALS))
+WATER, CONIFER, DECIDUOUS, GRASS, WINTER_CROP, SUMMER_CROP, SOIL, TILE_ROOF, GREY_ROOF, METAL_ROOF, ASPHALT = range(
+    len(MATERIALS)
+)
 
 LAND_COVER = {1: "water", 2: "forest", 3: "grassland", 4: "cropland", 5: "built-up", 6: "bare"}
 COVER_OF_MATERIAL = np.array([1, 2, 2, 3, 4, 4, 6, 5, 5, 5, 5], np.uint8)
 
 SCENES = (
-    "conifer forest", "deciduous forest", "winter crops", "summer crops", "pasture", "orchard", "residential", "industrial",
+    "conifer forest",
+    "deciduous forest",
+    "winter crops",
+    "summer crops",
+    "pasture",
+    "orchard",
+    "residential",
+    "industrial",
 )
 """Scene types: pairs that share their materials and differ in season (forests, crops), in texture (pasture, orchard) or
 in structure (towns)."""
@@ -55,7 +75,9 @@ def smooth_field(rng: np.random.Generator, size: int, waves: float) -> np.ndarra
     return field / field.std()
 
 
-def _cells(u: np.ndarray, v: np.ndarray, du: float, dv: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[int, int]]:
+def _cells(
+    u: np.ndarray, v: np.ndarray, du: float, dv: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[int, int]]:
     """Cell indices (from 1, so that neighbours exist), position inside the cell in metres, and the table shape that
     covers all cells."""
     i, j = np.floor(u / du).astype(np.int32), np.floor(v / dv).astype(np.int32)
@@ -65,7 +87,14 @@ def _cells(u: np.ndarray, v: np.ndarray, du: float, dv: float) -> tuple[np.ndarr
 
 
 def _crowns(
-    rng: np.random.Generator, u: np.ndarray, v: np.ndarray, spacing: float, jitter: float, keep: float, height: float, cone: bool,
+    rng: np.random.Generator,
+    u: np.ndarray,
+    v: np.ndarray,
+    spacing: float,
+    jitter: float,
+    keep: float,
+    height: float,
+    cone: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tree crowns on a jittered lattice at positions u, v: (height in metres, 0 between crowns; tone of the crown on
     top), float32."""
@@ -89,17 +118,36 @@ def _crowns(
     return best, tone
 
 
-def _lots(rng: np.random.Generator, land: Land, u: np.ndarray, v: np.ndarray, region: np.ndarray, industrial: bool) -> None:
+def _lots(
+    rng: np.random.Generator, land: Land, u: np.ndarray, v: np.ndarray, region: np.ndarray, industrial: bool
+) -> None:
     """Streets, lots and buildings in `region` (changes `land` in place)."""
     if industrial:
-        du, dv, street, fill, heights, roofs = rng.uniform(50, 75), rng.uniform(45, 70), 9.0, (0.5, 0.85), (6, 14), (0.1, 0.45, 0.45)
+        du, dv, street, fill, heights, roofs = (
+            rng.uniform(50, 75),
+            rng.uniform(45, 70),
+            9.0,
+            (0.5, 0.85),
+            (6, 14),
+            (0.1, 0.45, 0.45),
+        )
     else:
-        du, dv, street, fill, heights, roofs = rng.uniform(18, 26), rng.uniform(24, 32), 6.0, (0.35, 0.6), (4, 9), (0.45, 0.4, 0.15)
+        du, dv, street, fill, heights, roofs = (
+            rng.uniform(18, 26),
+            rng.uniform(24, 32),
+            6.0,
+            (0.35, 0.6),
+            (4, 9),
+            (0.45, 0.4, 0.15),
+        )
     i, j, x, y, shape = _cells(u, v, du, dv)
     street_v = (j % 2 == 0) & (y < street)
     street_u = (x < street) & (i % (1 if industrial else 4) == 0)
     half = rng.uniform(*fill, (2, *shape)) / 2 * np.array([du - street * industrial, dv - street])[:, None, None]
-    centre = np.array([du, dv])[:, None, None] / 2 + rng.uniform(-0.06, 0.06, (2, *shape)) * np.array([du, dv])[:, None, None]
+    centre = (
+        np.array([du, dv])[:, None, None] / 2
+        + rng.uniform(-0.06, 0.06, (2, *shape)) * np.array([du, dv])[:, None, None]
+    )
     centre += np.array([street / 2 * industrial, street / 2])[:, None, None]
     built = rng.uniform(size=shape) < 0.92
     roof = np.array([TILE_ROOF, GREY_ROOF, METAL_ROOF])[rng.choice(3, shape, p=rng.dirichlet(np.array(roofs) * 3))]
@@ -122,7 +170,9 @@ def _lots(rng: np.random.Generator, land: Land, u: np.ndarray, v: np.ndarray, re
     land.tone[inside] = (table[..., 7] * side)[inside]
 
 
-def _plant(land: Land, region: np.ndarray, height: np.ndarray, tone: np.ndarray, leaf: np.ndarray | int = DECIDUOUS) -> None:
+def _plant(
+    land: Land, region: np.ndarray, height: np.ndarray, tone: np.ndarray, leaf: np.ndarray | int = DECIDUOUS
+) -> None:
     """Puts trees (values at the pixels of `region`, height 0 = no tree there) on the ground (in place)."""
     tree = height > 0
     at = region.copy()
@@ -159,7 +209,9 @@ def _paint(rng: np.random.Generator, land: Land, u: np.ndarray, v: np.ndarray, r
     if scene in ("conifer forest", "deciduous forest"):
         cone = scene == "conifer forest"
         land.material[region] = GRASS
-        height, tone = _crowns(rng, u[region], v[region], rng.uniform(4.0, 7.0), 0.95, rng.uniform(0.8, 0.98), rng.uniform(12, 24), cone)
+        height, tone = _crowns(
+            rng, u[region], v[region], rng.uniform(4.0, 7.0), 0.95, rng.uniform(0.8, 0.98), rng.uniform(12, 24), cone
+        )
         # A forest is rarely pure: a minority of the other kind in coherent groups.
         mixed = smooth_field(rng, u.shape[0], 6.0)[region] > rng.uniform(0.7, 2.5)
         _plant(land, region, height, tone, np.where(mixed ^ cone, CONIFER, DECIDUOUS).astype(np.uint8))
@@ -171,7 +223,11 @@ def _paint(rng: np.random.Generator, land: Land, u: np.ndarray, v: np.ndarray, r
         _plant(land, grove, *_crowns(rng, u[grove], v[grove], 8.0, 0.95, rng.uniform(0.0, 0.3), 7.0, False))
     elif scene == "orchard":
         land.material[region] = SOIL if rng.uniform() < 0.25 else GRASS
-        _plant(land, region, *_crowns(rng, u[region], v[region], rng.uniform(4.5, 8.0), 0.15, rng.uniform(0.75, 0.98), 4.5, False))
+        _plant(
+            land,
+            region,
+            *_crowns(rng, u[region], v[region], rng.uniform(4.5, 8.0), 0.15, rng.uniform(0.75, 0.98), 4.5, False),
+        )
     elif scene in ("residential", "industrial"):
         _lots(rng, land, u, v, region, scene == "industrial")
     elif scene == "bare":
@@ -199,8 +255,12 @@ def make_land(rng: np.random.Generator, tile: int, ratio: int, gsd: float, scene
     terrain = terrain + rng.gamma(2, 1.5) * smooth_field(rng, size, 1.5 * extent)
     vigour = (1 + 0.12 * smooth_field(rng, size, 4 * extent)).clip(0.5, 1.4)
     land = Land(
-        np.full((size, size), GRASS, np.uint8), np.full((size, size), 3, np.uint8), np.zeros((size, size), np.float32),
-        terrain.astype(np.float32), np.ones((size, size), np.float32), vigour.astype(np.float32),
+        np.full((size, size), GRASS, np.uint8),
+        np.full((size, size), 3, np.uint8),
+        np.zeros((size, size), np.float32),
+        terrain.astype(np.float32),
+        np.ones((size, size), np.float32),
+        vigour.astype(np.float32),
     )
     _paint(rng, land, u, v, np.ones((size, size), bool), scene)
     # Patches of other ground: up to two fifths of the place, so that the means of the bands say little about the scene.
