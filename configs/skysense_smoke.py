@@ -34,8 +34,8 @@ def get_config() -> config_dict.ConfigDict:
     c.data.rotate = 0.5  # probability of a quarter turn (90, 180 or 270 degrees)
     c.data.date_jitter_days = 7
     c.data.augment = config_dict.ConfigDict({
-        # HR: DINO's optical set at half its strength and without solarisation: at full strength the head of an HR encoder
-        # this narrow drifted to uniform (teacher entropy 0.54 to 0.90 of log K in 200 steps).
+        # HR: DINO's optical set at half its strength, without solarisation: at full strength the head of an HR encoder this
+        # narrow drifted to uniform (teacher entropy 0.54 to 0.90 of log K in 200 steps).
         "hr_jitter": 0.8, "hr_jitter_strength": (0.2, 0.2, 0.1, 0.05), "hr_gray": 0.1, "hr_blur": (0.5, 0.1, 0.2),
         "hr_solarize": 0.0,
         # S2, S1: gain and offset of the radiometry, in the sensor's own unit.
