@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import json
 import pathlib
 import pickle
 
@@ -11,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import config_dict
@@ -21,6 +18,7 @@ from configs import skysense_smoke
 from skysense_jax import sensors
 from skysense_jax.data import augment, bench, pipeline, radiometry, sources, spec
 from skysense_jax.ops import crops
+from tests import tiny
 
 TILE, RATIO, PLACES, CLASSES = 12, 4, 7, 3
 DATES = {"hr": 1, "s2": 6, "s1": 2}
@@ -60,23 +58,8 @@ def make_record(number: int, names=("hr", "s2", "s1")) -> dict:
 
 def write_dataset(folder: pathlib.Path, splits: dict[str, list[dict]]) -> str:
     features = spec.record_features(("hr", "s2", "s1"), TILE, RATIO, CLASSES)
-    folder.mkdir(parents=True, exist_ok=True)
-    infos = []
-    for split, records in splits.items():
-        writer = ArrayRecordWriter(str(folder / f"places-{split}.array_record-00000-of-00001"), "group_size:1")
-        for record in records:
-            writer.write(features.serialize_example(record))
-        writer.close()
-        template = tfds.core.ShardedFileTemplate(
-            data_dir=folder, dataset_name="places", split=split, filetype_suffix="array_record",
-            template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-        )
-        lengths = [len(records)]
-        infos.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=0, filename_template=template))
-    tfds.folder_dataset.write_metadata(data_dir=folder, features=features, split_infos=infos, check_data=False)
     meta = {"format": 1, "tile": TILE, "ratio": RATIO, "gsd": 10.0, "sensors": ["hr", "s2", "s1"]}
-    (folder / sources.METADATA).write_text(json.dumps(meta))
-    return str(folder)
+    return tiny.write_records(folder, features, splits, meta)
 
 
 @pytest.fixture(scope="module")

@@ -38,25 +38,31 @@ def record(number: int) -> dict:
     return place
 
 
-def write_dataset(folder: pathlib.Path, places: int = 10) -> str:
-    """Splits train (`places`) and test (half as many); returns the folder as text."""
-    features = spec.record_features(tuple(DATES), TILE, RATIO, CLASSES)
+def write_records(folder: pathlib.Path, features: tfds.features.FeaturesDict, splits: dict[str, list], meta: dict) -> str:
+    """A TFDS dataset of one shard per split, with its places.json; returns the folder as text."""
     folder.mkdir(parents=True, exist_ok=True)
     infos = []
-    for split, numbers in {"train": range(places), "test": range(100, 100 + places // 2)}.items():
+    for split, records in splits.items():
         writer = ArrayRecordWriter(str(folder / f"places-{split}.array_record-00000-of-00001"), "group_size:1")
-        for number in numbers:
-            writer.write(features.serialize_example(record(number)))
+        for one in records:
+            writer.write(features.serialize_example(one))
         writer.close()
         template = tfds.core.ShardedFileTemplate(
             data_dir=folder, dataset_name="places", split=split, filetype_suffix="array_record",
             template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
         )
-        lengths = [len(numbers)]
+        lengths = [len(records)]
         infos.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=0, filename_template=template))
     tfds.folder_dataset.write_metadata(data_dir=folder, features=features, split_infos=infos, check_data=False)
+    (folder / sources.METADATA).write_text(json.dumps(meta))
+    return str(folder)
+
+
+def write_dataset(folder: pathlib.Path, places: int = 10) -> str:
+    """Splits train (`places`) and test (half as many); returns the folder as text."""
+    features = spec.record_features(tuple(DATES), TILE, RATIO, CLASSES)
+    splits = {"train": [record(i) for i in range(places)], "test": [record(100 + i) for i in range(places // 2)]}
     meta = {"format": 1, "tile": TILE, "ratio": RATIO, "gsd": 10.0, "sensors": list(DATES),
             "label_classes": ["a", "b", "c"], "label_map_classes": {},
             "synthetic": True, "dataset_id": f"noise-{places}"}
-    (folder / sources.METADATA).write_text(json.dumps(meta))
-    return str(folder)
+    return write_records(folder, features, splits, meta)

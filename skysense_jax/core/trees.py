@@ -103,13 +103,3 @@ def size_bytes(leaf: Any) -> int:
     for n in leaf.shape:
         size *= int(n)
     return size
-
-
-def tree_bytes(tree: Tree) -> int:
-    """Bytes of all leaves, each counted whole (not per device)."""
-    return sum(size_bytes(leaf) for leaf in jax.tree.leaves(tree))
-
-
-def tree_count(tree: Tree) -> int:
-    """Number of values in all leaves."""
-    return sum(size_bytes(leaf) // leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
