@@ -55,6 +55,8 @@ def get_config() -> config_dict.ConfigDict:
         "patch": 4, "embed_dims": 16, "depths": (2, 2, 2), "num_heads": (1, 2, 4), "window": 4, "mlp_ratio": 4,
         "eps": 1e-5, "extra_norm_every": 6, "pretrained_windows": (0, 0, 0), "pad_small_map": False, "drop_path": 0.0,
         "drop_path_before_norm": False,
+        # Swin-V2 starts its branches at 0; in hundreds of steps they do not grow enough to be of use (docs/results.md).
+        "branch_scale": 1.0,
     })
     vit = {"patch": 2, "embed_dims": 64, "depth": 4, "num_heads": 4, "mlp_ratio": 4, "img_size": 16, "drop_path": 0.0,
            "cls_token": False, "eps": 1e-6}
@@ -79,7 +81,8 @@ def get_config() -> config_dict.ConfigDict:
     c.objective.align_grid = 2  # alignment on grid x grid regions of a view: more positives; 1 = whole views
     c.objective.chunk = 4096  # rows of one place whose logits are held at once; more are scanned and rematerialised
 
-    c.optim = config_dict.ConfigDict({"b1": 0.9, "b2": 0.999, "eps": 1e-8, "clip": 3.0})
+    # b2: the first gradients are ten times the later ones; 0.999 would remember them for the whole run.
+    c.optim = config_dict.ConfigDict({"b1": 0.9, "b2": 0.95, "eps": 1e-8, "clip": 3.0})
     c.schedule = config_dict.ConfigDict({
         # linear to lr over the warm-up, then "cosine" or "linear" to final_lr ("gfm": GFM's own rule)
         "rule": "cosine", "warmup_lr": 0.0, "lr": 1e-3, "final_lr": 1e-5, "warmup_steps": 20,

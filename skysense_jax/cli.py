@@ -22,11 +22,15 @@ COMMANDS = {
     "train": "pretrain from a configuration; continues a workdir that has begun",
     "eval": "score frozen features (kNN, linear probe) beside two baselines, with intervals over places",
     "export-torch": "write the teacher's weights for PyTorch: safetensors with official names, config.json, code",
+    "import-torch": "read the released SkySense and SkySense++ weights, strictly, module by module",
+    "verify": "run an exported folder's frozen batch in JAX and in plain torch, and print the differences",
     "inspect": "print what a dataset, a checkpoint, an exported folder or a configuration is and what input it expects",
 }
 _MODULES = {
     "eval": "skysense_jax.evaluate",
     "export-torch": "skysense_jax.export_torch",
+    "import-torch": "skysense_jax.import_torch",
+    "verify": "skysense_jax.verify",
     "inspect": "skysense_jax.inspect_path",
 }
 _REGISTER = {  # data action -> (module, its function that registers the action)

@@ -1,8 +1,8 @@
 """A trained network from a folder, and `load`: a plain function from sensors with dates to features, beside the input
 contract.
 
-Three kinds of folder hold a network: a workdir (its newest checkpoint), one checkpoint, an exported folder. All three
-give the same features for the same weights.
+Four kinds of folder hold a network: a workdir (its newest checkpoint), one checkpoint, an exported folder, imported
+weights. All give the same features for the same weights.
 """
 
 from __future__ import annotations
@@ -18,18 +18,26 @@ import numpy as np
 from ml_collections import config_dict
 
 from skysense_jax import prepare
-from skysense_jax.convert import torch_import
+from skysense_jax.convert import torch_export, torch_import
 from skysense_jax.data import spec
 from skysense_jax.models import skysense as models
 from skysense_jax.objectives import skysense as objectives
 from skysense_jax.run import checkpoint
 
+MODEL_FILE, PARTS = "model.json", "parts"
+"""Description and folder of modules of imported weights."""
+
 KINDS = {
+    "imported": f"imported weights have {MODEL_FILE} and {PARTS}/",
     "dataset": "a dataset has places.json",
-    "export": "an exported folder has config.json and model.safetensors",
+    "export": f"an exported folder has config.json and {torch_export.WEIGHTS} or {torch_export.INDEX}",
     "workdir": "a workdir has checkpoints/",
     "checkpoint": "a checkpoint is WORKDIR/checkpoints/STEP",
 }
+
+
+DESCRIBED = {"export": "config.json", "imported": MODEL_FILE}
+"""Kinds whose description is a JSON file with architecture, input_contract, provenance."""
 
 
 class Description(NamedTuple):
@@ -73,7 +81,9 @@ def identify(path: str | pathlib.Path) -> str:
         raise FileNotFoundError(f"{path}: no such folder")
     if (folder / "places.json").is_file():
         return "dataset"
-    if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
+    if (folder / MODEL_FILE).is_file():
+        return "imported"
+    if (folder / "config.json").is_file() and any((folder / n).is_file() for n in (torch_export.WEIGHTS, torch_export.INDEX)):
         return "export"
     if (folder / "checkpoints").is_dir():
         return "workdir"
@@ -132,11 +142,12 @@ def read_description(path: str | pathlib.Path) -> Description:
     kind, folder = identify(path), pathlib.Path(path)
     if kind == "dataset":
         raise ValueError(f"{path} is a dataset, not a network; give a workdir, a checkpoint or an exported folder")
-    if kind == "export":
-        meta = json.loads((folder / "config.json").read_text())
+    if kind in DESCRIBED:
+        meta = json.loads((folder / DESCRIBED[kind]).read_text())
         if "architecture" not in meta or "input_contract" not in meta:
             raise ValueError(
-                f"{path}/config.json has no architecture and input_contract; it was not written by export-torch"
+                f"{path}/{DESCRIBED[kind]} has no architecture and input_contract; it was not written by export-torch or "
+                "import-torch"
             )
         provenance = dict(meta.get("provenance", {}))
         config = provenance.pop("config", None)
@@ -167,6 +178,10 @@ def open_network(path: str | pathlib.Path) -> Network:
     found = read_description(path)
     if found.kind == "export":
         encoder = torch_import.load_folder(found.path)[0]
+    elif found.kind == "imported":
+        encoder = {}
+        for name in found.provenance["parts"]:
+            encoder |= checkpoint.load_part(found.path / PARTS, name)
     else:
         # the step that was described and no other: a damaged one is an error here, not a silent step back
         encoder = checkpoint.load_tree(found.path, "teacher", found.step)["encoder"]

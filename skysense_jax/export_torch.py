@@ -1,5 +1,5 @@
-"""`skysense-jax export-torch`: the teacher of a run as a folder PyTorch reads, with where it comes from written into
-it."""
+"""`skysense-jax export-torch`: the teacher of a run, or imported weights, as a folder PyTorch reads, with where they come
+from written into it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from skysense_jax.evaluate import commit
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument("path", help="workdir (its newest checkpoint) or checkpoint")
+    parser.add_argument("path", help="workdir (its newest checkpoint), checkpoint or imported weights")
     parser.add_argument("--out", required=True, help="folder to write; must not hold exported weights yet")
+    parser.add_argument(
+        "--per-module", action="store_true", help="one file of weights per module with an index, instead of one for all"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -23,14 +26,16 @@ def run(args: argparse.Namespace) -> int:
     if found.kind == "export":
         raise ValueError(f"{args.path} is exported already")
     network = embed.open_network(args.path)
-    provenance = {
-        "source": "teacher of a skysense_jax run",
-        "step": found.step,
-        "dataset_id": found.provenance["dataset id"],
-        "commit": commit(),
-        "trained_with": found.provenance["code"],
-        "exported_with": __version__,
-        "config": json.loads(found.config.to_json()),
-    }
-    print(torch_export.export(network.encoder, found.contract, found.model, args.out, provenance))
+    provenance = {"commit": commit(), "exported_with": __version__}
+    if found.kind == "imported":
+        provenance = found.provenance | provenance
+    else:
+        provenance |= {
+            "source": "teacher of a skysense_jax run",
+            "step": found.step,
+            "dataset_id": found.provenance["dataset id"],
+            "trained_with": found.provenance["code"],
+            "config": json.loads(found.config.to_json()),
+        }
+    print(torch_export.export(network.encoder, found.contract, found.model, args.out, provenance, args.per_module))
     return 0

@@ -16,7 +16,12 @@ from skysense_jax.data import sources
 from skysense_jax.models import skysense as models
 from skysense_jax.sensors import SENSORS, input_contract
 
-KIND_NAMES = {"workdir": "workdir (newest checkpoint)", "checkpoint": "checkpoint", "export": "exported weights"}
+KIND_NAMES = {
+    "workdir": "workdir (newest checkpoint)",
+    "checkpoint": "checkpoint",
+    "export": "exported weights",
+    "imported": "imported weights",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +52,7 @@ def describe(path: str | pathlib.Path) -> str:
     found = embed.read_description(path)
     lines = [f"{KIND_NAMES[kind]}  {found.path}"]
     lines += [f"  {name:<14}{value}" for name, value in found.provenance.items()]
-    if kind == "export":
+    if kind in embed.DESCRIBED:
         counted = parameters({"weights": {"encoder": models.param_shapes(found.model, found.contract)}})
     else:
         counted = parameters(embed.abstract(found.config, found.contract))

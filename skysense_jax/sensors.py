@@ -29,7 +29,7 @@ class Sensor(NamedTuple):
     plausible: (low, high) of stored valid values, used to refuse absurd input. nodata: the instrument's customary nodata value,
     or None; it applies on top of the file's own nodata. offset_required: the additive offset must be known from metadata or
     the catalog (Sentinel-2, processing baseline 04.00). mean, std: default statistics per band in stored units;
-    source: where they come from.
+    source: where they come from. unstored: bands a model may take that records do not hold -> (mean, std).
     """
 
     name: str
@@ -47,6 +47,7 @@ class Sensor(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     source: str
+    unstored: Mapping[str, tuple[float, float]] = {}
 
 
 _S2_BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B10", "B11", "B12")
@@ -65,6 +66,7 @@ SENSORS: dict[str, Sensor] = {
             unit="dn", units_accepted=("dn",), dtype="uint8", grid="hr", dated=False, gsd=0.3, plausible=(0.0, 255.0),
             nodata=None, offset_required=False, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375),
             source="ImageNet statistics on 0..255, as in the SkySense release's iSAID and DIOR configurations",
+            unstored={"NIR": (123.675, 58.395)},  # four-band encoders start from the red kernel: red's statistics
         ),
         Sensor(
             name="s2", bands=_S2_BANDS, aliases=_S2_ALIASES, unit="dn", units_accepted=("dn", "reflectance"), dtype="uint16",
@@ -103,12 +105,12 @@ def band_name(sensor: str, name: str) -> str:
     """Canonical name of a band spelling (``B2``, ``b02``, ``blue`` -> ``B02``). Raises ValueError naming the known spellings."""
     row = SENSORS[sensor]
     text = name.strip()
-    for canonical in row.bands:
+    for canonical in (*row.bands, *row.unstored):
         if text.lower() == canonical.lower():
             return canonical
     if text.lower() in row.aliases:
         return row.aliases[text.lower()]
-    raise ValueError(f"band {name!r} is not a band of sensor {sensor!r}; known: {', '.join(row.bands)}")
+    raise ValueError(f"band {name!r} is not a band of sensor {sensor!r}; known: {', '.join((*row.bands, *row.unstored))}")
 
 
 def input_contract(
@@ -136,13 +138,13 @@ def input_contract(
             raise ValueError(f"sensor {name!r}: bands must be distinct and not empty, got {wanted}")
         given = (statistics or {}).get(name, {})
         mean, std = given.get("mean", row.mean), given.get("std", row.std)
-        index = [row.bands.index(band) for band in wanted]
-        picked_std = [float(std[i]) for i in index]
+        columns = {**dict(zip(row.bands, zip(mean, std))), **row.unstored}
+        picked_std = [float(columns[band][1]) for band in wanted]
         if min(picked_std) <= 0:
             raise ValueError(f"sensor {name!r}: a standard deviation of {min(picked_std)} cannot normalise; bands {wanted}")
         contract["sensors"][name] = {
             "bands": wanted, "unit": row.unit, "grid": row.grid, "gsd": row.gsd,
-            "mean": [float(mean[i]) for i in index], "std": picked_std,
+            "mean": [float(columns[band][0]) for band in wanted], "std": picked_std,
             "statistics_source": str(given.get("source", row.source)),
             "missing": "invalid pixels and unmeasured bands are 0 after normalisation; absent dates are masked",
         }

@@ -48,7 +48,7 @@ def model_config(case: Case) -> tuple[config_dict.ConfigDict, dict[str, Any]]:
         "hr": {"patch": hr["patch"], "embed_dims": hr["width"], "depths": hr["depths"], "num_heads": hr["heads"],
                "window": hr["windows"], "mlp_ratio": 4, "extra_norm_every": hr["extra_norm_every"], "drop_path": 0.0,
                "pretrained_windows": hr["pretrained_windows"], "pad_small_map": hr["pad_small_map"],
-               "drop_path_before_norm": True, "eps": hr["eps"]},
+               "drop_path_before_norm": True, "branch_scale": 0.0, "eps": hr["eps"]},
         "fusion": {"embed_dims": f["width"], "depth": f["depth"], "num_heads": f["heads"], "mlp_ratio": f["mlp_ratio"],
                    "drop_path": 0.0, "eps": f["eps"]},
     }

@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 from skysense_jax import sensors
-from skysense_jax.convert import keymap, torch_export, torch_import
+from skysense_jax.convert import keymap, tensor_files, torch_export, torch_import
 from skysense_jax.core import trees
 from skysense_jax.models.skysense import param_shapes
 from tests import tiny_model as tiny
@@ -115,52 +115,29 @@ def test_strict_import_names_everything_wrong_at_once():
     assert "wrong type: backbone_s1.cls_token" in text
 
 
-@pytest.mark.parametrize("prefix", ["", "backbone.", "module.backbone_gep.", "model.backbone_hr.", "visual."])
-def test_single_module_file_with_its_prefix_and_extras(prefix):
-    cfg, params = tiny.config(), tiny.params(tiny.config(), CONTRACT)
-    entries = keymap.swin_entries(cfg.hr.depths, cfg.hr.extra_norm_every, range(2))
-    state = {prefix + k: v for k, v in torch_export.state_from_params(params["hr"], entries).items()}
-    state[prefix + "mask_token"] = np.zeros((1, 1, 8), np.float32)
-    state["ctpe"] = np.zeros((1, 365, 16), np.float32)
-    imported = torch_import.import_module(state, "hr", cfg, CONTRACT)
-    equal(imported.params, params["hr"])
-    assert sorted(imported.ignored) == ["ctpe", "mask_token"] and not imported.filled
-    for key in ("norm0.weight", "norm0.bias"):  # a file that holds the last norm only
-        del state[prefix + key]
-    imported = torch_import.import_module(state, "hr", cfg, CONTRACT)
-    assert imported.filled == ["norm0.weight", "norm0.bias"] and (imported.params["norm0"]["scale"] == 1).all()
-    del state[prefix + "norm1.weight"]
-    with pytest.raises(ValueError, match="missing: norm1.weight"):
-        torch_import.import_module(state, "hr", cfg, CONTRACT)
-
-
-def test_fused_attention_names():
-    cfg, params = tiny.config(), tiny.params(tiny.config(), CONTRACT)
-    state = torch_export.state_from_params(params["s1"], keymap.vit_entries(2))
-    rename = lambda k: k.replace("in_proj_weight", "Wqkv.weight").replace("in_proj_bias", "Wqkv.bias")
-    legacy = {rename(k): v for k, v in state.items()}
-    assert legacy.keys() != state.keys()
-    equal(torch_import.import_module(legacy, "s1", cfg, CONTRACT).params, params["s1"])
-
-
 def test_reading_pytorch_files(tmp_path):
     torch = pytest.importorskip("torch", reason="needs torch (the extra `torch`) to write and read .pth files")
     weights = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
     wrapped = {"model": weights, "epoch": 3}
     for name, content, legacy in (("flat.pth", weights, False), ("old.pth", weights, True), ("w.ckpt", wrapped, False)):
         torch.save(content, tmp_path / name, _use_new_zipfile_serialization=not legacy)
-        read = torch_import.read_tensors(tmp_path / name)
+        read = tensor_files.open_tensors(tmp_path / name)
         assert read["b"].dtype == np.float32
         np.testing.assert_array_equal(read["a"], weights["a"].numpy())
     torch.save({"x": sys.exit}, tmp_path / "code.pth")
-    with pytest.raises(Exception, match="weights_only|Weights only|sys.exit"):
-        torch_import.read_tensors(tmp_path / "code.pth")
+    torch.save({"x": sys.exit}, tmp_path / "old_code.pth", _use_new_zipfile_serialization=False)
+    for name in ("code.pth", "old_code.pth"):
+        with pytest.raises(ValueError, match=r"would run code that its pickle asks for \(sys.exit\)"):
+            tensor_files.open_tensors(tmp_path / name)
+    (tmp_path / "torn.pth").write_bytes((tmp_path / "old.pth").read_bytes()[:40])
+    with pytest.raises(ValueError, match="torn.pth: not a sound PyTorch file"):
+        tensor_files.open_tensors(tmp_path / "torn.pth")
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
     with pytest.raises(ValueError, match="no tensors"):
-        torch_import.read_tensors(tmp_path / "empty.pth")
+        tensor_files.open_tensors(tmp_path / "empty.pth")
     (tmp_path / "weights.h5").write_bytes(b"")
     with pytest.raises(ValueError, match="are read from"):
-        torch_import.read_tensors(tmp_path / "weights.h5")
+        tensor_files.open_tensors(tmp_path / "weights.h5")
 
 
 def test_a_folder_of_another_model(tmp_path):

@@ -233,7 +233,7 @@ def test_zero_vectors_have_no_gradient():
 def test_a_cell_counts_from_half_of_its_pixels_on():
     valid = np.zeros((1, 1, 2, 6), np.float32)
     valid[0, 0, 0, :3] = 1
-    assert cell_mask(valid, 2)[0, 0].tolist() == [[1.0, 0.0, 0.0]]
+    assert cell_mask(valid, (1, 3))[0, 0].tolist() == [[1.0, 0.0, 0.0]]
 
 
 def test_full_size_parameter_counts():

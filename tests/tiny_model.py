@@ -23,7 +23,7 @@ def config(**changes: Any) -> config_dict.ConfigDict:
         "name": "skysense", "dtype": "float32", "remat": False, "width": 16, "ratio": 4, "calendar": "dated",
         "hr": {"patch": 2, "embed_dims": 8, "depths": (2, 2), "num_heads": (1, 2), "window": 4, "mlp_ratio": 2,
                "eps": 1e-5, "extra_norm_every": 0, "pretrained_windows": (0, 0), "pad_small_map": False,
-               "drop_path": 0.2, "drop_path_before_norm": False},
+               "drop_path": 0.2, "drop_path_before_norm": False, "branch_scale": 0.0},
         "s2": dict(vit), "s1": dict(vit),
         "fusion": {"embed_dims": 8, "depth": 2, "num_heads": 2, "mlp_ratio": 2, "drop_path": 0.2, "eps": 1e-5},
     } | changes)

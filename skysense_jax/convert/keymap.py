@@ -10,6 +10,7 @@ from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
+from skysense_jax.models.skysense import has_calendar, module_names
 from skysense_jax.nn.swin import stage_plan
 
 
@@ -140,18 +141,20 @@ def placed(entries: Iterable[Entry], torch: str, name: str) -> list[Entry]:
     return [e._replace(torch=torch + e.torch, name=name + e.name) for e in entries]
 
 
+def module_entries(module: str, cfg: Any) -> list[Entry]:
+    """Tensors of one top-level parameter of the model, names without its prefix on either side."""
+    if module == "hr":
+        return swin_entries(cfg.hr.depths, cfg.hr.extra_norm_every, range(len(cfg.hr.depths)))
+    if module == "fusion":
+        return fusion_entries(cfg.fusion.depth)
+    return uphead_entries() if module.startswith("head_") else vit_entries(cfg[module].depth)
+
+
 def model_entries(cfg: Any, contract: Mapping[str, Any]) -> list[Entry]:
     """All tensors of `make_model(cfg, contract)` in the official names of a whole-model file."""
-    modules: dict[str, list[Entry]] = {}
-    for sensor in contract["sensors"]:
-        if sensor == "hr":
-            modules["hr"] = swin_entries(cfg.hr.depths, cfg.hr.extra_norm_every, range(len(cfg.hr.depths)))
-        else:
-            modules[sensor] = vit_entries(cfg[sensor].depth)
-            modules[f"head_{sensor}"] = uphead_entries()
-    modules["fusion"] = fusion_entries(cfg.fusion.depth)
-    entries = [e for key, part in modules.items() for e in placed(part, PREFIXES[key], f"{key}/")]
-    return entries + ([Entry("ctpe", "ctpe")] if cfg.calendar != "none" else [])
+    modules = module_names(cfg, contract)
+    entries = [e for key in modules for e in placed(module_entries(key, cfg), PREFIXES[key], f"{key}/")]
+    return entries + ([Entry("ctpe", "ctpe")] if has_calendar(cfg, modules) else [])
 
 
 def torch_shape(entry: Entry, leaf_shape: Sequence[int]) -> tuple[int, ...]:

@@ -272,16 +272,19 @@ class SkySenseParts:
 
     def build(self, architecture, contract):
         self.architecture, self.contract = architecture, contract
-        width = architecture["width"]
+        width, modules = architecture["width"], architecture.get("modules")
         for name, rule in contract["sensors"].items():
             if name == "hr":
                 self.backbone_hr = SwinTransformerV2(len(rule["bands"]), architecture["hr"])
-            else:
-                vit = architecture[name]
-                self.add_module(f"backbone_{name}", VisionTransformer(len(rule["bands"]), vit))
+                continue
+            vit = architecture[name]
+            self.add_module(f"backbone_{name}", VisionTransformer(len(rule["bands"]), vit))
+            if not modules or f"head_{name}" in modules:
                 scale = vit["patch"]
                 up = nn.Sequential(nn.Conv2d(vit["embed_dims"], width * scale**2, 1), nn.PixelShuffle(scale))
                 self.add_module(f"head_{name}", nn.Sequential(OrderedDict(decoder=up)))
+        if modules and "fusion" not in modules:
+            return
         self.fusion = Fusion(width, architecture["fusion"])
         if architecture["calendar"] != "none":
             self.ctpe = nn.Parameter(torch.zeros(1, 365, width))
@@ -293,7 +296,7 @@ class SkySenseParts:
             raise ValueError(f"{name}: image must be [B,T,{len(rule['bands'])},H,W] with bands {rule['bands']} in "
                              f"{rule['unit']}, got {tuple(image.shape)}")
         b, t, c, height, width = image.shape
-        image = image.to(self.fusion.cls_token)
+        image = image.to(next(self.parameters()))
         valid = sensor.get("valid", image.new_ones(b, t, height, width)).to(image)
         bands = sensor.get("bands", image.new_ones(b, t, c)).to(image)
         dates = sensor.get("dates", torch.full((b, t), -1)).to(image.device)
@@ -303,8 +306,9 @@ class SkySenseParts:
         return torch.where(use, (image - mean) / std, 0.0), valid, dates
 
     def forward(self, inputs):
-        """inputs: see the top of the file. Returns fused [B,E,h,w], fused_mask [B,h,w], maps {sensor: [B,T,D,h,w]},
-        mask {sensor: [B,T,h,w]}, and with HR hr_stages: [B,T,C_i,H_i,W_i] at strides patch * 2^i (4, 8, 16, 32)."""
+        """inputs: see the top of the file. Returns maps {sensor: [B,T,D,h,w]}, mask {sensor: [B,T,h,w]}; with the
+        fusion fused [B,E,h,w], fused_mask [B,h,w]; with HR hr_stages: [B,T,C_i,H_i,W_i] at strides patch * 2^i (4, 8,
+        16, 32). Without its UP head the map of a sensor stays on the ViT's grid."""
         if not inputs or set(inputs) - set(self.contract["sensors"]):
             raise ValueError(f"sensors {list(inputs)} given; the model takes any of {list(self.contract['sensors'])}")
         out, parts, masks = {"maps": {}, "mask": {}}, [], []
@@ -317,16 +321,24 @@ class SkySenseParts:
                 out["hr_stages"] = [m.unflatten(0, (b, t)) for m in self.backbone_hr(image.flatten(0, 1))]
                 x = out["hr_stages"][-1]
             else:
-                x = getattr(self, f"head_{name}")(getattr(self, f"backbone_{name}")(image.flatten(0, 1)))
-                x = x.unflatten(0, (b, t))[..., : grid[0], : grid[1]]
+                x = getattr(self, f"backbone_{name}")(image.flatten(0, 1))
+                if hasattr(self, f"head_{name}"):
+                    x = getattr(self, f"head_{name}")(x)[..., : grid[0], : grid[1]]
+                x = x.unflatten(0, (b, t))
             out["maps"][name] = x
-            out["mask"][name] = (F.avg_pool2d(valid, cell) >= 0.5).to(valid.dtype)
+            cell = -(-image.shape[3] // x.shape[3])
+            share = F.avg_pool2d(F.pad(valid, (0, -valid.shape[3] % cell, 0, -valid.shape[2] % cell)), cell)
+            out["mask"][name] = (share >= 0.5).to(valid.dtype)
+            if not hasattr(self, "fusion"):
+                continue
             calendar = self.architecture["calendar"]
             if calendar == "dated" or (calendar == "s2" and name == "s2"):
                 rows = self.ctpe[0, dates.clamp(0, 364)] * (dates >= 0)[..., None]
                 x = x + rows[..., None, None]
             parts.append(x.permute(0, 3, 4, 1, 2))
             masks.append(out["mask"][name].permute(0, 2, 3, 1) > 0)
+        if not parts:
+            return out
         sequence, seen = torch.cat(parts, 3), torch.cat(masks, 3)
         fused = self.fusion(sequence.flatten(0, 2), seen.flatten(0, 2))
         out["fused"] = fused.unflatten(0, sequence.shape[:3]).permute(0, 3, 1, 2)
@@ -369,7 +381,12 @@ def load(folder="."):
     """The model of an exported folder in eval mode. Strict: a missing, unexpected or misshapen tensor is an error."""
     folder = pathlib.Path(folder)
     model = SkySense(json.loads((folder / "config.json").read_text()))
-    model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    files, state = {"model.safetensors"}, {}
+    if (folder / "model.safetensors.index.json").exists():
+        files = set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values())
+    for file in files:
+        state.update(load_file(folder / file))
+    model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
 
 

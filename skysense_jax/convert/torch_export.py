@@ -17,6 +17,9 @@ from skysense_jax.convert import keymap
 from skysense_jax.core import trees
 from skysense_jax.models.skysense import Params, make_model, per_stage
 
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""Hugging Face's names of the weights in one file, and of the index of several."""
+
 MODELING = pathlib.Path(__file__).with_name("modeling_skysense.py")
 PARITY_REL_L2 = 3e-5
 """Relative L2 within which another implementation must reproduce the frozen batch."""
@@ -76,47 +79,89 @@ def frozen_outputs(
     model = make_model(config_dict.ConfigDict({**cfg.to_dict(), "dtype": "float32"}), contract)
     with jax.default_matmul_precision("highest"):
         outputs = jax.device_get(jax.jit(model.apply)(params, inputs))
-    flat = {"fused": _channels_first(outputs["fused"]), "fused_mask": outputs["fused_mask"]}
+    flat = {}
+    if "fused" in outputs:
+        flat = {"fused": _channels_first(outputs["fused"]), "fused_mask": outputs["fused_mask"]}
     flat |= {f"maps.{name}": _channels_first(x) for name, x in outputs["maps"].items()}
     flat |= {f"mask.{name}": x for name, x in outputs["mask"].items()}
     flat |= {f"hr_stages.{i}": _channels_first(x) for i, x in enumerate(outputs.get("hr_stages", ()))}
     return {k: np.ascontiguousarray(v) for k, v in flat.items()}
 
 
+def relative_l2(value: np.ndarray, expected: np.ndarray) -> float:
+    """|value - expected| / |expected|, in float64."""
+    value, expected = np.asarray(value, np.float64), np.asarray(expected, np.float64)
+    return float(np.linalg.norm(value - expected) / max(np.linalg.norm(expected), 1e-30))
+
+
 def export(
     params: Params, contract: Mapping[str, Any], cfg: Any, out_dir: str | pathlib.Path, provenance: Mapping[str, Any],
+    per_module: bool = False,
 ) -> pathlib.Path:
     """Write the folder and return its path.
 
     params: the encoder of make_model(cfg, contract). cfg: config.model. provenance: JSON-able account of where the
-    weights come from (commit, config, dataset id, steps, licence, inherited licence). Raises ValueError if out_dir
-    holds another export.
+    weights come from (commit, config, dataset id, steps, licence, inherited licence). per_module: one file of weights
+    per module as the release has them, with Hugging Face's index, instead of one for all: at full size it needs a
+    module's memory less. Raises ValueError if out_dir holds another export.
     """
     out = pathlib.Path(out_dir)
-    if (out / "model.safetensors").exists():
+    if weight_files(out):
         raise ValueError(f"{out} already holds exported weights; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    state = state_from_params(params, keymap.model_entries(cfg, contract))
     inputs = frozen_inputs(cfg, contract)
     frozen = {f"input.{name}.{key}": _channels_first(x) if key == "image" else x
               for name, sensor in inputs.items() for key, x in sensor.items()}
     frozen |= {f"output.{k}": v for k, v in frozen_outputs(params, cfg, contract, inputs).items()}
-    counts = count_parameters(params)
     config = {
         "model_type": "skysense", "format": 1, "architectures": ["SkySenseModel"],
         "auto_map": {"AutoConfig": "modeling_skysense.SkySenseConfig", "AutoModel": "modeling_skysense.SkySenseModel"},
         "architecture": _plain(cfg), "input_contract": _plain(contract), "provenance": _plain(provenance),
-        "parameters": counts,
+        "parameters": count_parameters(params),
         "parity": {"tolerance_rel_l2": PARITY_REL_L2, "computed_with": f"jax {jax.__version__}, float32"},
     }
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (out / "README.md").write_text(model_card(config))
     shutil.copyfile(MODELING, out / MODELING.name)
-    safetensors.numpy.save_file({k: np.ascontiguousarray(v) for k, v in frozen.items()}, out / "parity.safetensors")
-    safetensors.numpy.save_file(state, out / "model.safetensors", metadata={"format": "pt"})
-    for file in out.glob("*.safetensors"):
-        file.chmod(0o644)  # the library writes through a private temporary file
+    _save(out / "parity.safetensors", {k: np.ascontiguousarray(v) for k, v in frozen.items()})
+    if not per_module:
+        _save(out / WEIGHTS, state_from_params(params, keymap.model_entries(cfg, contract)))
+        return out
+    weight_map, total = {}, 0
+    for module, entries in by_module(keymap.model_entries(cfg, contract)).items():
+        held = {name: params[name] for name in {e.name.split("/")[0] for e in entries}}
+        state = state_from_params(held, entries)
+        _save(out / f"skysense_model_{module}.safetensors", state)
+        weight_map |= dict.fromkeys(state, f"skysense_model_{module}.safetensors")
+        total += sum(value.nbytes for value in state.values())
+    (out / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1) + "\n")
     return out
+
+
+def by_module(entries: Sequence[keymap.Entry]) -> dict[str, list[keymap.Entry]]:
+    """Entries by the file of a release they belong to: backbone_hr, backbone_s2 (with the calendar, where there is one),
+    backbone_s1, head_s2, head_s1, fusion."""
+    files: dict[str, list[keymap.Entry]] = {}
+    for entry in entries:
+        module = entry.name.split("/")[0]
+        if module == "ctpe":
+            module = "s2" if "backbone_s2" in files else "fusion"
+        files.setdefault(keymap.PREFIXES[module].rstrip("."), []).append(entry)
+    return files
+
+
+def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files with an exported folder's weights: one, or one per module; none where it holds no weights."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        return []
+    return [folder / name for name in sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))]
+
+
+def _save(path: pathlib.Path, state: Mapping[str, np.ndarray]) -> None:
+    safetensors.numpy.save_file(dict(state), path, metadata={"format": "pt"})
+    path.chmod(0o644)  # the library writes through a private temporary file
 
 
 def count_parameters(params: Params) -> dict[str, int]:

@@ -1,36 +1,17 @@
-"""PyTorch tensors in: read a file of weights, bring its names to the official ones, fill our parameter tree; strict
-throughout.
-"""
+"""PyTorch tensors in: names brought to the official ones, our parameter tree filled; strict throughout."""
 from __future__ import annotations
 
-import importlib.util
 import json
 import pathlib
-import zipfile
 from typing import Any, Mapping, NamedTuple, Sequence
 
 import numpy as np
-import safetensors.numpy
 from ml_collections import config_dict
 
-from skysense_jax.convert import keymap
+from skysense_jax.convert import keymap, torch_export
+from skysense_jax.convert.tensor_files import joined, open_tensors
 from skysense_jax.core import trees
 from skysense_jax.models.skysense import param_shapes
-
-WRAPPERS = ("state_dict", "model", "module")
-"""Keys under which a checkpoint may hold its tensors."""
-
-OUTER_PREFIXES = ("module.", "model.")
-MODULE_PREFIXES = {
-    "hr": ("backbone_gep.", "backbone_hr.", "visual.", "backbone."), "s2": ("backbone_s2.", "backbone."),
-    "s1": ("backbone_s1.", "backbone."), "fusion": ("fusion.", "backbone."), "head_s2": ("head_s2.", "backbone."),
-    "head_s1": ("head_s1.", "backbone."),
-}
-"""Prefixes a single-module file may carry, in the order they are tried (SkySense ckpt_convert, README, SkySense-O)."""
-
-UNUSED_IN_ENCODERS = ("mask_token", "ctpe")
-"""Tensors a released encoder file carries beside the encoder's own; left out, and reported."""
-
 
 class Imported(NamedTuple):
     """params: our tree. filled: torch keys the state lacked and a default replaced. ignored: keys left out on
@@ -102,62 +83,13 @@ def params_from_torch(state: Mapping[str, np.ndarray], cfg: Any, contract: Mappi
 def import_module(
     state: Mapping[str, np.ndarray], module: str, cfg: Any, contract: Mapping[str, Any],
 ) -> Imported:
-    """One top-level parameter ("hr", "s2", "s1", "head_s2", "head_s1", "fusion") from a single-module file in official
-    names, with or without the prefixes such files carry. The tree in the result is the module's own."""
-    if module not in keymap.PREFIXES:
-        raise ValueError(f"unknown module {module!r}; known: {', '.join(keymap.PREFIXES)}")
-    prefix = keymap.PREFIXES[module]
-    own = [e for e in keymap.model_entries(cfg, contract) if e.name.startswith(f"{module}/")]
-    own = [e._replace(torch=e.torch[len(prefix):], name=e.name[len(module) + 1:]) for e in own]
-    return fill(strip_prefixes(state, module), own, param_shapes(cfg, contract)[module], UNUSED_IN_ENCODERS)
-
-
-def strip_prefixes(state: Mapping[str, np.ndarray], module: str) -> dict[str, np.ndarray]:
-    """Names of a single-module file without its prefixes (module., model., then the first of MODULE_PREFIXES that
-    occurs), and the fused-attention builds' `Wqkv` names brought to in_proj. Raises ValueError where two names become
-    one."""
-    found = next((p for p in MODULE_PREFIXES[module] if any(_outer(k).startswith(p) for k in state)), "")
-    stripped: dict[str, np.ndarray] = {}
-    for key, value in state.items():
-        name = _outer(key)
-        name = name[len(found):] if name.startswith(found) else name
-        name = name.replace(".Wqkv.weight", ".in_proj_weight").replace(".Wqkv.bias", ".in_proj_bias")
-        if name in stripped:
-            raise ValueError(f"two tensors of the file are both named {name} once the prefixes are off")
-        stripped[name] = value
-    return stripped
-
-
-def _outer(key: str) -> str:
-    for prefix in OUTER_PREFIXES:
-        key = key[len(prefix):] if key.startswith(prefix) else key
-    return key
-
-
-def read_tensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """All tensors of a .safetensors or PyTorch file, unwrapped from `state_dict` / `model`, as numpy arrays.
-
-    PyTorch files are read with weights_only=True (never executing what a pickle asks for), memory-mapped where the
-    file is a zip archive; bfloat16 becomes float32. Raises ValueError for an unknown ending, a file without tensors,
-    or where torch is needed and absent.
+    """One top-level parameter ("hr", "s2", "s1", "head_s2", "head_s1", "fusion", "ctpe") from tensors in the module's
+    official names without prefix (`released.modules_in` brings files to them). params is the module's own tree.
     """
-    path = pathlib.Path(path)
-    if path.suffix == ".safetensors":
-        return dict(safetensors.numpy.load_file(path))
-    if path.suffix not in (".pth", ".pt", ".ckpt", ".bin"):
-        raise ValueError(f"{path}: weights are read from .safetensors, .pth, .pt, .ckpt or .bin files")
-    if importlib.util.find_spec("torch") is None:
-        raise ValueError(f"{path}: reading PyTorch files needs torch; install the extra `torch`, or use .safetensors")
-    import torch
-
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    for wrapper in WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    tensors = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)}
-    if not tensors:
-        raise ValueError(f"{path}: no tensors in it; found {sorted(map(str, content))[:10]}")
-    return {k: (v.float() if v.dtype == torch.bfloat16 else v).numpy() for k, v in tensors.items()}
+    entries = [keymap.Entry("ctpe", "ctpe")] if module == "ctpe" else keymap.module_entries(module, cfg)
+    shapes = param_shapes(cfg, contract)[module]
+    imported = fill(state, entries, {"ctpe": shapes} if module == "ctpe" else shapes)
+    return imported._replace(params=imported.params["ctpe"]) if module == "ctpe" else imported
 
 
 def tuples(value: Any) -> Any:
@@ -178,5 +110,8 @@ def load_folder(
     if meta.get("model_type") != "skysense":
         raise ValueError(f"{folder}/config.json: model_type is {meta.get('model_type')!r}, not 'skysense'")
     cfg = config_dict.ConfigDict(tuples(meta["architecture"]))
-    state = read_tensors(folder / "model.safetensors")
+    files = torch_export.weight_files(folder)
+    if not files:
+        raise ValueError(f"{folder} holds no weights: neither {torch_export.WEIGHTS} nor {torch_export.INDEX}")
+    state = joined([open_tensors(file) for file in files])
     return params_from_torch(state, cfg, meta["input_contract"]), cfg, meta["input_contract"], meta

@@ -24,6 +24,9 @@ SENSOR_ORDER = ("hr", "s2", "s1")
 
 CALENDARS = ("s2", "dated", "none")
 
+HEADS = {"s2": "head_s2", "s1": "head_s1"}
+"""The UP head that brings a ViT's map to the common grid."""
+
 Params = dict[str, Any]
 
 
@@ -44,16 +47,35 @@ def per_stage(value: Any, stages: int, name: str) -> tuple[int, ...]:
     return values
 
 
-def build_modules(cfg: Any, contract: Mapping[str, Any]) -> dict[str, Any]:
-    """The Linen modules of a model by parameter name: hr, s2, s1, head_s2, head_s1 (those of the contract) and fusion.
+def module_names(cfg: Any, contract: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the modules a model has: the contract's encoders, their UP heads, fusion; or those of them that
+    `cfg.modules` lists.
 
-    Raises ValueError where fields contradict each other or the contract asks for a sensor SkySense has no encoder for.
+    Raises ValueError for a sensor without an encoder, an unknown module, an encoder or a head that is missing where
+    the listed modules need it.
     """
     sensors = contract["sensors"]
     unknown = [name for name in sensors if name not in SENSOR_ORDER]
     if unknown or not sensors:
         raise ValueError(
             f"SkySense encodes {', '.join(SENSOR_ORDER)}; the input contract asks for {unknown or 'nothing'}")
+    whole = [part for name in SENSOR_ORDER if name in sensors for part in (name, HEADS.get(name)) if part] + ["fusion"]
+    listed = cfg.get("modules") or whole
+    if stray := [name for name in listed if name not in whole]:
+        raise ValueError(f"model.modules lists {stray}; a model of {', '.join(sensors)} has {', '.join(whole)}")
+    needed = whole if "fusion" in listed else sensors
+    if missing := [name for name in needed if name not in listed]:
+        raise ValueError(f"model.modules = {tuple(listed)} lacks {missing}: the fusion needs every sensor's encoder and "
+                         "head, and every sensor of the input contract its encoder")
+    return tuple(name for name in whole if name in listed)
+
+
+def build_modules(cfg: Any, contract: Mapping[str, Any]) -> dict[str, Any]:
+    """The Linen modules of a model by parameter name (:func:`module_names`).
+
+    Raises ValueError where fields contradict each other or the contract asks for a sensor SkySense has no encoder for.
+    """
+    sensors, names = contract["sensors"], module_names(cfg, contract)
     if cfg.calendar not in CALENDARS:
         raise ValueError(f"model.calendar must be one of {CALENDARS}, got {cfg.calendar!r}")
     if contract["ratio"] != cfg.ratio:
@@ -70,7 +92,8 @@ def build_modules(cfg: Any, contract: Mapping[str, Any]) -> dict[str, Any]:
             hr.embed_dims, hr.patch, tuple(hr.depths), per_stage(hr.num_heads, stages, "num_heads"),
             per_stage(hr.window, stages, "window"), per_stage(hr.pretrained_windows, stages, "pretrained_windows"),
             mlp_ratio=hr.mlp_ratio, extra_norm_every=hr.extra_norm_every, pad_small_map=hr.pad_small_map,
-            drop=hr.drop_path, before_norm=hr.drop_path_before_norm, outputs=tuple(range(stages)), eps=hr.eps,
+            drop=hr.drop_path, before_norm=hr.drop_path_before_norm, branch_scale=hr.branch_scale,
+            outputs=tuple(range(stages)), eps=hr.eps,
             remat=cfg.remat, dtype=dtype)
     for name in ("s2", "s1"):
         if name in sensors:
@@ -79,11 +102,13 @@ def build_modules(cfg: Any, contract: Mapping[str, Any]) -> dict[str, Any]:
                 vit.embed_dims, vit.patch, vit.depth, vit.num_heads, (vit.img_size // vit.patch,) * 2,
                 mlp_ratio=vit.mlp_ratio, eps=vit.eps, drop=vit.drop_path, cls_token=vit.cls_token,
                 remat=cfg.remat, dtype=dtype)
-            modules[f"head_{name}"] = UPHead(cfg.width, vit.patch, dtype)
-    fusion = cfg.fusion
-    modules["fusion"] = Fusion(
-        fusion.embed_dims, fusion.depth, fusion.num_heads, mlp_ratio=fusion.mlp_ratio, eps=fusion.eps,
-        drop=fusion.drop_path, remat=cfg.remat, dtype=dtype)
+        if HEADS.get(name) in names:
+            modules[HEADS[name]] = UPHead(cfg.width, cfg[name].patch, dtype)
+    if "fusion" in names:
+        fusion = cfg.fusion
+        modules["fusion"] = Fusion(
+            fusion.embed_dims, fusion.depth, fusion.num_heads, mlp_ratio=fusion.mlp_ratio, eps=fusion.eps,
+            drop=fusion.drop_path, remat=cfg.remat, dtype=dtype)
     return modules
 
 
@@ -100,11 +125,20 @@ def normalise(sensor: Mapping[str, jax.Array], contract: Mapping[str, Any]) -> t
     return jnp.where(use, image, 0.0), valid.astype(jnp.float32)
 
 
-def cell_mask(valid: jax.Array, cell: int) -> jax.Array:
-    """[B,T,H,W] pixel validity -> [B,T,H/cell,W/cell] float32: 1 where at least half of a cell's pixels are valid."""
+def cell_mask(valid: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """[B,T,H,W] pixel validity -> [B,T,h,w] float32 on the grid of a map: 1 where at least half of a cell's pixels are
+    valid. Pixels that a ViT padded at the bottom and the right count as invalid.
+    """
     b, t, h, w = valid.shape
-    share = valid.reshape(b, t, h // cell, cell, w // cell, cell).mean(axis=(3, 5))
+    cell = -(-h // grid[0])
+    valid = jnp.pad(valid, ((0, 0), (0, 0), (0, grid[0] * cell - h), (0, grid[1] * cell - w)))
+    share = valid.reshape(b, t, grid[0], cell, grid[1], cell).mean(axis=(3, 5))
     return (share >= 0.5).astype(jnp.float32)
+
+
+def has_calendar(cfg: Any, modules: Any) -> bool:
+    """Whether a model with these modules holds the calendar table: it is added in front of the fusion."""
+    return cfg.calendar != "none" and "fusion" in modules
 
 
 def fusion_sequence(
@@ -160,7 +194,7 @@ def make_model(cfg: Any, contract: Mapping[str, Any]) -> Model:
     """A SkySense model from `config.model` and an input contract (sensors.input_contract).
 
     init(rng, inputs=None) -> params {"hr","s2","s1","head_s2","head_s1","fusion","ctpe"}: those of the contract's
-    sensors, whatever subset `inputs` has; float32. inputs: a PlaceInput (arrays or ShapeDtypeStructs) for the door
+    sensors (:func:`module_names`), whatever subset `inputs` has; float32. inputs: a PlaceInput (arrays or ShapeDtypeStructs) for the door
     check, or None to skip it.
 
     apply(params, inputs, *, train=False, rng=None) with inputs {sensor: {"image" [B,T,H,W,C] raw units, "valid"
@@ -168,7 +202,8 @@ def make_model(cfg: Any, contract: Mapping[str, Any]) -> Model:
       "maps": {sensor: [B,T,h,w,D]}, "mask": {sensor: [B,T,h,w]} float32 cell validity, "fused": [B,h,w,E],
       "fused_mask": [B,h,w] (1 where any input is valid), "vit": {sensor: [B,T,h/p,w/p,C]} before the UP head,
       "hr_stages": tuple of [B,T,H_i,W_i,C_i] at strides patch*2^i (only with hr).
-    Masked cells and dates are not seen by the fusion. rng is needed with train=True where a drop_path is positive.
+    Without the fusion (`cfg.modules`) there are no "fused" and "fused_mask"; without its UP head a sensor's map and mask
+    stay on the ViT's own grid [B,T,ceil(h/p),ceil(w/p)]. Masked cells and dates are not seen by the fusion. rng is needed with train=True where a drop_path is positive.
     """
     modules = build_modules(cfg, contract)
 
@@ -179,7 +214,7 @@ def make_model(cfg: Any, contract: Mapping[str, Any]) -> Model:
         for name, module in modules.items():
             key = jax.random.fold_in(rng, name_hash(name))
             params[name] = module.init(key, jnp.zeros(_smallest(name, cfg, contract)))["params"]
-        if cfg.calendar != "none":
+        if has_calendar(cfg, modules):
             key = jax.random.fold_in(rng, name_hash("ctpe"))
             params["ctpe"] = trunc_normal(key, (1, CALENDAR_DAYS, cfg.width), jnp.float32)
         return params
@@ -206,10 +241,14 @@ def make_model(cfg: Any, contract: Mapping[str, Any]) -> Model:
                 outputs["maps"][name] = outputs["hr_stages"][-1]
             else:
                 (tokens,) = run(name, image)
-                up = modules[f"head_{name}"].apply({"params": params[f"head_{name}"]}, tokens)
                 outputs["vit"][name] = tokens.reshape(b, t, *tokens.shape[1:])
-                outputs["maps"][name] = up[:, :h, :w].reshape(b, t, h, w, -1)
-            outputs["mask"][name] = cell_mask(valid, contract["ratio"] if name == "hr" else 1)
+                outputs["maps"][name] = outputs["vit"][name]
+                if HEADS[name] in modules:
+                    up = modules[HEADS[name]].apply({"params": params[HEADS[name]]}, tokens)
+                    outputs["maps"][name] = up[:, :h, :w].reshape(b, t, h, w, -1)
+            outputs["mask"][name] = cell_mask(valid, outputs["maps"][name].shape[2:4])
+        if "fusion" not in modules:
+            return outputs
         dates = {name: sensor["dates"] for name, sensor in inputs.items()}
         sequence, seen = fusion_sequence(outputs["maps"], outputs["mask"], dates, cfg.calendar, params.get("ctpe"))
         b, n = sequence.shape[0], sequence.shape[3]

@@ -144,8 +144,8 @@ class SwinBlock(nn.Module):
     The map is zero-padded to multiples of the window inside the attention; padded positions are *not* masked. shifted:
     roll by half a window, unless the smaller side equals the window and pad_small_map is False. A side smaller than
     the window needs pad_small_map=True, else ValueError. before_norm: stochastic depth acts on the branch before its
-    norm (the reference: a dropped branch still adds the norm's bias) instead of after it. norm1/norm2 start at zero,
-    as Swin-V2 advises.
+    norm (the reference: a dropped branch still adds the norm's bias) instead of after it. branch_scale: initial scale of
+    norm1 and norm2; Swin-V2 advises 0.
     """
 
     heads: int
@@ -156,6 +156,7 @@ class SwinBlock(nn.Module):
     pad_small_map: bool = False
     before_norm: bool = True
     stochastic: bool = False
+    branch_scale: float = 0.0
     eps: float = 1e-5
     dtype: Any = jnp.float32
 
@@ -171,7 +172,7 @@ class SwinBlock(nn.Module):
     def norm(self, name: str, h: jax.Array, rate: jax.Array | float) -> jax.Array:
         """LayerNorm of a branch with its stochastic depth on the chosen side."""
         rng = self.make_rng("drop_path") if self.stochastic else None
-        layer = layer_norm(self.eps, name, scale_init=nn.initializers.zeros)
+        layer = layer_norm(self.eps, name, scale_init=nn.initializers.constant(self.branch_scale))
         if self.before_norm:
             return layer(drop_path(h, rate, rng)).astype(self.dtype)
         return drop_path(layer(h).astype(self.dtype), rate, rng)
@@ -246,6 +247,7 @@ class SwinTransformerV2(nn.Module):
     through its norm.
 
     windows, pretrained_windows: one per stage. drop: stochastic depth of the last block, linear from 0 over all blocks.
+    branch_scale: of every block.
     """
 
     width: int
@@ -259,6 +261,7 @@ class SwinTransformerV2(nn.Module):
     pad_small_map: bool = False
     drop: float = 0.0
     before_norm: bool = True
+    branch_scale: float = 0.0
     outputs: Sequence[int] = (0, 1, 2, 3)
     eps: float = 1e-5
     remat: bool = False
@@ -274,7 +277,7 @@ class SwinTransformerV2(nn.Module):
             block = {
                 "heads": self.heads[stage], "window": self.windows[stage], "mlp_ratio": self.mlp_ratio,
                 "pretrained_window": self.pretrained_windows[stage], "pad_small_map": self.pad_small_map,
-                "before_norm": self.before_norm, "stochastic": train and self.drop > 0, "eps": self.eps,
+                "before_norm": self.before_norm, "branch_scale": self.branch_scale, "stochastic": train and self.drop > 0, "eps": self.eps,
                 "dtype": self.dtype,
             }
             done = sum(self.depths[:stage])

@@ -55,6 +55,8 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
     "heads"}; memory = {"centre": {i: [K]}}. Raises ValueError where the configuration contradicts itself.
     """
     model, o = make_model(cfg.model, contract), cfg.objective
+    if cfg.model.get("modules"):
+        raise ValueError("config.model.modules leaves modules out; pretraining needs the whole model")
     sensors = tuple(name for name in SENSOR_ORDER if name in contract["sensors"])  # one order: stable metric names
     heads = (*sensors, FUSED)
     pairs = tuple(itertools.combinations(sensors, 2))
@@ -198,12 +200,14 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
 
 
 def encoder_features(model: Model, encoder: Tree, inputs: Tree) -> dict[str, jax.Array]:
-    """Float32 features of a PlaceInput: "image" [B, E], "pixel" [B, h, w, E] and, for each sensor given,
-    "<sensor>_image" [B, D], "<sensor>_pixel" [B, h, w, D]. Needs the model only, so that weights without a training
-    configuration have them too.
+    """Float32 features of a PlaceInput: "image" [B, E], "pixel" [B, h, w, E] (with a fusion) and, for each sensor given,
+    "<sensor>_image" [B, D], "<sensor>_pixel" [B, h, w, D] on the grid of its map. Needs the model only, so that weights
+    without a training configuration have them too.
     """
-    out = model.apply(encoder, inputs)
-    result = {"pixel": out["fused"], "image": time_mean(out["fused"][:, None], out["fused_mask"][:, None])[0]}
+    out, result = model.apply(encoder, inputs), {}
+    if "fused" in out:
+        result["pixel"] = out["fused"]
+        result["image"] = time_mean(out["fused"][:, None], out["fused_mask"][:, None])[0]
     for name in out["maps"]:
         result[f"{name}_image"], result[f"{name}_pixel"] = time_mean(out["maps"][name], out["mask"][name])
     return {name: value.astype(jnp.float32) for name, value in result.items()}

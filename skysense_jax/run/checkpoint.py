@@ -108,6 +108,29 @@ class Saver:
         self._orbax.close()
 
 
+def save_part(folder: pathlib.Path | str, name: str, tree: trees.Tree) -> None:
+    """Writes one tree as a checkpoint of its own, FOLDER/NAME, with a digest of every leaf: for weights that come
+    module by module. An older one is replaced."""
+    body = {"digests": {name: digest.tree_digests(tree)}}
+    with _context():
+        ocp.save_checkpointables(
+            epath.Path(folder).resolve() / name, {name: tree, "meta": {**body, "seal": _seal(body)}}, overwrite=True)
+
+
+def load_part(folder: pathlib.Path | str, name: str) -> trees.Tree:
+    """The tree :func:`save_part` wrote, as numpy arrays. Raises FileNotFoundError, Damaged."""
+    path = epath.Path(folder).resolve() / name
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such part of the weights")
+    try:
+        meta = dict(ocp.load_checkpointables(path, {"meta": None})["meta"])
+    except UNREADABLE as error:
+        raise Damaged(f"{path}: meta cannot be read: {_first_line(error)}") from error
+    if meta.pop("seal", None) != _seal(meta):
+        raise Damaged(f"{path}: meta was altered: its seal does not fit")
+    return _load(path.parent, path.name, {name: _empty_tree(meta["digests"][name])}, meta)[name]
+
+
 def read_json(folder: pathlib.Path | str, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """(data, meta) of one step, seals checked. Raises Damaged."""
     path = epath.Path(folder).resolve() / str(step)
@@ -124,7 +147,7 @@ def read_json(folder: pathlib.Path | str, step: int) -> tuple[dict[str, Any], di
     return data, meta
 
 
-def _load(folder: pathlib.Path | str, step: int, wanted: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
+def _load(folder: pathlib.Path | str, step: int | str, wanted: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
     """The trees `wanted` (name -> shapes with shardings) of one step, every leaf against its digest. Raises Damaged."""
     path = epath.Path(folder).resolve() / str(step)
     try:
@@ -246,9 +269,7 @@ def load_tree(path: pathlib.Path | str, name: str, step: int | None = None) -> t
         _, meta = read_json(folder, n)
         if name not in meta["digests"]:
             raise ValueError(f"checkpoint {folder / str(n)} has no {name!r}; it has {', '.join(meta['digests'])}")
-        spelled = {leaf: text.split()[0] for leaf, text in meta["digests"][name].items()}
-        wanted = trees.nest({leaf: _empty_like(text) for leaf, text in spelled.items()})
-        return _load(folder, n, {name: wanted}, meta)[name]
+        return _load(folder, n, {name: _empty_tree(meta["digests"][name])}, meta)[name]
 
     return _newest(candidates, read, folder)
 
@@ -263,6 +284,11 @@ def _newest(candidates: list[int], read: Callable[[int], Any], folder: epath.Pat
             reasons.append(f"{n}: {error}")
             print(f"checkpoint {n} rejected: {error}", file=sys.stderr)
     raise Damaged(f"{folder}: no checkpoint can be trusted ({'; '.join(reasons)})")
+
+
+def _empty_tree(digests: Mapping[str, str]) -> trees.Tree:
+    """Arrays to read into, from the digests of a tree."""
+    return trees.nest({leaf: _empty_like(text.split()[0]) for leaf, text in digests.items()})
 
 
 def _empty_like(text: str) -> np.ndarray:

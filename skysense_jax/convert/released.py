@@ -1,0 +1,207 @@
+"""Files as the SkySense and SkySense++ releases hold them: which module is in which file, and what has to be done to
+its tensors before they fit ours. Nothing is read here but names, shapes and the tensors that change.
+"""
+from __future__ import annotations
+
+import fnmatch
+import math
+import pathlib
+from typing import Mapping, NamedTuple, Sequence
+
+import numpy as np
+
+from skysense_jax.convert import keymap
+from skysense_jax.convert.tensor_files import Tensors
+from skysense_jax.sensors import SKYSENSE_BANDS
+
+OUTER_PREFIXES = ("module.", "model.")
+MODULE_PREFIXES = {
+    "hr": ("backbone_gep.", "backbone_hr.", "visual.", "backbone."), "s2": ("backbone_s2.", "backbone."),
+    "s1": ("backbone_s1.", "backbone."), "fusion": ("fusion.", "backbone."), "head_s2": ("head_s2.", "backbone."),
+    "head_s1": ("head_s1.", "backbone."),
+}
+"""Prefixes the tensors of a module may carry, in the order they are tried (SkySense ckpt_convert, README, SkySense-O)."""
+
+DROPPED = ("head_gep*",)
+"""Tensors of the full checkpoint that the release's own converter drops."""
+
+CALENDAR = "ctpe"
+
+UNUSED = ("mask_token", CALENDAR)
+"""Tensors a released encoder file carries beside the encoder's own; left out, and reported."""
+
+IN_CONTEXT = ("vocabulary_token", "vocabulary_weight", "attn[123].*", "norm_attn.*")
+"""SkySense++: tokens and global attention of its in-context stage, which the encoders here do not have."""
+
+
+class Part(NamedTuple):
+    """One module in a file. path: the file. tensors: under the module's official names, without prefix. notes: what was
+    changed or left out."""
+
+    path: pathlib.Path
+    tensors: Tensors
+    notes: tuple[str, ...]
+
+
+def bare(name: str) -> str:
+    """A name without the wrappers' prefixes `module.` and `model.`"""
+    for prefix in OUTER_PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def official_names(names: Sequence[str], module: str) -> dict[str, str]:
+    """{official name: name in the file} of a single-module file: prefixes off (`module.`, `model.`, then the first of
+    MODULE_PREFIXES that occurs), and the fused-attention builds' `Wqkv` names brought to in_proj. Raises ValueError
+    where two names become one."""
+    found = next((p for p in MODULE_PREFIXES[module] if any(bare(name).startswith(p) for name in names)), "")
+    official: dict[str, str] = {}
+    for name in names:
+        short = bare(name).removeprefix(found)
+        short = short.replace(".Wqkv.weight", ".in_proj_weight").replace(".Wqkv.bias", ".in_proj_bias")
+        if short in official:
+            raise ValueError(f"{official[short]} and {name} are both {short} once the prefixes are off")
+        official[short] = name
+    return official
+
+
+def modules_in(
+    path: pathlib.Path, tensors: Tensors, told: str | None = None, leave_out: Sequence[str] = ()
+) -> dict[str, Part]:
+    """The modules of a file: {"hr", "s2", "s1", "head_s2", "head_s1", "fusion", "ctpe": Part}.
+
+    A file with the prefixes of several modules is a whole checkpoint, any other one module, recognised by its tensors;
+    the two UP heads look alike and are told apart by the file's name, or by `told`. leave_out: patterns of names in a
+    whole checkpoint that belong to no module and are not wanted. Raises ValueError where a name belongs to no module or
+    the module cannot be told.
+    """
+    groups: dict[str, dict[str, str]] = {}
+    stray = []
+    for name in tensors:
+        module = next((m for m in keymap.PREFIXES for p in MODULE_PREFIXES[m][:-1] if bare(name).startswith(p)), None)
+        if bare(name) == CALENDAR:
+            groups.setdefault(CALENDAR, {})[CALENDAR] = name
+        elif module:
+            groups.setdefault(module, {})[name] = name
+        else:
+            stray.append(name)
+    if told is None and len(groups.keys() - {CALENDAR}) > 1:
+        patterns = (*DROPPED, *leave_out)
+        dropped = [name for name in stray if any(fnmatch.fnmatch(bare(name), pattern) for pattern in patterns)]
+        if unknown := [name for name in stray if name not in dropped]:
+            raise ValueError(f"{path}: {len(unknown)} tensors belong to no module of SkySense: "
+                             f"{', '.join(unknown[:10])}; --leave-out PATTERN leaves them out")
+        note = (f"{len(dropped)} tensors that fit {', '.join(patterns)} left out",) if dropped else ()
+        return {
+            module: Part(path, tensors.renamed(names if module == CALENDAR else official_names(list(names), module)),
+                         note if module == "hr" else ())
+            for module, names in groups.items()
+        }
+    module = told or _single(path, tensors)
+    official = official_names(list(tensors), module)
+    parts = {module: Part(path, tensors.renamed({k: v for k, v in official.items() if k not in UNUSED}), tuple(
+        f"{name} left out: not part of the encoder" for name in official if name in UNUSED and name != CALENDAR))}
+    if CALENDAR in official:
+        parts[CALENDAR] = Part(path, tensors.renamed({CALENDAR: official[CALENDAR]}), ())
+    return parts
+
+
+def _single(path: pathlib.Path, tensors: Tensors) -> str:
+    """The module of a single-module file, by tensors only that module has."""
+    names = {module: official_names(list(tensors), module) for module in keymap.PREFIXES}
+    if any(name.endswith("attn.w_msa.logit_scale") for name in names["hr"]):
+        return "hr"
+    if "porj_linear.weight" in names["fusion"]:
+        return "fusion"
+    if "pos_embed" in names["s2"] and "patch_embed.projection.weight" in names["s2"]:
+        return "s1" if tensors.shapes[names["s2"]["patch_embed.projection.weight"]][1] == 2 else "s2"
+    if "decoder.0.weight" in names["head_s2"]:
+        told = [sensor for sensor in ("s2", "s1") if sensor in path.stem.lower()]
+        if len(told) == 1:
+            return f"head_{told[0]}"
+        raise ValueError(f"{path} is an UP head, of S2 or S1 its tensors do not say; write head_s2={path} or "
+                         f"head_s1={path}")
+    raise ValueError(f"{path} holds no module of SkySense that can be recognised; its first tensors are "
+                     f"{', '.join(list(tensors)[:5])}. Write MODULE={path} with MODULE one of {', '.join(keymap.PREFIXES)}")
+
+
+def without(part: Part, patterns: Sequence[str]) -> Part:
+    """A part without the tensors whose names fit a pattern, which become a note; SkySense++'s in-context tensors are an
+    error unless a pattern names them.
+    """
+    gone = [name for name in part.tensors if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+    left = [name for name in part.tensors if name not in gone]
+    if extra := [name for name in left if any(fnmatch.fnmatch(name, pattern) for pattern in IN_CONTEXT)]:
+        asked = sorted({name.split(".")[0] for name in extra})
+        raise ValueError(
+            f"{part.path}: {', '.join(asked)} belong to SkySense++'s in-context stage. The encoders here do not have it "
+            "(its global attention changes the HR maps); "
+            + " ".join(f"--leave-out '{name}*'" for name in asked) + " imports the encoder without it")
+    note = (f"left out as asked: {len(gone)} tensors, {', '.join(gone[:5])}",) if gone else ()
+    return Part(part.path, part.tensors.renamed({name: name for name in left}), part.notes + note)
+
+
+def table_side(part: Part, module: str) -> int | None:
+    """Tokens along a side of a ViT's position table; None for the other modules. Raises ValueError where it is none."""
+    if module not in ("s2", "s1") or "pos_embed" not in part.tensors.shapes:
+        return None
+    rows = part.tensors.shapes["pos_embed"][1]
+    for count in (rows - 1, rows):
+        if count > 0 and math.isqrt(count) ** 2 == count:
+            return math.isqrt(count)
+    raise ValueError(f"{part.path}: a position table of {rows} rows is no square grid, with or without a class row")
+
+
+def with_class_row(part: Part, side: int, cls_token: bool) -> Part:
+    """A ViT whose position table has the row of the class token: SkySense++ stores the grid's rows alone."""
+    rows, width = part.tensors.shapes["pos_embed"][1:]
+    if rows == 1 + side * side:
+        return part
+    if cls_token:
+        raise ValueError(f"{part.path}: its position table has no row for the class token, model.cls_token needs one")
+    return Part(part.path, part.tensors.changed("pos_embed", (1, rows + 1, width), _add_class_row), part.notes + (
+        "pos_embed has no row for the class token: zeros, which nothing reads",))
+
+
+def _add_class_row(table: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros_like(table[:, :1]), table], axis=1)
+
+
+def for_bands(part: Part, module: str, bands: Sequence[str]) -> Part:
+    """The patch kernel for these bands, by the rules of the reference code, where they are not the release's.
+
+    HR with NIR: the red slice again, as a fourth one, unscaled (SkySense ckpt_convert, `rgbnir`). Fewer or reordered
+    bands of S2 or S1: their slices, times stored / wanted (SkySense++ load_pretrained). A kernel that already has as
+    many slices as there are other bands is taken as it is. Raises ValueError for what has no rule.
+    """
+    key, stored = "patch_embed.projection.weight", SKYSENSE_BANDS.get(module)
+    if stored is None or tuple(bands) == stored or key not in part.tensors.shapes:
+        return part
+    shape = part.tensors.shapes[key]
+    if shape[1] == len(bands) != len(stored):
+        return part
+    if module == "hr" and tuple(bands) == (*stored, "NIR"):
+        index, factor = [0, 1, 2, 0], 1.0
+    elif set(bands) <= set(stored) and (module != "hr" or len(bands) == len(stored)):
+        index, factor = [stored.index(band) for band in bands], len(stored) / len(bands)
+    else:
+        raise ValueError(f"{part.path}: no rule makes a kernel for {module} bands {list(bands)} from {list(stored)}")
+    note = f"patch kernel for {', '.join(bands)}: slices {index} of the stored ones, times {factor:g}"
+    new_shape = (shape[0], len(index), *shape[2:])
+    return Part(part.path, part.tensors.changed(key, new_shape, lambda kernel: kernel[:, index] * np.float32(factor)),
+                part.notes + (note,))
+
+
+def gather(files: Mapping[str, tuple[str | None, Tensors]], leave_out: Sequence[str] = ()) -> dict[str, Part]:
+    """The modules of several files together. files: path -> (module told, tensors). leave_out: as :func:`modules_in`
+    and :func:`without`. Raises ValueError where two files hold the same module, or two calendar tables that differ."""
+    parts: dict[str, Part] = {}
+    for path, (told, tensors) in files.items():
+        for module, part in modules_in(pathlib.Path(path), tensors, told, leave_out).items():
+            if module not in parts:
+                parts[module] = without(part, leave_out)
+            elif module != CALENDAR:
+                raise ValueError(f"{parts[module].path} and {path} both hold {module}")
+            elif not np.array_equal(parts[module].tensors[CALENDAR], part.tensors[CALENDAR]):
+                raise ValueError(f"{parts[module].path} and {path} hold calendar tables (ctpe) that differ")
+    return parts
