@@ -24,8 +24,8 @@ from absl import flags
 from ml_collections import config_dict, config_flags
 
 from skysense_jax import __version__, sensors
+from skysense_jax.core import fields, sharding, trees, xla_flags
 from skysense_jax.core import mesh as meshes
-from skysense_jax.core import sharding, trees, xla_flags
 from skysense_jax.data import pipeline, sources
 from skysense_jax.data import spec as specs
 from skysense_jax.objectives import skysense
@@ -135,10 +135,10 @@ def check_same_run(
     cfg: config_dict.ConfigDict, contract: Mapping[str, Any], dataset_id: str, meta: Mapping[str, Any]
 ) -> None:
     """A checkpoint may be continued only by the run that wrote it: ValueError naming the fields that differ."""
-    now, before = flat_config(as_json(cfg)), flat_config(meta["config"])
-    fields = [name for name in sorted(set(now) | set(before)) if not name.startswith(MAY_CHANGE)]
+    now, before = fields.flatten(as_json(cfg)), fields.flatten(meta["config"])
+    names = [name for name in sorted(set(now) | set(before)) if not name.startswith(MAY_CHANGE)]
     differ = [f"config.{name} was {before.get(name)!r}, is {now.get(name)!r}"
-              for name in fields if now.get(name) != before.get(name)]
+              for name in names if now.get(name) != before.get(name)]
     if differ:
         raise ValueError("this workdir was begun with another configuration: " + "; ".join(differ[:8])
                          + ". Use another --workdir.")
@@ -208,14 +208,6 @@ def as_json(cfg: config_dict.ConfigDict) -> dict[str, Any]:
     return json.loads(cfg.to_json())
 
 
-def flat_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Fields by dotted name."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        flat |= flat_config(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat
-
-
 def say(text: str) -> None:
     """One line for the person who watches, from one process."""
     if jax.process_index() == 0:
@@ -238,6 +230,7 @@ def run(options: Options, process: int, processes: int, preemption: Preemption) 
     cfg, workdir = options.config, options.workdir
 
     # 1. A folder, and what is to be learnt from: the dataset and the input contract.
+    fields.check(cfg)
     workdir.mkdir(parents=True, exist_ok=True)
     dataset = sources.read_metadata(cfg.data.dir)
     contract = make_contract(cfg)

@@ -1,4 +1,7 @@
 """The ground floor: names and strict rules, shardings, meshes, random streams, compiler flags."""
+import pathlib
+import re
+import runpy
 import subprocess
 import sys
 
@@ -9,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skysense_jax.core import mesh, rngs, sharding, trees, xla_flags
+from skysense_jax.core import fields, mesh, rngs, sharding, trees, xla_flags
 
 TREE = {"a": {"kernel": jnp.zeros((4, 8)), "bias": jnp.zeros(8)}, "b": [jnp.zeros(3), jnp.zeros(())]}
 
@@ -98,3 +101,34 @@ def test_xla_flags_leave_the_user_alone_and_need_no_jax():
     assert all(reason for _, flags in xla_flags.FLAGS.values() for _, reason in flags)
     code = "import sys; from skysense_jax.core import xla_flags; xla_flags.apply({}); sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_our_configurations_have_the_right_fields(path):
+    fields.check(runpy.run_path(str(path))["get_config"]())
+
+
+def test_a_field_that_nothing_reads_is_refused_with_the_nearest_one():
+    config = runpy.run_path(str(CONFIGS[0]))["get_config"]()
+    with config.unlocked():
+        config.schedule.warmup_step = 3
+        config.data.dates.dsm = 1
+        del config.optim.clip
+    with pytest.raises(ValueError) as error:
+        fields.check(config)
+    said = str(error.value)
+    assert "nothing reads config.schedule.warmup_step; did you mean config.schedule.warmup_steps?" in said
+    assert "nothing reads config.data.dates.dsm" in said and "config.optim.clip is missing" in said
+
+
+def test_every_known_field_is_read_somewhere():
+    package = pathlib.Path(fields.__file__).parents[1]
+    text = "\n".join(file.read_text() for file in package.rglob("*.py") if file.name != "fields.py")
+    unread = [
+        f"{section}.{name}" for section, names in fields.FIELDS.items() for name in names
+        if name != "<sensor>" and not re.search(rf"""\.{name}\b|["']{name}["']""", text)
+    ]
+    assert not unread

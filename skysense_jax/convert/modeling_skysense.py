@@ -148,19 +148,6 @@ class PatchMerging(nn.Module):
         return self.norm(self.reduction(x))
 
 
-class SwinStage(nn.Module):
-    def __init__(self, width, merge, blocks):
-        super().__init__()
-        self.downsample = PatchMerging(width // 2) if merge else nn.Identity()
-        self.blocks = nn.ModuleList(blocks)
-
-    def forward(self, x):
-        x = self.downsample(x)
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
 class SwinTransformerV2(nn.Module):
     """[B,C,H,W] -> list of [B,C_i,H_i,W_i], strides patch * 2^i."""
 
@@ -175,7 +162,8 @@ class SwinTransformerV2(nn.Module):
             width = hr["embed_dims"] * 2**s
             blocks = [SwinBlock(width, heads[s], windows[s], pretrained[s], bool(b % 2), hr["pad_small_map"],
                                 hr["mlp_ratio"], bool(every) and (b + 1) % every == 0) for b in range(depth)]
-            stages.append(SwinStage(width, s > 0, blocks))
+            downsample = PatchMerging(width // 2) if s else nn.Identity()
+            stages.append(nn.Sequential(OrderedDict(downsample=downsample, blocks=nn.Sequential(*blocks))))
             self.add_module(f"norm{s}", nn.LayerNorm(width))
         self.stages = nn.ModuleList(stages)
         for norm in (m for m in self.modules() if isinstance(m, nn.LayerNorm)):
@@ -315,15 +303,13 @@ class SkySenseParts:
         for name in sorted(inputs, key=SENSOR_ORDER.index):
             image, valid, dates = self.prepare(name, inputs[name])
             b, t = image.shape[:2]
-            cell = self.contract["ratio"] if name == "hr" else 1
-            grid = (image.shape[3] // cell, image.shape[4] // cell)
             if name == "hr":
                 out["hr_stages"] = [m.unflatten(0, (b, t)) for m in self.backbone_hr(image.flatten(0, 1))]
                 x = out["hr_stages"][-1]
             else:
                 x = getattr(self, f"backbone_{name}")(image.flatten(0, 1))
                 if hasattr(self, f"head_{name}"):
-                    x = getattr(self, f"head_{name}")(x)[..., : grid[0], : grid[1]]
+                    x = getattr(self, f"head_{name}")(x)[..., : image.shape[3], : image.shape[4]]
                 x = x.unflatten(0, (b, t))
             out["maps"][name] = x
             cell = -(-image.shape[3] // x.shape[3])
@@ -331,8 +317,7 @@ class SkySenseParts:
             out["mask"][name] = (share >= 0.5).to(valid.dtype)
             if not hasattr(self, "fusion"):
                 continue
-            calendar = self.architecture["calendar"]
-            if calendar == "dated" or (calendar == "s2" and name == "s2"):
+            if self.architecture["calendar"] in ("dated", name):
                 rows = self.ctpe[0, dates.clamp(0, 364)] * (dates >= 0)[..., None]
                 x = x + rows[..., None, None]
             parts.append(x.permute(0, 3, 4, 1, 2))
@@ -381,11 +366,9 @@ def load(folder="."):
     """The model of an exported folder in eval mode. Strict: a missing, unexpected or misshapen tensor is an error."""
     folder = pathlib.Path(folder)
     model = SkySense(json.loads((folder / "config.json").read_text()))
-    files, state = {"model.safetensors"}, {}
-    if (folder / "model.safetensors.index.json").exists():
-        files = set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values())
-    for file in files:
-        state.update(load_file(folder / file))
+    index = folder / "model.safetensors.index.json"
+    files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    state = {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
 

@@ -28,7 +28,7 @@ DROPPED = ("head_gep*",)
 CALENDAR = "ctpe"
 
 UNUSED = ("mask_token", CALENDAR)
-"""Tensors a released encoder file carries beside the encoder's own; left out, and reported."""
+"""Tensors a released encoder file carries beside the encoder's own: the first is left out, and reported."""
 
 IN_CONTEXT = ("vocabulary_token", "vocabulary_weight", "attn[123].*", "norm_attn.*")
 """SkySense++: tokens and global attention of its in-context stage, which the encoders here do not have."""
@@ -54,7 +54,8 @@ def official_names(names: Sequence[str], module: str) -> dict[str, str]:
     """{official name: name in the file} of a single-module file: prefixes off (`module.`, `model.`, then the first of
     MODULE_PREFIXES that occurs), and the fused-attention builds' `Wqkv` names brought to in_proj. Raises ValueError
     where two names become one."""
-    found = next((p for p in MODULE_PREFIXES[module] if any(bare(name).startswith(p) for name in names)), "")
+    prefixes = MODULE_PREFIXES.get(module, ())
+    found = next((p for p in prefixes if any(bare(name).startswith(p) for name in names)), "")
     official: dict[str, str] = {}
     for name in names:
         short = bare(name).removeprefix(found)
@@ -70,44 +71,45 @@ def modules_in(
 ) -> dict[str, Part]:
     """The modules of a file: {"hr", "s2", "s1", "head_s2", "head_s1", "fusion", "ctpe": Part}.
 
-    A file with the prefixes of several modules is a whole checkpoint, any other one module, recognised by its tensors;
-    the two UP heads look alike and are told apart by the file's name, or by `told`. leave_out: patterns of names in a
-    whole checkpoint that belong to no module and are not wanted. Raises ValueError where a name belongs to no module or
-    the module cannot be told.
+    A file with the prefixes of several modules is a whole checkpoint, any other one module, recognised by its prefix or
+    its tensors; UP heads without a prefix look alike and are told apart by the file's name, or by `told`. leave_out:
+    patterns of names in a whole checkpoint that belong to no module and are not wanted. Raises ValueError where a name
+    belongs to no module or the module cannot be told.
     """
-    groups: dict[str, dict[str, str]] = {}
-    stray = []
+    groups: dict[str, list[str]] = {}
     for name in tensors:
-        module = next((m for m in keymap.PREFIXES for p in MODULE_PREFIXES[m][:-1] if bare(name).startswith(p)), None)
+        prefixed = (m for m in keymap.PREFIXES for p in MODULE_PREFIXES[m][:-1] if bare(name).startswith(p))
+        groups.setdefault(next(prefixed, ""), []).append(name)
+    stray = groups.pop("", [])
+    dropped: list[str] = []
+    if told is not None or len(groups) < 2:  # one module
+        groups, stray = {told or next(iter(groups), "") or _single(path, tensors): list(tensors)}, []
+    patterns = (*DROPPED, *leave_out)
+    for name in stray:
         if bare(name) == CALENDAR:
-            groups.setdefault(CALENDAR, {})[CALENDAR] = name
-        elif module:
-            groups.setdefault(module, {})[name] = name
-        else:
-            stray.append(name)
-    if told is None and len(groups.keys() - {CALENDAR}) > 1:
-        patterns = (*DROPPED, *leave_out)
-        dropped = [name for name in stray if any(fnmatch.fnmatch(bare(name), pattern) for pattern in patterns)]
-        if unknown := [name for name in stray if name not in dropped]:
-            raise ValueError(f"{path}: {len(unknown)} tensors belong to no module of SkySense: "
-                             f"{', '.join(unknown[:10])}; --leave-out PATTERN leaves them out")
-        note = (f"{len(dropped)} tensors that fit {', '.join(patterns)} left out",) if dropped else ()
-        return {
-            module: Part(path, tensors.renamed(names if module == CALENDAR else official_names(list(names), module)),
-                         note if module == "hr" else ())
-            for module, names in groups.items()
-        }
-    module = told or _single(path, tensors)
-    official = official_names(list(tensors), module)
-    parts = {module: Part(path, tensors.renamed({k: v for k, v in official.items() if k not in UNUSED}), tuple(
-        f"{name} left out: not part of the encoder" for name in official if name in UNUSED and name != CALENDAR))}
-    if CALENDAR in official:
-        parts[CALENDAR] = Part(path, tensors.renamed({CALENDAR: official[CALENDAR]}), ())
+            groups[CALENDAR] = [name]
+        elif any(fnmatch.fnmatch(bare(name), pattern) for pattern in patterns):
+            dropped.append(name)
+    if unknown := [name for name in stray if name not in dropped and bare(name) != CALENDAR]:
+        raise ValueError(f"{path}: {len(unknown)} tensors belong to no module of SkySense: {', '.join(unknown[:10])}; "
+                         "--leave-out PATTERN leaves them out")
+    parts: dict[str, Part] = {}
+    for module, names in groups.items():
+        official = official_names(names, module)
+        if CALENDAR in official:
+            parts[CALENDAR] = Part(path, tensors.renamed({CALENDAR: official[CALENDAR]}), ())
+        if module != CALENDAR:
+            notes = tuple(f"{name} left out: not part of the encoder" for name in official if name == "mask_token")
+            parts[module] = Part(path, tensors.renamed({k: v for k, v in official.items() if k not in UNUSED}), notes)
+    if dropped:
+        first = next(iter(parts))
+        note = f"{len(dropped)} tensors of the file that fit {', '.join(patterns)} left out"
+        parts[first] = parts[first]._replace(notes=(*parts[first].notes, note))
     return parts
 
 
 def _single(path: pathlib.Path, tensors: Tensors) -> str:
-    """The module of a single-module file, by tensors only that module has."""
+    """The module of a file without a prefix that tells it, by tensors only that module has."""
     names = {module: official_names(list(tensors), module) for module in keymap.PREFIXES}
     if any(name.endswith("attn.w_msa.logit_scale") for name in names["hr"]):
         return "hr"
@@ -154,7 +156,7 @@ def table_side(part: Part, module: str) -> int | None:
 
 def with_class_row(part: Part, side: int, cls_token: bool) -> Part:
     """A ViT whose position table has the row of the class token: SkySense++ stores the grid's rows alone."""
-    rows, width = part.tensors.shapes["pos_embed"][1:]
+    _, rows, width = part.tensors.shapes.get("pos_embed", (1, 1 + side * side, 0))  # an absent one is named later
     if rows == 1 + side * side:
         return part
     if cls_token:
