@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from skysense_jax import __version__, embed
+from skysense_jax import __version__, embed, verify
 from skysense_jax.convert import torch_export
 from skysense_jax.evaluate import commit
 
@@ -37,5 +37,12 @@ def run(args: argparse.Namespace) -> int:
             "trained_with": found.provenance["code"],
             "config": json.loads(found.config.to_json()),
         }
-    print(torch_export.export(network.encoder, found.contract, found.model, args.out, provenance, args.per_module))
+    out = torch_export.export(network.encoder, found.contract, found.model, args.out, provenance, args.per_module)
+    del network  # a full-size model in plain torch needs the room
+    if verify.torch_is_there():
+        worst = torch_export.record_parity(out, verify.in_torch(out))
+        print(f"plain torch reproduces the frozen batch to {worst:.1e} (relative L2)")
+    else:
+        print("torch is not installed: `skysense-jax verify` will check the folder where it is")
+    print(out)
     return 0

@@ -34,13 +34,18 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{folder} has no parity.safetensors: it is no folder that export-torch wrote")
     limit = json.loads((folder / "config.json").read_text())["parity"]["tolerance_rel_l2"]
     results = {"jax": in_jax(folder)}
-    if importlib.util.find_spec("torch") is not None:
+    if torch_is_there():
         results["torch"] = in_torch(folder)
     text, sound = table(results, limit)
     print(text)
     if "torch" not in results:
         print("torch is not installed: the plain-torch column is left out (pip extra `torch`)")
     return 0 if sound else EXIT_DIFFERS
+
+
+def torch_is_there() -> bool:
+    """Whether plain torch can be asked."""
+    return importlib.util.find_spec("torch") is not None
 
 
 def in_jax(folder: pathlib.Path) -> dict[str, float]:

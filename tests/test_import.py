@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 import skysense_jax
-from skysense_jax import cli, embed, sensors
+from skysense_jax import cli, embed, sensors, verify
 from skysense_jax.convert import keymap, released, tensor_files, torch_export, torch_import
 from tests import tiny_model as tiny
 
@@ -99,6 +99,13 @@ def test_released_files_come_in_bit_for_bit_and_go_out_again(model, config, tmp_
     assert "fused" in table and "DIFFERS" not in table
     meta = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "non-commercial" in meta["provenance"]["licence"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    if verify.torch_is_there():
+        assert 0 < max(meta["parity"]["torch_rel_l2"].values()) <= 3e-5 and "plain torch within" in card
+        with pytest.raises(ValueError, match="plain torch differs by 1.0e-03"):
+            torch_export.record_parity(tmp_path / "out", {"output.fused": 1e-3})
+    else:
+        assert "nothing, without torch" in card
 
 
 def test_a_whole_checkpoint_in_a_pytorch_file(model, config, tmp_path, capsys):

@@ -138,6 +138,21 @@ def export(
     return out
 
 
+def record_parity(folder: pathlib.Path, figures: Mapping[str, float]) -> float:
+    """Writes what plain torch measured on the frozen batch into config.json and the model card; returns the worst.
+
+    Raises ValueError where it is beyond the tolerance: such a folder is not to be handed on.
+    """
+    config, worst = json.loads((folder / "config.json").read_text()), max(figures.values())
+    if worst > config["parity"]["tolerance_rel_l2"]:
+        raise ValueError(f"{folder}: plain torch differs by {worst:.1e} from JAX on the frozen batch, the tolerance is "
+                         f"{config['parity']['tolerance_rel_l2']:g}")
+    config["parity"]["torch_rel_l2"] = {name.removeprefix("output."): value for name, value in figures.items()}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "README.md").write_text(model_card(config))
+    return worst
+
+
 def by_module(entries: Sequence[keymap.Entry]) -> dict[str, list[keymap.Entry]]:
     """Entries by the file of a release they belong to: backbone_hr, backbone_s2 (with the calendar, where there is one),
     backbone_s1, head_s2, head_s1, fusion."""
@@ -177,6 +192,12 @@ def model_card(config: Mapping[str, Any]) -> str:
             for name, rule in contract["sensors"].items()]
     counts = [f"| {name} | {count:,} |" for name, count in config["parameters"].items()]
     origin = [f"- {key}: {json.dumps(value)}" for key, value in provenance.items()] or ["- not recorded"]
+    figures = config["parity"].get("torch_rel_l2")
+    measured = f"plain torch within {max(figures.values()):.1e} of JAX (relative L2)" if figures else "nothing, without torch"
+    outputs = "outputs['maps'], outputs.get('hr_stages')"
+    if "fusion" in config["parameters"]:
+        outputs = f"outputs['fused'], {outputs}"
+    sensor = next(iter(contract["sensors"]))
     return "\n".join([
         "# SkySense weights exported by skysense_jax", "",
         "Encoders per sensor on one grid, a fusion transformer per cell. Parameter names are the SkySense release's.",
@@ -187,9 +208,10 @@ def model_card(config: Mapping[str, Any]) -> str:
         "bands are declared by masks.", "",
         "## Use (PyTorch, this folder only)", "",
         "```python", "from modeling_skysense import load", "", "model = load('.')",
-        "outputs = model({'s2': {'image': image, 'dates': day_of_year}})  # [B,T,C,H,W] raw units, [B,T]",
-        "outputs['fused'], outputs['maps'], outputs.get('hr_stages')", "```", "",
-        "`python modeling_skysense.py` runs the frozen batch in `parity.safetensors` and prints the differences.", "",
+        f"outputs = model({{'{sensor}': {{'image': image, 'dates': day_of_year}}}})  # [B,T,C,H,W] raw units, [B,T]",
+        outputs, "```", "",
+        "`python modeling_skysense.py` runs the frozen batch in `parity.safetensors` and prints the differences.",
+        f"Measured at export: {measured}.", "",
         "## Size", "", "| part | parameters |", "|---|---|", *counts, "",
         f"Width of the common grid {architecture['width']}, calendar `{architecture['calendar']}`.", "",
         "## Provenance", "", *origin, ""])
