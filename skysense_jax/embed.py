@@ -28,11 +28,11 @@ MODEL_FILE, PARTS = "model.json", "parts"
 """Description and folder of modules of imported weights."""
 
 KINDS = {
-    "imported": f"imported weights have {MODEL_FILE} and {PARTS}/",
     "dataset": "a dataset has places.json",
     "export": f"an exported folder has config.json and {torch_export.WEIGHTS} or {torch_export.INDEX}",
     "workdir": "a workdir has checkpoints/",
     "checkpoint": "a checkpoint is WORKDIR/checkpoints/STEP",
+    "imported": f"imported weights have {MODEL_FILE} and {PARTS}/",
 }
 
 
