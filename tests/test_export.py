@@ -71,6 +71,24 @@ def test_folder_round_trip_and_plain_torch(case, tmp_path):
     assert subprocess.run([sys.executable, "modeling_skysense.py"], cwd=folder, capture_output=True).returncode == 1
 
 
+@pytest.mark.parametrize("per_module", [False, True])
+def test_the_folder_is_a_hugging_face_model(tmp_path, per_module):
+    reason = "needs transformers (not in our extras): the folder as a Hugging Face PreTrainedModel"
+    transformers = pytest.importorskip("transformers", reason=reason)
+    torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
+    cfg, contract = unusual()
+    folder = torch_export.export(tiny.params(cfg, contract), contract, cfg, tmp_path / "out", {}, per_module)
+    model = transformers.AutoModel.from_pretrained(str(folder), trust_remote_code=True).eval()
+    model.save_pretrained(tmp_path / "again")
+    inputs, stored = {}, safetensors.numpy.load_file(folder / "parity.safetensors")
+    for key in (key.split(".") for key in stored if key.startswith("input.")):
+        inputs.setdefault(key[1], {})[key[2]] = torch.from_numpy(stored[".".join(key)])
+    for one in (model, transformers.AutoModel.from_pretrained(str(tmp_path / "again"), trust_remote_code=True).eval()):
+        with torch.no_grad():
+            fused = one(inputs)["fused"].numpy()
+        assert torch_export.relative_l2(fused, stored["output.fused"]) <= 3e-5
+
+
 def test_torch_state_to_ours_and_back_is_bitwise():
     cfg, contract = unusual()
     entries = keymap.model_entries(cfg, contract)
