@@ -83,7 +83,7 @@ def identify(path: str | pathlib.Path) -> str:
         return "dataset"
     if (folder / MODEL_FILE).is_file():
         return "imported"
-    if (folder / "config.json").is_file() and any((folder / n).is_file() for n in (torch_export.WEIGHTS, torch_export.INDEX)):
+    if (folder / "config.json").is_file() and torch_export.weight_files(folder):
         return "export"
     if (folder / "checkpoints").is_dir():
         return "workdir"

@@ -111,7 +111,8 @@ def test_released_files_come_in_bit_for_bit_and_go_out_again(model, config, tmp_
 def test_a_whole_checkpoint_in_a_pytorch_file(model, config, tmp_path, capsys):
     torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
     cfg, params = model
-    state = {"ctpe": params["ctpe"], "backbone_gep.mask_token": np.zeros((1, 1, 8), np.float32), "head_gep.weight": np.zeros(3, np.float32)}
+    state = {"ctpe": params["ctpe"], "backbone_gep.mask_token": np.zeros((1, 1, 8), np.float32),
+             "head_gep.weight": np.zeros(3, np.float32)}
     for module in FILES:
         state |= tensors_of(params, module, cfg, "backbone_gep." if module == "hr" else keymap.PREFIXES[module])
     file = str(tmp_path / "skysense.pth")

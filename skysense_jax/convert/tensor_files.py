@@ -52,9 +52,10 @@ class Tensors(Mapping[str, np.ndarray]):
         self, name: str, shape: tuple[int, ...], change: Callable[[np.ndarray], np.ndarray]
     ) -> Tensors:
         """The same tensors with one of them changed when it is read; shape: of the changed one."""
-        return Tensors(
-            {**self.shapes, name: shape}, lambda wanted: change(self._read(name)) if wanted == name else self._read(wanted)
-        )
+        def read(wanted: str) -> np.ndarray:
+            return change(self._read(name)) if wanted == name else self._read(wanted)
+
+        return Tensors({**self.shapes, name: shape}, read)
 
 
 def in_memory(arrays: Mapping[str, np.ndarray]) -> Tensors:

@@ -194,16 +194,17 @@ def make_model(cfg: Any, contract: Mapping[str, Any]) -> Model:
     """A SkySense model from `config.model` and an input contract (sensors.input_contract).
 
     init(rng, inputs=None) -> params {"hr","s2","s1","head_s2","head_s1","fusion","ctpe"}: those of the contract's
-    sensors (:func:`module_names`), whatever subset `inputs` has; float32. inputs: a PlaceInput (arrays or ShapeDtypeStructs) for the door
-    check, or None to skip it.
+    sensors (:func:`module_names`), whatever subset `inputs` has; float32. inputs: a PlaceInput (arrays or
+    ShapeDtypeStructs) for the door check, or None to skip it.
 
     apply(params, inputs, *, train=False, rng=None) with inputs {sensor: {"image" [B,T,H,W,C] raw units, "valid"
     [B,T,H,W], "bands" [B,T,C], "dates" int [B,T] day of year, -1 unknown}}, any subset of the sensors, any T, returns
       "maps": {sensor: [B,T,h,w,D]}, "mask": {sensor: [B,T,h,w]} float32 cell validity, "fused": [B,h,w,E],
       "fused_mask": [B,h,w] (1 where any input is valid), "vit": {sensor: [B,T,h/p,w/p,C]} before the UP head,
       "hr_stages": tuple of [B,T,H_i,W_i,C_i] at strides patch*2^i (only with hr).
-    Without the fusion (`cfg.modules`) there are no "fused" and "fused_mask"; without its UP head a sensor's map and mask
-    stay on the ViT's own grid [B,T,ceil(h/p),ceil(w/p)]. Masked cells and dates are not seen by the fusion. rng is needed with train=True where a drop_path is positive.
+    Without the fusion (`cfg.modules`) there are no "fused" and "fused_mask"; without its UP head a sensor's map and
+    mask stay on the ViT's own grid [B,T,ceil(h/p),ceil(w/p)]. Masked cells and dates are not seen by the fusion. rng is
+    needed with train=True where a drop_path is positive.
     """
     modules = build_modules(cfg, contract)
 

@@ -277,8 +277,8 @@ class SwinTransformerV2(nn.Module):
             block = {
                 "heads": self.heads[stage], "window": self.windows[stage], "mlp_ratio": self.mlp_ratio,
                 "pretrained_window": self.pretrained_windows[stage], "pad_small_map": self.pad_small_map,
-                "before_norm": self.before_norm, "branch_scale": self.branch_scale, "stochastic": train and self.drop > 0, "eps": self.eps,
-                "dtype": self.dtype,
+                "before_norm": self.before_norm, "branch_scale": self.branch_scale, "stochastic": train and self.drop > 0,
+                "eps": self.eps, "dtype": self.dtype,
             }
             done = sum(self.depths[:stage])
             layers = SwinStage(
