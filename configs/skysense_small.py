@@ -1,8 +1,9 @@
 """SkySense, small: the smoke model trained for long enough that what it learnt can be told from what it was born with.
 
 Command:   CONFIG=configs/skysense_small.py PLACES=1600 ./launch/local.sh WORKDIR
-Cost:      at most 60 minutes on 2 cores, everything included.
-Result:    docs/results.md, on 400 held-out SYNTHETIC places.
+Cost:      46 minutes on 2 cores, everything but the installation included; 4.5 GiB of memory.
+Result:    on 400 held-out SYNTHETIC places, linear probe: scene 0.81 against 0.71 untrained, patch 0.82 against 0.72
+           (docs/results.md).
 """
 import pathlib
 import runpy
