@@ -173,3 +173,22 @@ def test_the_key_table_covers_the_full_size_model():
     assert list(counts.values()) == [435, 292, 292, 2, 2, 291, 1] and len({e.torch for e in entries}) == len(entries)
     sizes = sum(int(np.prod(keymap.torch_shape(e, shapes[e.name].shape))) for e in entries)
     assert sizes == sum(int(np.prod(s.shape)) for s in shapes.values()) == 1_659_013_072
+
+
+def test_names_and_shapes_are_the_release_s(shared):
+    """Every tensor of the lists of the released files, name and shape; recomputed buffers aside."""
+    cfg = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "configs" / "skysense_full.py"))["get_config"]()
+    contract = sensors.input_contract(cfg.data.bands, cfg.model.ratio)
+    entries, shapes = keymap.model_entries(cfg.model, contract), trees.flatten(param_shapes(cfg.model, contract))
+    ours = {e.torch: keymap.torch_shape(e, shapes[e.name].shape) for e in entries}
+    released = {}
+    for name in ("hr", "s2", "s1", "fusion"):
+        path = shared / "spec" / f"skysense_keys_{name}.txt"
+        if not path.is_file():
+            pytest.skip(f"needs the list of released names {path}")
+        for line in path.read_text().splitlines():
+            if line and not line.startswith("#") and "buffer-recomputed" not in line:
+                module, key, shape = ([] if name == "fusion" else [f"backbone_{name}"]) + line.split("\t")[:2 + (name == "fusion")]
+                key = "ctpe" if key == "ctpe" else f"{module}.{key}"
+                released[key] = tuple(json.loads(shape.replace("(", "[").replace(",)", "]").replace(")", "]")))
+    assert ours == released
