@@ -230,6 +230,24 @@ def test_zero_vectors_have_no_gradient():
     close(gradient, [[0, 0], [0.128, -0.096]])
 
 
+@pytest.mark.parametrize("branch_scale", [0.0, 1.0])
+def test_invalid_regions_do_not_blow_up_the_first_gradients(branch_scale):
+    """Half of the image is 0, as pixels without data are after normalisation; the loss looks at the other half."""
+    model = SwinTransformerV2(16, 4, (2, 2, 2), (1, 2, 4), (4, 4, 4), (0, 0, 0), outputs=(2,), branch_scale=branch_scale)
+    rng = np.random.default_rng(0)
+    image = rng.standard_normal((1, 128, 128, 3)).astype(np.float32)
+    target = rng.standard_normal((1, 4, 8, 64)).astype(np.float32)
+    params = model.init(jax.random.key(0), image)
+
+    def norm(image):
+        grads = jax.grad(lambda params: jnp.sum(model.apply(params, image)[0][:, 4:] * target))(params)
+        return float(jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(grads))))
+
+    whole = norm(image)
+    image[:, :60] = 0
+    assert norm(image) < 3 * whole
+
+
 def test_a_cell_counts_from_half_of_its_pixels_on():
     valid = np.zeros((1, 1, 2, 6), np.float32)
     valid[0, 0, 0, :3] = 1

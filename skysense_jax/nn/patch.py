@@ -14,6 +14,11 @@ torch_linear = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """torch.nn.Linear's default: uniform within 1/sqrt(fan in)."""
 
 
+def conv_bias(fan_in: int) -> Any:
+    """Initial bias of a torch convolution: uniform within 1/sqrt(fan in)."""
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
+
+
 def pad_corner(x: jax.Array, multiple: int) -> jax.Array:
     """[B,H,W,C] zero-padded at the bottom and the right to multiples of `multiple` (mmcv AdaptivePadding "corner")."""
     bottom, right = -x.shape[1] % multiple, -x.shape[2] % multiple
@@ -47,7 +52,9 @@ class PatchEmbed(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", kaiming_normal, (self.patch, self.patch, x.shape[-1], self.width), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (self.width,), jnp.float32)
+        # As torch's convolution. Not zeros: an invalid region (0 after normalisation) would be the zero vector through
+        # the whole encoder, and every LayerNorm multiplies a gradient there by 1 / sqrt(eps), up to infinity.
+        bias = self.param("bias", conv_bias(self.patch**2 * x.shape[-1]), (self.width,), jnp.float32)
         patches = to_patches(pad_corner(x.astype(self.dtype), self.patch), self.patch)
         out = patches.reshape(-1, kernel[..., 0].size) @ kernel.astype(self.dtype).reshape(-1, self.width)
         return out.reshape(*patches.shape[:3], self.width) + bias.astype(self.dtype)
