@@ -103,6 +103,7 @@ def import_files(
     cfg, contract = describe(parts, model, bands)
     shapes = param_shapes(cfg, contract)
     wanted = [name for name in parts if name in shapes]
+    unused = {name: part.path.name for name, part in parts.items() if name not in wanted}
     need = sum(math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(shapes))
     free = shutil.disk_usage(_existing(out)).free
     print(f"{', '.join(wanted)}: up to {need / 2**30:.2f} GiB on disk, {free / 2**30:.2f} GiB free", flush=True)
@@ -110,23 +111,21 @@ def import_files(
         raise ValueError(f"{out}: {need / 2**30:.2f} GiB are needed, {free / 2**30:.2f} GiB are free")
     origins = {}
     for name in wanted:
-        part, started = _fitted(parts[name], name, cfg, contract), time.monotonic()
+        part, started = _fitted(parts.pop(name), name, cfg, contract), time.monotonic()
         imported = torch_import.import_module(part.tensors, name, cfg, contract)
+        path, notes = part.path, [*part.notes, *(f"{key} absent in the file: {_default(key)}" for key in imported.filled)]
+        del part  # the file is mapped as long as a part of it is held, and its pages count as ours
         checkpoint.save_part(out / embed.PARTS, name, {name: imported.params})
-        notes = [*part.notes, *(f"{key} absent in the file: {_default(key)}" for key in imported.filled)]
         if imported.ignored:
             notes.append(f"{len(imported.ignored)} buffers are recomputed, not read")
         count = sum(leaf.size for leaf in jax.tree.leaves(imported.params))
-        origins[name] = {
-            "file": part.path.name, "sha256": _sha256(part.path), "parameters": count, "notes": notes,
-        }
-        print(f"{name}: {count:,} parameters from {part.path.name}, {time.monotonic() - started:.1f} s", flush=True)
+        origins[name] = {"file": path.name, "sha256": _sha256(path), "parameters": count, "notes": notes}
+        print(f"{name}: {count:,} parameters from {path.name}, {time.monotonic() - started:.1f} s", flush=True)
         for note in notes:
             print(f"  {note}", flush=True)
         del imported
-    unused = [name for name in parts if name not in wanted]
-    for name in unused:
-        print(f"{name}: in {parts[name].path.name}, not part of this model (no fusion to use it)", flush=True)
+    for name, file in unused.items():
+        print(f"{name}: in {file}, not part of this model (no fusion to use it)", flush=True)
     description = {
         "format": 1, "model_type": "skysense", "architecture": json.loads(cfg.to_json()), "input_contract": contract,
         "provenance": {"source": "imported PyTorch weights", "parts": origins, "imported_with": __version__,
