@@ -2,6 +2,9 @@
 
 Command:   ./launch/local.sh              (builds the synthetic default data, pretrains this, evaluates, exports)
            python -m skysense_jax.train --config configs/skysense_smoke.py --workdir DIR --config.data.dir=DIR/data
+Cost:      6.5 minutes on 2 cores for the first command, after installation; 3.6 GiB of memory.
+Result:    every stage works; 200 steps of 8 SYNTHETIC places learn too little to tell from the untrained network
+           (docs/results.md, and configs/skysense_small.py for a run that can).
 """
 from ml_collections import config_dict
 

@@ -8,6 +8,7 @@ import json
 
 from skysense_jax import __version__, embed, verify
 from skysense_jax.convert import torch_export
+from skysense_jax.convert.tensor_files import torch_is_there
 from skysense_jax.evaluate import commit
 
 
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         }
     out = torch_export.export(network.encoder, found.contract, found.model, args.out, provenance, args.per_module)
     del network  # a full-size model in plain torch needs the room
-    if verify.torch_is_there():
+    if torch_is_there():
         worst = torch_export.record_parity(out, verify.in_torch(out))
         print(f"plain torch reproduces the frozen batch to {worst:.1e} (relative L2)")
     else:

@@ -7,7 +7,6 @@ quantises the folder sees in one table whether it still is the same network.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import pathlib
 import subprocess
@@ -18,6 +17,7 @@ import numpy as np
 import safetensors.numpy
 
 from skysense_jax.convert import torch_export, torch_import
+from skysense_jax.convert.tensor_files import torch_is_there
 
 EXIT_DIFFERS = 1
 
@@ -41,11 +41,6 @@ def run(args: argparse.Namespace) -> int:
     if "torch" not in results:
         print("torch is not installed: the plain-torch column is left out (pip extra `torch`)")
     return 0 if sound else EXIT_DIFFERS
-
-
-def torch_is_there() -> bool:
-    """Whether plain torch can be asked."""
-    return importlib.util.find_spec("torch") is not None
 
 
 def in_jax(folder: pathlib.Path) -> dict[str, float]:

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 import skysense_jax
-from skysense_jax import cli, embed, sensors, verify
+from skysense_jax import cli, embed, sensors
 from skysense_jax.convert import keymap, released, tensor_files, torch_export, torch_import
 from tests import tiny_model as tiny
 
@@ -36,6 +36,10 @@ def config(model, tmp_path):
         f"def get_config():\n    return config_dict.ConfigDict({{'model': {model[0].to_dict()!r}, "
         f"'data': {{'bands': {dict(BANDS)!r}}}}})\n")
     return path
+
+
+def in_memory(arrays):
+    return tensor_files.Tensors({name: x.shape for name, x in arrays.items()}, arrays.__getitem__)
 
 
 def tensors_of(params, module, cfg, prefix=""):
@@ -100,7 +104,7 @@ def test_released_files_come_in_bit_for_bit_and_go_out_again(model, config, tmp_
     meta = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "non-commercial" in meta["provenance"]["licence"]
     card = (tmp_path / "out" / "README.md").read_text()
-    if verify.torch_is_there():
+    if tensor_files.torch_is_there():
         assert 0 < max(meta["parity"]["torch_rel_l2"].values()) <= 3e-5 and "plain torch within" in card
         with pytest.raises(ValueError, match="plain torch differs by 1.0e-03"):
             torch_export.record_parity(tmp_path / "out", {"output.fused": 1e-3})
@@ -162,12 +166,12 @@ def test_every_prefix_of_an_hr_file(model, prefix, tmp_path):
     state = tensors_of(params, "hr", cfg, prefix)
     for key in ("norm0.weight", "norm0.bias"):  # a file that holds the last norm only
         del state[prefix + key]
-    (found,) = released.gather({"file.pth": (None, tensor_files.in_memory(state))}).items()
+    (found,) = released.gather({"file.pth": (None, in_memory(state))}).items()
     assert found[0] == "hr"
     imported = torch_import.import_module(found[1].tensors, "hr", cfg, CONTRACT)
     assert imported.filled == ["norm0.weight", "norm0.bias"] and (imported.params["norm0"]["scale"] == 1).all()
     del state[prefix + "norm1.weight"]
-    part = released.gather({"file.pth": (None, tensor_files.in_memory(state))})["hr"]
+    part = released.gather({"file.pth": (None, in_memory(state))})["hr"]
     with pytest.raises(ValueError, match="missing: norm1.weight"):
         torch_import.import_module(part.tensors, "hr", cfg, CONTRACT)
 
@@ -178,10 +182,10 @@ def test_fused_attention_names(model):
     rename = lambda k: k.replace("in_proj_weight", "Wqkv.weight").replace("in_proj_bias", "Wqkv.bias")
     legacy = {rename(k): v for k, v in state.items()}
     assert legacy.keys() != state.keys()
-    part = released.gather({"s1.pth": (None, tensor_files.in_memory(legacy))})["s1"]
+    part = released.gather({"s1.pth": (None, in_memory(legacy))})["s1"]
     equal(torch_import.import_module(part.tensors, "s1", cfg, CONTRACT).params, params["s1"])
     with pytest.raises(ValueError, match="both"):
-        released.gather({"s1.pth": (None, tensor_files.in_memory(legacy | state))})
+        released.gather({"s1.pth": (None, in_memory(legacy | state))})
 
 
 def test_skysense_pp_files(model, config, tmp_path, capsys):

@@ -58,11 +58,6 @@ class Tensors(Mapping[str, np.ndarray]):
         return Tensors({**self.shapes, name: shape}, read)
 
 
-def in_memory(arrays: Mapping[str, np.ndarray]) -> Tensors:
-    """Arrays that are there already."""
-    return Tensors({name: tuple(x.shape) for name, x in arrays.items()}, lambda name: arrays[name])
-
-
 def joined(files: Sequence[Tensors]) -> Tensors:
     """The tensors of several files as one mapping. Raises ValueError for a name that two of them hold."""
     owner: dict[str, Tensors] = {}
@@ -71,6 +66,11 @@ def joined(files: Sequence[Tensors]) -> Tensors:
             raise ValueError(f"two files of weights hold {sorted(twice)[0]}")
         owner |= dict.fromkeys(tensors, tensors)
     return Tensors({name: tensors.shapes[name] for name, tensors in owner.items()}, lambda name: owner[name][name])
+
+
+def torch_is_there() -> bool:
+    """Whether torch can be imported; it is not imported to find out."""
+    return importlib.util.find_spec("torch") is not None
 
 
 def open_tensors(path: str | pathlib.Path) -> Tensors:
@@ -86,7 +86,7 @@ def open_tensors(path: str | pathlib.Path) -> Tensors:
         return _open_safetensors(path)
     if path.suffix not in ENDINGS:
         raise ValueError(f"{path}: weights are read from .safetensors, {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]} files")
-    if importlib.util.find_spec("torch") is None:
+    if not torch_is_there():
         raise ValueError(f"{path}: reading PyTorch files needs torch; install the extra `torch`, or use .safetensors")
     return _open_torch(path)
 
@@ -104,7 +104,6 @@ def _open_safetensors(path: pathlib.Path) -> Tensors:
 
 def _open_narrow(path: pathlib.Path) -> Tensors:
     """A safetensors file with bfloat16 tensors, through jax's own bfloat16."""
-    import ml_dtypes  # noqa: F401 - registers bfloat16 with numpy; a dependency of jax
     from safetensors.flax import load_file
 
     arrays = load_file(path)
