@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Makes the virtual environment and installs this checkout with pinned versions. Called by launch/local.sh and tests/run.sh.
-#   launch/setup.sh [EXTRAS]     EXTRAS: comma list of pyproject extras (test, torch, tpu, gpu); none by default
+#   launch/setup.sh [EXTRAS]     EXTRAS: comma list of pyproject extras (test, torch, tpu, gpu, beam); none by default
 # PYTHON: the interpreter to build from (python3). VENV: the environment's folder (.venv in the checkout).
+# Apache Beam holds some packages back: with the extra beam the folder is .venv-beam and the versions are those of constraints-beam-py311.txt.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 extras=${1:-}
 python=${PYTHON:-python3}
-venv=${VENV:-$root/.venv}
+case ",$extras," in *,beam,*) beam=-beam ;; *) beam= ;; esac
+venv=${VENV:-$root/.venv$beam}
 
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || {
     echo "setup: cannot run '$python'; set PYTHON to a Python 3.11, 3.12 or 3.13" >&2; exit 78; }
@@ -15,6 +17,10 @@ case "$version" in
     3.12|3.13) constraints=$root/constraints-py312.txt ;;
     *) echo "setup: $python is Python $version; skysense_jax needs 3.11, 3.12 or 3.13 (set PYTHON)" >&2; exit 78 ;;
 esac
+if [ -n "$beam" ]; then
+    constraints=$root/constraints-beam-py${version/./}.txt
+    [ -f "$constraints" ] || { echo "setup: the extra beam has pinned versions for Python 3.11 only, $python is $version (set PYTHON)" >&2; exit 78; }
+fi
 
 if [ -x "$venv/bin/python" ]; then
     have=$("$venv/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')

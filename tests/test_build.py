@@ -213,9 +213,8 @@ def test_two_builds_of_one_folder_at_once(source, tmp_path):
             builder.build(source, tmp_path / "d", OPTIONS, progress=False)
 
 
-@pytest.fixture
-def damaged(tmp_path):
-    """A world where one file is cut short behind its first pixels, one is text, one lies outside and one is missing."""
+def damaged_world(tmp_path):
+    """A catalog where one file is cut short behind its first pixels, one is text, one lies outside and one is missing."""
     root = tmp_path / "world"
     root.mkdir()
     rows = world(root)
@@ -232,6 +231,11 @@ def damaged(tmp_path):
     rows.append(s2("p04/nothing.tif", "2021-08-01", place="p04", bands="B04"))
     rows.append(s2("p04/nothing.tif", "2021-08-01", place="lost", bands="B04"))
     return catalog(root, rows)
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    return damaged_world(tmp_path)
 
 
 def test_bad_files_never_lose_the_rest(damaged, straight, tmp_path, source):
@@ -350,3 +354,12 @@ def test_commands_and_their_exit_status(source, tmp_path, capsys):
         f"raw/p00/{name}.tif" for name in ("s2_2021-03-01", "s2_2021-05-01", "hr")
     }
     assert run("catalog", tmp_path / "empty") == 78
+
+
+def test_beam_is_asked_for_clearly(source, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "apache_beam", None)  # as in an environment without it
+    build = ("build", "--catalog", source, "--out", tmp_path / "d")
+    assert run(*build, "--runner", "beam") == 78 and "launch/setup.sh beam" in capsys.readouterr().err
+    assert run(*build, "--runner", "beam", "--workers", 2) == 78 and "--workers" in capsys.readouterr().err
+    assert run(*build, "--", "--runner=FlinkRunner") == 78 and "need --runner beam" in capsys.readouterr().err
+    assert not (tmp_path / "d").exists()

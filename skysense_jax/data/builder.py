@@ -1,4 +1,5 @@
-"""Builds a dataset from a catalog: parallel over processes, resumable, each part written once and atomically.
+"""Builds a dataset from a catalog: parallel over processes or machines, resumable, each part written once and
+atomically.
 
 The catalog's places, sorted by name, fall into fixed units of one split each. A unit becomes
 DIR/parts/<split>-<number>.array_record plus a JSON sidecar, both written under a temporary name, synced and renamed,
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -22,7 +24,7 @@ import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import tensorflow_datasets as tfds
 from tqdm import tqdm
@@ -39,6 +41,10 @@ NAME = "places"
 META = "places.json"
 FILES = "files.jsonl"
 PARTS = "parts"
+
+
+RunUnits = Callable[[Sequence[Unit], Settings, Path, str], Iterator[tuple[Unit, dict[str, Any]]]]
+"""(units, settings, DIR/parts, build key) -> every unit with what `run_unit` says of it, in any order."""
 
 
 class BuildError(ValueError):
@@ -232,10 +238,15 @@ def _same(found: dict[str, Any], key: str, described: dict[str, Any], out: Path)
 
 
 def build(
-    catalog_path: str | Path, out: str | Path, options: Options = Options(), workers: int = 1, progress: bool = True
+    catalog_path: str | Path,
+    out: str | Path,
+    options: Options = Options(),
+    workers: int = 1,
+    progress: bool = True,
+    run_units: RunUnits | None = None,
 ) -> tuple[dict[str, Any], bool]:
     """Builds, continues or finds complete the dataset in `out`; returns (content of places.json, whether anything was
-    done).
+    done). run_units: what runs the units; None: `workers` processes of this machine.
 
     Raises CatalogError (unusable catalog), BuildError (options, or `out` holds something else; also where nothing
     usable came out).
@@ -262,8 +273,9 @@ def build(
             if (folder / f"{unit.name}.json").is_file()
         }
         pending = [unit for unit in units if unit.name not in done]
+        run_units = run_units or functools.partial(_run_units, workers=workers)
         with _progress(units, list(done.values()), progress) as bar:
-            for unit, result in _run_units(pending, settings, folder, key, workers):
+            for unit, result in run_units(pending, settings, folder, key):
                 done[unit.name] = result
                 bar.update(len(unit.places))
         total = _collect([done[unit.name] for unit in units], catalog, settings)
@@ -324,7 +336,7 @@ def _finish(
     tfds.folder_dataset.write_metadata(
         data_dir=str(out), features=features_of(settings), split_infos=infos, check_data=False
     )
-    write_atomically(out / FILES, b"".join(json.dumps(entry).encode() + b"\n" for entry in total["files"]))
+    write_atomically(out / FILES, b"".join(json.dumps(entry, sort_keys=True).encode() + b"\n" for entry in total["files"]))
     records = [done[unit.name]["sha256"] for unit in units]
     meta = {
         "format": FORMAT,

@@ -8,6 +8,8 @@ worker died (run again).
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -47,9 +49,29 @@ def _workers(args: argparse.Namespace) -> int:
     return args.workers or len(os.sched_getaffinity(0))
 
 
+def _run_units(args: argparse.Namespace) -> builder.RunUnits | None:
+    """What runs the units of `data build`: a Beam pipeline, or None for processes of this machine."""
+    if args.runner == "local":
+        if args.beam_options:
+            raise builder.BuildError(f"{' '.join(args.beam_options)}: pipeline options need --runner beam")
+        return None
+    if args.workers is not None:
+        raise builder.BuildError("--workers counts local processes; with --runner beam the pipeline options after -- do")
+    if importlib.util.find_spec("apache_beam") is None:
+        raise builder.BuildError(
+            "--runner beam needs apache-beam, which is not installed here; `launch/setup.sh beam` makes an environment "
+            "with it (.venv-beam)"
+        )
+    from skysense_jax.data import beam  # an extra, in an environment of its own
+
+    return functools.partial(beam.run_units, arguments=args.beam_options)
+
+
 def run_build(args: argparse.Namespace) -> int:
     """Builds or continues a dataset and prints its report."""
-    meta, worked = builder.build(args.catalog, args.out, _options(args), _workers(args))
+    run_units = _run_units(args)
+    # a pipeline tells its own progress
+    meta, worked = builder.build(args.catalog, args.out, _options(args), _workers(args), run_units is None, run_units)
     if not worked:
         print(f"{args.out} is complete (dataset {meta['dataset_id'][:12]}): nothing to do")
         return DONE
@@ -154,6 +176,18 @@ def add_parsers(subparsers: Any) -> None:
     )
     _reading_arguments(build)
     build.add_argument("--out", required=True, help="folder of the dataset")
+    build.add_argument(
+        "--runner",
+        choices=("local", "beam"),
+        default="local",
+        help="processes of this machine (default), or an Apache Beam pipeline for many machines (see docs/data.md)",
+    )
+    build.add_argument(
+        "beam_options",
+        nargs="*",
+        metavar="-- BEAM_OPTION",
+        help="Beam's pipeline options, for example -- --runner=DataflowRunner --region=europe-west4",
+    )
     _reading_arguments(
         add("check", run_check, "read all rasters of a catalog and print the ingest report without writing anything")
     )

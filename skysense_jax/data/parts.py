@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,9 +38,14 @@ class Unit(NamedTuple):
     places: tuple[tuple[str, tuple[Row, ...]], ...]
 
 
+def _temporary(path: Path) -> Path:
+    """A name beside `path` that no other process has, on whatever machine that shares the folder."""
+    return path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes a file so that it is either absent (or the old one) or complete, also after a crash."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary = _temporary(path)
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()
@@ -87,9 +93,10 @@ def run_unit(unit: Unit, settings: Settings, folder: Path | None, key: str) -> d
     read is taken out and the unit starts over.
     """
     broken: dict[Path, str] = {}
+    part = folder and folder / f"{unit.name}.array_record"
+    temporary = part and _temporary(part)
     while True:
         report, digest, length, size = new_report(settings.sensors), hashlib.sha256(), 0, 0
-        temporary = folder and folder / f".{unit.name}.tmp-{os.getpid()}"
         writer = ArrayRecordWriter(str(temporary), WRITER_OPTIONS) if temporary else None
         try:
             for record in _records(unit, settings, broken, report):
@@ -115,7 +122,7 @@ def run_unit(unit: Unit, settings: Settings, folder: Path | None, key: str) -> d
         if length:
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
-            move(temporary, folder / f"{unit.name}.array_record")
+            move(temporary, part)
         else:
             temporary.unlink()
         write_atomically(folder / f"{unit.name}.json", encode(done))

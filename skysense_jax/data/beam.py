@@ -1,0 +1,98 @@
+"""Runs the units of a build as an Apache Beam pipeline, so that they can be read and written on many machines.
+
+The pipeline only hands out work: DIR/parts/units.jsonl has one line per unit, a worker reads the unit's rasters and
+writes part and sidecar with the same `run_unit` as a local build, and the building process finishes the dataset from
+the sidecars. Workers need this package, and the rasters and DIR at the paths they have on the building machine.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from typing import Any, Iterator, Sequence
+
+import apache_beam
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.runner import PipelineState
+
+from skysense_jax.data.builder import WorkerDied
+from skysense_jax.data.catalog import Row
+from skysense_jax.data.ingest import Settings
+from skysense_jax.data.parts import Unit, run_unit, write_atomically
+
+PLAN = "units.jsonl"
+AGAIN = "run the same command again to continue: finished parts are kept"
+
+
+def to_line(unit: Unit) -> str:
+    """One unit as a line of JSON."""
+    return json.dumps(unit, default=str)
+
+
+def from_line(line: str) -> Unit:
+    """The unit of a line that `to_line` wrote."""
+
+    def row(cells: list[Any]) -> Row:
+        found = Row(*(tuple(cell) if isinstance(cell, list) else cell for cell in cells))
+        return found._replace(path=found.path and Path(found.path))
+
+    name, split, places = json.loads(line)
+    return Unit(name, split, tuple((place, tuple(map(row, rows))) for place, rows in places))
+
+
+def _visible(path: Path) -> Path:
+    """`path`, or RuntimeError: what only the building machine sees must not be taken for a file that is broken."""
+    if not path.is_file():
+        raise RuntimeError(
+            f"{path} is on the building machine but not on worker {socket.gethostname()}: the catalog's rasters and "
+            "the folder of --out must be mounted at the same paths on every worker"
+        )
+    return path
+
+
+def planned(folder: str) -> Iterator[str]:
+    """The lines of the plan in DIR/parts. Raises RuntimeError where the worker does not see it."""
+    with _visible(Path(folder) / PLAN).open() as file:
+        yield from file
+
+
+def ingest_line(line: str, settings: Settings, folder: str, key: str) -> None:
+    """Ingests one unit on a worker, unless it is finished: a runner may hand the same line out again. Raises
+    RuntimeError where the worker does not see the build's folder or a raster.
+    """
+    unit = from_line(line)
+    _visible(Path(folder) / PLAN)
+    if not (Path(folder) / f"{unit.name}.json").is_file():
+        for row in (row for _, rows in unit.places for row in rows if row.path):
+            _visible(row.path)
+        run_unit(unit, settings, Path(folder), key)
+
+
+def run_units(
+    units: Sequence[Unit], settings: Settings, folder: Path, key: str, arguments: Sequence[str]
+) -> Iterator[tuple[Unit, dict[str, Any]]]:
+    """Every unit with its sidecar's content, once a pipeline has finished all of them. arguments: Beam's pipeline
+    options, `--runner` among them (Beam's default: DirectRunner). Raises WorkerDied.
+    """
+    if not units:
+        return
+    folder = folder.resolve()
+    write_atomically(folder / PLAN, "".join(f"{to_line(unit)}\n" for unit in units).encode())
+    # not None, which would make Beam read sys.argv
+    pipeline = apache_beam.Pipeline(options=PipelineOptions(flags=list(arguments)))
+    (
+        pipeline
+        | "folder" >> apache_beam.Create([str(folder)])
+        | "units" >> apache_beam.FlatMap(planned)
+        | "spread" >> apache_beam.Reshuffle()
+        | "ingest" >> apache_beam.Map(ingest_line, settings, str(folder), key)
+    )
+    try:
+        state = pipeline.run().wait_until_finish()
+    except RuntimeError as error:
+        raise WorkerDied(f"the Beam pipeline failed; {AGAIN}\n{error}") from error
+    if state != PipelineState.DONE:
+        raise WorkerDied(f"the Beam pipeline ended as {state}; {AGAIN}")
+    for unit in units:
+        yield unit, json.loads((folder / f"{unit.name}.json").read_bytes())
