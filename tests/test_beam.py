@@ -78,6 +78,29 @@ def test_the_same_dataset_as_the_local_build(damaged, local, tmp_path, capfd, op
     assert {place[i]["place"] for place in places for i in range(len(place))} == {f"p{i:02d}".encode() for i in range(6)}
 
 
+@pytest.fixture
+def job_server(tmp_path):
+    """Address of Beam's own job server: pipelines reach Flink's and Spark's through the same interface."""
+    port = tmp_path / "port"
+    module = "apache_beam.runners.portability.local_job_service_main"
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, "--port_file", port, "--staging_dir", tmp_path / "staging"],
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while not (port.is_file() and port.read_text()) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    yield f"localhost:{port.read_text()}"
+    process.terminate()
+    process.wait()
+
+
+def test_through_a_job_server(damaged, local, tmp_path, job_server):
+    portable = ("--runner=PortableRunner", f"--job_endpoint={job_server}", "--environment_type=LOOPBACK")
+    assert cli.main(with_beam(command(damaged, tmp_path / "d"), portable)) == 0
+    same(local, tmp_path / "d")
+
+
 def test_existing_folders(damaged, local, tmp_path, capfd):
     out = shutil.copytree(local, tmp_path / "d")
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
@@ -139,6 +162,9 @@ def test_a_raster_only_the_building_machine_sees_is_no_refusal(tmp_path, options
     (tmp_path / "away.tif").rename(raster)
     found = dict((unit.name, done) for unit, done in beam.run_units(units, settings, parts, "key", options))
     assert found == {name: json.loads((parts / f"{name}.json").read_bytes()) for name in (unit.name for unit in units)}
+    before = {path.name: path.stat().st_ino for path in parts.iterdir()}
+    beam.ingest_line(beam.to_line(units[0]), settings, str(parts), "key")  # handed out twice
+    assert {path.name: path.stat().st_ino for path in parts.iterdir()} == before
     with pytest.raises(RuntimeError, match=r"units\.jsonl is on the building machine but not on worker"):
         list(beam.planned(str(tmp_path / "elsewhere")))
 
