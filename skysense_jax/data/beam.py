@@ -16,7 +16,7 @@ import apache_beam
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.runner import PipelineState
 
-from skysense_jax.data.builder import WorkerDied
+from skysense_jax.data.builder import BuildError, WorkerDied
 from skysense_jax.data.catalog import Row
 from skysense_jax.data.ingest import Settings
 from skysense_jax.data.parts import Unit, run_unit, write_atomically
@@ -69,18 +69,30 @@ def ingest_line(line: str, settings: Settings, folder: str, key: str) -> None:
         run_unit(unit, settings, Path(folder), key)
 
 
+def _pipeline(arguments: Sequence[str]) -> apache_beam.Pipeline:
+    """An empty pipeline with these options. Raises BuildError where Beam does not take them."""
+    try:
+        options = PipelineOptions(flags=list(arguments))  # flags=None would be sys.argv
+        options.get_all_options()  # reads them now, not when a runner first asks
+        return apache_beam.Pipeline(options=options)
+    except SystemExit as error:  # its argparse has printed the reason
+        raise BuildError("Beam cannot read the options after --, see above") from error
+    except ValueError as error:
+        raise BuildError(f"Beam refuses the options after --: {error}") from error
+
+
 def run_units(
     units: Sequence[Unit], settings: Settings, folder: Path, key: str, arguments: Sequence[str]
 ) -> Iterator[tuple[Unit, dict[str, Any]]]:
     """Every unit with its sidecar's content, once a pipeline has finished all of them. arguments: Beam's pipeline
-    options, `--runner` among them (Beam's default: DirectRunner). Raises WorkerDied.
+    options, `--runner` among them (Beam's default: DirectRunner). Raises BuildError for options that Beam does not
+    take, WorkerDied where the pipeline fails.
     """
     if not units:
         return
     folder = folder.resolve()
     write_atomically(folder / PLAN, "".join(f"{to_line(unit)}\n" for unit in units).encode())
-    # not None, which would make Beam read sys.argv
-    pipeline = apache_beam.Pipeline(options=PipelineOptions(flags=list(arguments)))
+    pipeline = _pipeline(arguments)
     (
         pipeline
         | "folder" >> apache_beam.Create([str(folder)])

@@ -336,7 +336,8 @@ def _finish(
     tfds.folder_dataset.write_metadata(
         data_dir=str(out), features=features_of(settings), split_infos=infos, check_data=False
     )
-    write_atomically(out / FILES, b"".join(json.dumps(entry, sort_keys=True).encode() + b"\n" for entry in total["files"]))
+    lines = "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in total["files"])
+    write_atomically(out / FILES, lines.encode())
     records = [done[unit.name]["sha256"] for unit in units]
     meta = {
         "format": FORMAT,

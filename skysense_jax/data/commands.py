@@ -56,7 +56,7 @@ def _run_units(args: argparse.Namespace) -> builder.RunUnits | None:
             raise builder.BuildError(f"{' '.join(args.beam_options)}: pipeline options need --runner beam")
         return None
     if args.workers is not None:
-        raise builder.BuildError("--workers counts local processes; with --runner beam the pipeline options after -- do")
+        raise builder.BuildError("--workers counts local processes; --runner beam takes Beam's options after --")
     if importlib.util.find_spec("apache_beam") is None:
         raise builder.BuildError(
             "--runner beam needs apache-beam, which is not installed here; `launch/setup.sh beam` makes an environment "
