@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from skysense_jax.core.rngs import name_hash
+from skysense_jax.core.sharding import gathered
 from skysense_jax.nn.attention import trunc_normal, wide
 from skysense_jax.nn.fusion import Fusion
 from skysense_jax.nn.heads import UPHead
@@ -157,7 +158,7 @@ def fusion_sequence(
             continue
         x = maps[name]
         if calendar == "dated" or (calendar == "s2" and name == "s2"):
-            x = x + calendar_rows(table, dates[name])[:, :, None, None, :].astype(x.dtype)
+            x = x + calendar_rows(gathered(table), dates[name])[:, :, None, None, :].astype(x.dtype)
         parts.append(x.transpose(0, 2, 3, 1, 4))
         seen.append(masks[name].transpose(0, 2, 3, 1))
     return jnp.concatenate(parts, axis=3), jnp.concatenate(seen, axis=3) > 0

@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from skysense_jax.core.sharding import gathered
+
 MASKED = -1e30
 """Logit of a masked key: exp underflows to exactly 0 in float32, and a finite number keeps gradients finite."""
 
@@ -39,6 +41,7 @@ def rows_dot(x: jax.Array, kernel: jax.Array, dims: Any, precision: Any = None) 
     has a fast product only where that is a single one (3x less time of forward and backward, measured at widths 64 to
     256).
     """
+    kernel = gathered(kernel)
     out = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), precision=precision)
     return out.reshape(*x.shape[:-1], kernel.shape[-1])
 

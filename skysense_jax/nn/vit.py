@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from skysense_jax.core.sharding import gathered
 from skysense_jax.nn.attention import (SelfAttention, dense, drop_path, drop_rates, gelu, layer_norm, tiny_normal,
                                        trunc_normal, wide)
 from skysense_jax.nn.patch import PatchEmbed
@@ -96,7 +97,7 @@ class VisionTransformer(nn.Module):
         rows = 1 + self.table_grid[0] * self.table_grid[1]
         token = self.param("cls_token", trunc_normal, (1, 1, c), jnp.float32)
         table = self.param("pos_embed", trunc_normal, (1, rows, c), jnp.float32)
-        positions = positions_for(table.astype(wide(self.dtype)), self.table_grid, (h, w))
+        positions = positions_for(gathered(table.astype(wide(self.dtype))), self.table_grid, (h, w))
         x = x.reshape(b, h * w, c) + positions[:, 1:].astype(self.dtype)
         if self.cls_token:
             first = jnp.broadcast_to((token + positions[:, :1]).astype(self.dtype), (b, 1, c))

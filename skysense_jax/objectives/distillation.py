@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from skysense_jax.core.sharding import gathered
 from skysense_jax.nn.heads import DINOHead, unit_prototypes
 from skysense_jax.objectives import granularity as gr
 from skysense_jax.ops import contrast
@@ -105,12 +106,12 @@ def family_terms(
     for name, span in spans.items():
         groups = [{kind: gr.rows(z[kind], *pairs[kind], span) for kind in group} for group in kinds]
         frozen, v = schedule["last_layer_frozen"], student_heads[name]["last_layer_v"]
-        mine_v = unit_prototypes(frozen * jax.lax.stop_gradient(v) + (1 - frozen) * v)
-        their_v = unit_prototypes(teacher_heads[name]["last_layer_v"])
+        mine_v = gathered(unit_prototypes(frozen * jax.lax.stop_gradient(v) + (1 - frozen) * v))
+        their_v = gathered(unit_prototypes(teacher_heads[name]["last_layer_v"]))
         totals, usage = gr.distil_groups(
             groups,
-            mine_v.astype(head.dtype),
-            their_v.astype(head.dtype),
+            mine_v,
+            their_v,
             centre[name],
             o.student_temp,
             schedule["teacher_temp"],

@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 
 from skysense_jax.core import flops as count
+from skysense_jax.core.sharding import gathered
 from skysense_jax.models.skysense import Model, SENSOR_ORDER, make_model
 from skysense_jax.nn.heads import DINOHead
 from skysense_jax.objectives import distillation
@@ -111,7 +112,8 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
         pooled = {name: pool_regions(cells[name], size, o.align_grid) for name in sensors}
         vectors = {
             name: contrast.normalise(
-                jnp.dot(x.astype(dtype), params[name]["kernel"].astype(dtype), preferred_element_type=jnp.float32)
+                jnp.dot(x.astype(dtype), gathered(params[name]["kernel"].astype(dtype)),
+                        preferred_element_type=jnp.float32)
             )
             for name, (x, _) in pooled.items()
         }

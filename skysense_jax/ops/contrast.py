@@ -78,7 +78,7 @@ def distil(
     """Self-distillation of rows, without ever holding the logits of more than `chunk` rows of each place.
 
     student: [B, n, d] normalised bottleneck vectors. teacher: [B, n, M, d], M targets for each student row. weight: [B,
-    n, M] >= 0. student_prototypes, teacher_prototypes: [d, K]. centre: [K]. Loss per row: sum_m weight_m *
+    n, M] >= 0. student_prototypes, teacher_prototypes: [d, K] float32. centre: [K]. Loss per row: sum_m weight_m *
     CE(teacher_m, student), linear in the teacher's assignment, so the student's logits are made once. With n > chunk
     the rows are scanned in pieces that are rematerialised in the backward pass (65,536 prototypes x 16,000 rows of a
     sample would be 4 GB); the batch axis is never split, so it may be sharded. Returns (ce [B, n] = weighted
@@ -89,8 +89,10 @@ def distil(
     teacher_prototypes, weight = jax.lax.stop_gradient((teacher_prototypes, weight))
 
     def rows(zs: jax.Array, zt: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        s = jnp.einsum("bnd,dk->bnk", zs, student_prototypes, preferred_element_type=jnp.float32) / student_temp
-        t = jnp.einsum("bnmd,dk->bnmk", zt, teacher_prototypes, preferred_element_type=jnp.float32)
+        # Cast here, not before the scan: the prototypes' gradient then sums over the pieces in float32.
+        mine, theirs = student_prototypes.astype(zs.dtype), teacher_prototypes.astype(zt.dtype)
+        s = jnp.einsum("bnd,dk->bnk", zs, mine, preferred_element_type=jnp.float32) / student_temp
+        t = jnp.einsum("bnmd,dk->bnmk", zt, theirs, preferred_element_type=jnp.float32)
         log_p = jax.nn.log_softmax((t - centre) / teacher_temp, axis=-1)
         p = jnp.exp(log_p)
         weighted = jnp.sum(w[..., None] * p, axis=2)
