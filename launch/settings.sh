@@ -60,7 +60,7 @@ need_number() {  # need_number NAME "what it is" LEAST
     local variable
     need "$1" "$2"
     variable=$(variable_of "$1")
-    case ${!variable} in *[!0-9]*) refuse "--$1=${!variable}: a whole number, $2" ;; esac
+    case ${!variable} in *[!0-9]* | 0?*) refuse "--$1=${!variable}: a whole number, $2" ;; esac
     [ "${!variable}" -ge "$3" ] || refuse "--$1=${!variable}: at least $3, $2"
 }
 

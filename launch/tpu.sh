@@ -15,7 +15,7 @@
 #   --option FLAG             handed to `queued-resources create`, repeatable: --option=--service-account=..., --option=--reserved
 #   --ssh-option FLAG         handed to `queued-resources ssh` and `scp`, repeatable: --ssh-option=--tunnel-through-iap
 #   --env --prepare           as in launch/worker.sh
-#   --poll                    seconds between two looks of watch (60)
+#   --poll                    seconds between two looks of watch (60; more for hundreds of hosts, each look asks them all)
 #   --max-failures            watch gives up when this many failures are counted (5); preemptions are counted apart, without a limit
 #   --keep                    watch leaves the queued resource standing when it ends
 # watch may itself be stopped and started: it takes up the run it finds, and counts from 0 again. Exit codes of watch: 0 done; 65 and
@@ -67,16 +67,23 @@ stop_rest='flock -n lock true || { kill -TERM -- "-$(cat pid)"; flock -w 300 loc
 ask_host='mkdir -p ~/skysense_run && cd ~/skysense_run && if ! flock -n lock true; then state=running; elif [ -s exit_code ]; then
 state=$(cat exit_code); elif [ -e pid ]; then state=lost; else state=none; fi && echo "skysense-host $(hostname) $state"'
 
+archive=${XDG_CACHE_HOME:-$HOME/.cache}/skysense_jax/$name.tar.gz
+
+pack() {  # once for a watch: a restart runs the code it began with, whatever happens to the checkout meanwhile
+    act mkdir -p "$(dirname "$archive")"
+    act tar -czf "$archive" -C "$root" --exclude=__pycache__ \
+        pyproject.toml README.md LICENSE constraints-py311.txt constraints-py312.txt configs launch skysense_jax
+}
+
 run() {
-    local archive=${TMPDIR:-/tmp}/skysense_jax-$name.tar.gz worker=(launch/worker.sh --extra tpu --processes $((hosts * slices))) pair
+    local worker=(launch/worker.sh --extra tpu --processes $((hosts * slices))) pair
     for pair in "TPU_TYPE=$accelerator_type" ${env[@]+"${env[@]}"}; do worker+=(--env "$pair"); done  # TPU_TYPE: core/xla_flags.py
     [ -z "$prepare" ] || worker+=(--prepare "$prepare")
-    act tar -czf "$archive" -C "$root" --exclude=__pycache__ \
-        pyproject.toml README.md LICENSE constraints-py311.txt constraints-py312.txt configs launch skysense_jax &&
-        queued scp "$archive" "$name:skysense_jax.tar.gz" --node=all --worker=all ${ssh_option[@]+"${ssh_option[@]}"} &&
+    queued scp "$archive" "$name:skysense_jax.tar.gz" --node=all --worker=all ${ssh_option[@]+"${ssh_option[@]}"} &&
         on_hosts all "set -e
 mkdir -p ~/skysense_jax ~/skysense_run && cd ~/skysense_run
 $stop_rest
+rm -rf ~/skysense_jax/configs ~/skysense_jax/launch ~/skysense_jax/skysense_jax
 tar -xzf ~/skysense_jax.tar.gz -C ~/skysense_jax
 rm -f exit_code
 exec 9>lock && flock -n 9
@@ -133,6 +140,7 @@ start() {  # hosts that are being taken away do not count against the run
 
 watch() {
     local seen= last= known= noted= ended= silent=0 now
+    pack
     while :; do
         last=$seen seen=$(state)
         [ "$seen" = "$last" ] || tell "$name is $seen"
@@ -192,7 +200,9 @@ watch() {
 
 case $command in
     create) create ;;
-    run) run ;;
+    run)
+        pack
+        run ;;
     logs) on_hosts 0 'tail -n 50 -f ~/skysense_run/log' ;;
     delete) delete ;;
     status)
@@ -208,6 +218,7 @@ case $command in
         if [ -n "$dry_run" ]; then  # one round without trouble
             queued describe "$name" --format='value(state.state)'
             create
+            pack
             run
             on_hosts all "$ask_host"
             [ -n "$keep" ] || delete

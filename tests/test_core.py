@@ -106,8 +106,9 @@ def test_xla_flags_leave_the_user_alone_and_need_no_jax():
 
 
 @pytest.mark.parametrize("name, found", [
-    ("v4-8", "v4"), ("v5litepod-256", "v5e"), ("tpu-v5-lite-podslice", "v5e"), ("v5p-128", "v5p"), ("tpu-v5p-slice", "v5p"),
-    ("v6e-256", "v6e"), ("tpu-v6e-slice", "v6e"), ("tpu7x", "tpu7x"), ("tpu7x-128", "tpu7x"), ("v9-8", None), ("", None),
+    ("v4-8", "v4"), ("v5litepod-256", "v5e"), ("tpu-v5-lite-podslice", "v5e"), ("v5p-128", "v5p"),
+    ("tpu-v5p-slice", "v5p"), ("v6e-256", "v6e"), ("tpu-v6e-slice", "v6e"), ("tpu7x", "tpu7x"),
+    ("v9-8", None), ("", None),
 ])
 def test_the_tpu_generation_decides_the_flags(name, found):
     assert xla_flags.generation({"TPU_TYPE": name}) == found
