@@ -104,7 +104,8 @@ state() {  # of the queued resource; NONE where there is none; UNKNOWN, with gcl
     rm -f "$errors"
 }
 
-# What all hosts together say: silent (not all answered), none, running, done, or the code by which the run ended.
+# What all hosts together say: silent (not all answered), none, running, done, or the code by which the run ended, followed by
+# "running" while some hosts have not noticed yet.
 verdict() {
     local answers
     answers=$(on_hosts all "$ask_host" | tr -d '\r' | grep '^skysense-host ') || { echo silent; return; }
@@ -114,8 +115,7 @@ verdict() {
         END {
             if (NR != expected) print "silent"
             else if (stop) print stop
-            else if (preempted) print 75
-            else if (failed) print failed
+            else if (preempted || failed) { code = preempted ? 75 : failed; print code (running ? " running" : "") }
             else print (running ? "running" : (none ? "none" : "done"))
         }' <<< "$answers"
 }
@@ -139,12 +139,12 @@ start() {  # hosts that are being taken away do not count against the run
 }
 
 watch() {
-    local seen= last= known= noted= ended= silent=0 now
+    local seen= last= known= noted= ended=0 silent=0 now
     pack
     while :; do
         last=$seen seen=$(state)
         [ "$seen" = "$last" ] || tell "$name is $seen"
-        [ "$seen" = ACTIVE ] || ended= silent=0
+        [ "$seen" = ACTIVE ] || ended=0 silent=0
         case $seen in
             UNKNOWN)
                 [ -n "$known" ] || refuse "cannot ask for $name in $zone of $project; gcloud's message is above"
@@ -164,7 +164,7 @@ watch() {
                 now=$(verdict)
                 case $now in silent) silent=$((silent + 1)) ;; *) silent=0 ;; esac
                 case $now in
-                    running) noted= ended= ;;
+                    running) noted= ended=0 ;;
                     silent)
                         tell "not all hosts answered ($silent of 5)"
                         if [ "$silent" -ge 5 ]; then
@@ -178,11 +178,11 @@ watch() {
                         tell "training ended with $now: it would end so again, not restarted"
                         on_hosts all "cd ~/skysense_run && if [ \"\$(cat exit_code)\" = $now ]; then tail -n 40 log; fi" || true
                         finish "$now" ;;
-                    *)  # Looked at twice: a preempted slice takes the others down before it shows as SUSPENDED.
-                        if [ -z "$ended" ]; then
-                            ended=1
-                        else
-                            ended=
+                    *)  # Looked at twice, as a preempted slice takes the others down before it shows as SUSPENDED; and hosts
+                        # that still run get a while to end with a code of their own.
+                        ended=$((ended + 1))
+                        if [ "$ended" -ge 6 ] || { [ "$ended" -ge 2 ] && [ "$now" = "${now% running}" ]; }; then
+                            ended=0 now=${now% running}
                             if [ "$now" != 75 ]; then
                                 failed "$now" "training ended with $now"
                             elif [ -z "$noted" ]; then

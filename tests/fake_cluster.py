@@ -67,14 +67,15 @@ elif verb == "ssh":
     sys.exit(max(process.returncode for process in started))
 '''
 
-# The environment's python. Training takes the next code of FAKE/codes; "hold": stay until SIGTERM, then 75; "lost":
-# take along the shell that would note the code.
+# The environment's python. Training takes the next code of FAKE/codes; "1/78": host 0 and host 1; "hold": stay until
+# SIGTERM, then 75; "lost": take along the shell that would note the code.
 PYTHON = r'''#!/bin/bash
 if [ "$1 $2" != "-m skysense_jax.train" ]; then exec REAL -S "$@"; fi
 me=${SLURM_PROCID:-$(basename "$HOME")}
 job="processes=$SKYSENSE_PROCESSES at=$SKYSENSE_COORDINATOR index=$SKYSENSE_PROCESS_INDEX tpu=$TPU_TYPE"
 echo "$me $job $*" >> "$FAKE/starts"
 code=$(sed -n "$(grep -c "^$me " "$FAKE/starts")p" "$FAKE/codes")
+case $me$code in 0*/*) code=${code%/*} ;; 1*/*) code=${code#*/} ;; esac
 echo "the log of host $me ends with $code"
 case $code in
     hold) trap 'echo "$me left" >> "$FAKE/left"; exit 75' TERM; while :; do sleep 0.05; done ;;

@@ -147,16 +147,16 @@ def test_watch_asks_again_after_a_preemption(fake):
 
 
 def test_watch_counts_preemptions_and_failures_apart(fake):
-    done = fake("tpu.sh", "watch", *TPU, "--poll", "0", "--keep", *TRAIN, codes=[70, 75, "lost", 0],
+    done = fake("tpu.sh", "watch", *TPU, "--poll", "0", "--keep", *TRAIN, codes=[70, "75/134", "lost", 0],
                 states=["FAILED", "NOT_FOUND", "ACTIVE"])
     assert done.returncode == 0, done.stderr
     assert fake.verbs() == ["delete", "create", "scp", "scp", "scp", "scp"]  # restarted on the same hosts, and kept
     assert "training is done; 1 preemptions, 3 failures" in done.stderr
 
 
-@pytest.mark.parametrize("code", [65, 78])
-def test_watch_does_not_restart_what_would_end_the_same_way(fake, code):
-    done = fake("tpu.sh", "watch", *TPU, "--poll", "0", *TRAIN, codes=[code], states=["NOT_FOUND", "ACTIVE"])
+@pytest.mark.parametrize("codes, code", [("65", 65), ("134/78", 78)])
+def test_watch_does_not_restart_what_would_end_the_same_way(fake, codes, code):
+    done = fake("tpu.sh", "watch", *TPU, "--poll", "0", *TRAIN, codes=[codes], states=["NOT_FOUND", "ACTIVE"])
     assert done.returncode == code
     assert fake.verbs() == ["create", "scp", "delete"]
     assert f"the log of host 1 ends with {code}" in done.stdout
