@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the virtual environment and installs this checkout with pinned versions. Called by launch/local.sh and tests/run.sh.
+# Makes the virtual environment and installs this checkout with pinned versions. Called by launch/local.sh, launch/worker.sh and tests/run.sh.
 #   launch/setup.sh [EXTRAS]     EXTRAS: comma list of pyproject extras (test, torch, tpu, gpu, beam); none by default
 # PYTHON: the interpreter to build from (python3). VENV: the environment's folder (.venv in the checkout).
 # Apache Beam holds some packages back: with the extra beam the folder is .venv-beam and the versions are those of constraints-beam-py311.txt.

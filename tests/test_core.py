@@ -1,4 +1,6 @@
 """The ground floor: names and strict rules, shardings, meshes, random streams, compiler flags."""
+import importlib.util
+import os
 import pathlib
 import re
 import runpy
@@ -93,14 +95,48 @@ def test_streams_are_the_same_traced():
 
 
 def test_xla_flags_leave_the_user_alone_and_need_no_jax():
-    env = {"JAX_PLATFORMS": "tpu", "LIBTPU_INIT_ARGS": "--xla_tpu_enable_async_collective_fusion=false"}
+    env = {"JAX_PLATFORMS": "tpu", "TPU_TYPE": "v5litepod-64",
+           "LIBTPU_INIT_ARGS": "--xla_tpu_enable_async_collective_fusion=false"}
     added = xla_flags.apply(env)
     assert added and env["LIBTPU_INIT_ARGS"].startswith("--xla_tpu_enable_async_collective_fusion=false ")
     assert env["LIBTPU_INIT_ARGS"].count("async_collective_fusion=") == 1
     assert xla_flags.apply(env) == []
-    assert all(reason for _, flags in xla_flags.FLAGS.values() for _, reason in flags)
     code = "import sys; from skysense_jax.core import xla_flags; xla_flags.apply({}); sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name, found", [
+    ("v4-8", "v4"), ("v5litepod-256", "v5e"), ("tpu-v5-lite-podslice", "v5e"), ("v5p-128", "v5p"),
+    ("tpu-v5p-slice", "v5p"), ("v6e-256", "v6e"), ("tpu-v6e-slice", "v6e"), ("tpu7x", "tpu7x"),
+    ("v9-8", None), ("", None),
+])
+def test_the_tpu_generation_decides_the_flags(name, found):
+    assert xla_flags.generation({"TPU_TYPE": name}) == found
+    assert xla_flags.generation({"TPU_ACCELERATOR_TYPE": name, "TPU_TYPE": "v9"}) == found
+    env = {"JAX_PLATFORMS": "tpu", "TPU_TYPE": name}
+    added = xla_flags.apply(env)
+    assert bool(added) == (found is not None)
+    assert len({flag.split("=")[0] for flag in added}) == len(added), "one generation, two values of a flag"
+    assert ("--xla_tpu_scoped_vmem_limit_kib=98304" in added) == (found == "v6e")
+
+
+def test_every_xla_flag_says_why_and_who_says_so():
+    assert set(xla_flags.VARIABLES) == set(xla_flags.FLAGS)
+    for flag in (flag for flags in xla_flags.FLAGS.values() for flag in flags):
+        assert flag.text.startswith("--xla_") and "=" in flag.text and flag.reason and flag.source
+        assert set(flag.generations) <= set(xla_flags.GENERATIONS.values())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install .[tpu]")
+@pytest.mark.parametrize("flag, accepted", [("--xla_tpu_no_such_flag=true", False)] + [
+    (" ".join(xla_flags.flags("tpu", name)), True) for name in dict.fromkeys(xla_flags.GENERATIONS.values())])
+def test_libtpu_accepts_the_flags(flag, accepted):
+    code = ("from jax.experimental import topologies; "
+            "topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2')")
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "LIBTPU_INIT_ARGS": flag}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) == accepted, done.stderr
+    assert accepted or "Unknown command line flag" in done.stderr
 
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))

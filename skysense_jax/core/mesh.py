@@ -63,12 +63,21 @@ def make_mesh(axes: Mapping[str, int], devices: list[jax.Device] | None = None) 
     """Mesh over all devices (or `devices`), axes in the order given, every axis of type Auto (GSPMD).
 
     On TPU the order of devices follows the torus; where an axis is smaller than a physical one, the physical one is
-    split.
+    split. Several slices are laid out along the axis `data`, the only one whose collectives may cross the slow network:
+    ValueError where its size is not a multiple of theirs.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = mesh_shape(axes, len(devices))
     shape = tuple(sizes.values())
-    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        if sizes.get("data", 1) % slices:
+            raise ValueError(f"mesh {sizes}: {slices} slices need config.mesh.data to be a multiple of {slices}")
+        between = tuple(slices if name == "data" else 1 for name in sizes)
+        within = tuple(size // n for size, n in zip(shape, between))
+        grid = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
     return jax.sharding.Mesh(grid, tuple(sizes), axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
 
 

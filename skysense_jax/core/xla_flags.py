@@ -1,30 +1,77 @@
-"""Compiler flags per platform, each with its one reason. Sets the environment only; never imports jax.
+"""Compiler flags per platform and TPU generation, each with its reason and source. Sets the environment only; never
+imports jax.
 
 XLA reads XLA_FLAGS, and libtpu reads LIBTPU_INIT_ARGS, when the first device is looked up, so :func:`apply` runs before
-that. A flag the user has already set is left alone.
+that. A flag the user has already set is left alone. The TPU flags are what public sources use for a generation; libtpu
+accepts them (it ends the process on one it does not know), their effect on this model has not been measured.
 """
 from __future__ import annotations
 
 import importlib.util
-from typing import MutableMapping
+from typing import MutableMapping, NamedTuple
 
-FLAGS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
-    # platform: (environment variable, ((flag, reason), ...))
-    "cpu": ("XLA_FLAGS", (
-        ("--xla_backend_optimization_level=1",
-         "measured on the smoke step: a quarter less to compile (109 s against 146 s of CPU), the step as fast as at 3"),
-    )),
-    "gpu": ("XLA_FLAGS", (
-        ("--xla_gpu_enable_latency_hiding_scheduler=true",
-         "overlap the gathers of the next layer's parameters with this layer's matrix products (XLA's GPU flags)"),
-    )),
-    "tpu": ("LIBTPU_INIT_ARGS", (
-        ("--xla_tpu_enable_async_collective_fusion=true",
-         "run the parameter gathers of fsdp beside the compute they do not depend on (MaxText's flags for v5e, v5p)"),
-        ("--xla_tpu_overlap_compute_collective_tc=true",
-         "the other half of the same overlap: lets the fused collective share the tensor core (MaxText)"),
-    )),
+
+class Flag(NamedTuple):
+    """text: as on a command line; reason: why it is set; source: who says so; generations: of TPU, () for all."""
+
+    text: str
+    reason: str
+    source: str
+    generations: tuple[str, ...] = ()
+
+
+VARIABLES = {"cpu": "XLA_FLAGS", "gpu": "XLA_FLAGS", "tpu": "LIBTPU_INIT_ARGS"}
+"""The environment variable that each platform's compiler reads."""
+
+OPENXLA = "openxla.org/xla/flags_guidance"
+MAXTEXT = "AI-Hypercomputer/maxtext, src/maxtext/configs/tpu"
+
+FLAGS: dict[str, tuple[Flag, ...]] = {
+    "cpu": (
+        Flag("--xla_backend_optimization_level=1",
+             "a quarter less to compile (109 s against 146 s of CPU), the step as fast as at 3",
+             "measured on the smoke step"),
+    ),
+    "gpu": (
+        Flag("--xla_gpu_enable_latency_hiding_scheduler=true",
+             "overlap the gathers of the next layer's parameters with this layer's matrix products", OPENXLA),
+    ),
+    "tpu": (
+        Flag("--xla_enable_async_all_gather=true",
+             "fsdp gathers every layer's parameters: let a gather run while something else computes",
+             f"{MAXTEXT}/v4/22b.sh, v5e/16b.sh, v5p/1024b.sh, v6e/gpt3_175b.sh", ("v4", "v5e", "v5p", "v6e")),
+        Flag("--xla_tpu_enable_async_collective_fusion=true",
+             "fuse such a gather with the compute it does not depend on",
+             f"{OPENXLA} (v5e); {MAXTEXT}/v5p, v6e", ("v5e", "v5p", "v6e")),
+        Flag("--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
+             "the kind of collective that the fusion takes up",
+             f"{OPENXLA} (v5e); {MAXTEXT}/v5p, v6e", ("v5e", "v5p", "v6e")),
+        Flag("--xla_tpu_enable_async_collective_fusion_multiple_steps=true",
+             "spread one gather over several pieces of compute: a layer's parameters outlast a single one",
+             f"{MAXTEXT}/v5e, v5p, v6e", ("v5e", "v5p", "v6e")),
+        Flag("--xla_tpu_overlap_compute_collective_tc=true",
+             "the fused gather and the compute share the tensor core",
+             f"{MAXTEXT}/v5e, v5p, v6e", ("v5e", "v5p", "v6e")),
+        Flag("--xla_tpu_enable_data_parallel_all_reduce_opt=true",
+             "several slices: more of the gradients' all-reduce over the data axis (DCN) hidden behind compute",
+             f"{OPENXLA}; {MAXTEXT}/v5e, v5p, v6e/gpt3_175b.sh", ("v5e", "v5p", "v6e")),
+        Flag("--xla_tpu_enable_ag_backward_pipelining=true",
+             "the layers are a scan: start the next iteration's gather in this one",
+             f"{OPENXLA}; {MAXTEXT}/v5p", ("v5p",)),
+        Flag("--xla_tpu_megacore_fusion_allow_ags=false",
+             "two cores work as one: leave gathers to the fusion above, not to that of convolutions and all-reduces",
+             f"{OPENXLA}; {MAXTEXT}/v5p", ("v5p",)),
+        Flag("--xla_tpu_scoped_vmem_limit_kib=98304",
+             "128 MiB of vector memory, of which one operation gets 16 by default: larger tiles for large products",
+             "AI-Hypercomputer/maxtext, benchmarks/xla_flags_library.py; configs/tpu/v6e", ("v6e",)),
+        Flag("--xla_tpu_enable_async_collective_fusion_fuse_all_gather=false",
+             "gathers run on the sparse cores by default there, and only one of the two ways may be on",
+             "AI-Hypercomputer/maxtext, benchmarks/xla_flags_library.py (Ironwood)", ("tpu7x",)),
+    ),
 }
+
+GENERATIONS = {"v4": "v4", "v5lite": "v5e", "v5e": "v5e", "v5p": "v5p", "v6e": "v6e", "tpu7x": "tpu7x", "v7x": "tpu7x"}
+"""What an accelerator's name contains (dashes left out) -> TPU generation."""
 
 ONCE: dict[str, dict[str, int]] = {"cpu": {"xla_backend_optimization_level": 0}}
 """Compiler options by jax backend for a program that runs once, as making the first parameters (14 s against 41 s)."""
@@ -44,14 +91,30 @@ def platform(env: MutableMapping[str, str]) -> str:
     return "cpu"
 
 
-def apply(env: MutableMapping[str, str]) -> list[str]:
-    """Add the platform's flags to `env` (normally os.environ); returns the flags added. An unknown platform gets
-    none.
+def generation(env: MutableMapping[str, str]) -> str | None:
+    """TPU generation by the accelerator's name in TPU_ACCELERATOR_TYPE (GKE sets it) or TPU_TYPE (launch/ sets it), as
+    "v5litepod-256" or "tpu-v5-lite-podslice"; None where neither names a known one.
     """
-    variable, flags = FLAGS.get(platform(env), ("XLA_FLAGS", ()))
+    for variable in ("TPU_ACCELERATOR_TYPE", "TPU_TYPE"):
+        name = env.get(variable, "").lower().replace("-", "")
+        for part, found in GENERATIONS.items():
+            if part in name:
+                return found
+    return None
+
+
+def flags(platform: str, generation: str | None = None) -> list[str]:
+    """Flags of a platform; on TPU those of the generation. An unknown platform or generation gets none of its own."""
+    return [flag.text for flag in FLAGS.get(platform, ()) if not flag.generations or generation in flag.generations]
+
+
+def apply(env: MutableMapping[str, str]) -> list[str]:
+    """Add the flags of the platform and TPU generation to `env` (normally os.environ); returns the flags added."""
+    here = platform(env)
+    variable = VARIABLES.get(here, "XLA_FLAGS")
     present = env.get(variable, "")
     names_present = {flag.split("=")[0] for flag in present.split()}
-    added = [flag for flag, _ in flags if flag.split("=")[0] not in names_present]
+    added = [flag for flag in flags(here, generation(env)) if flag.split("=")[0] not in names_present]
     if added:
         env[variable] = " ".join([present, *added]).strip()
     return added

@@ -200,15 +200,17 @@ class SwinBlock(nn.Module):
 
 class SwinPair(nn.Module):
     """An unshifted and a shifted block: the body of the scan. (x, rates [2]) -> (x, None). block: fields of
-    SwinBlock.
+    SwinBlock. looped: the scan has more than one step. A loop of one is compiled as no loop, where only prevent_cse keeps
+    XLA from sharing the recomputed values with the forward pass and so holding all of them (2.7 GiB of stage 0).
     """
 
     block: dict[str, Any]
     remat: bool = False
+    looped: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, rates: jax.Array) -> tuple[jax.Array, None]:
-        cls = nn.remat(SwinBlock, prevent_cse=False) if self.remat else SwinBlock
+        cls = nn.remat(SwinBlock, prevent_cse=not self.looped) if self.remat else SwinBlock
         x = cls(shifted=False, name="plain", **self.block)(x, rates[0])
         return cls(shifted=True, name="shifted", **self.block)(x, rates[1]), None
 
@@ -233,7 +235,7 @@ class SwinStage(nn.Module):
                 pairs = nn.scan(
                     SwinPair, variable_axes={"params": 0}, split_rngs={"params": True, "drop_path": True},
                     length=count, metadata_params={nn.PARTITION_NAME: "layers"})
-                x, _ = pairs(self.block, self.remat, name=f"pairs{first}")(
+                x, _ = pairs(self.block, self.remat, count > 1, name=f"pairs{first}")(
                     x, rates[first:first + 2 * count].reshape(count, 2))
             elif kind == "block":
                 x = single(shifted=bool(first % 2), name=f"block{first}", **self.block)(x, rates[first])
