@@ -54,7 +54,8 @@ def get_config() -> config_dict.ConfigDict:
     c.objective.clusters = 16
     c.objective.align_dim = 256
     c.objective.align_grid = 4
-    c.objective.chunk = 512  # 512 x 65536 float32 logits = 128 MiB per place, against 4 GiB for all rows of a sensor
+    c.objective.microbatches = 4
+    c.objective.chunk = 256  # 256 x 65536 float32 logits = 64 MiB per place, against 4 GiB for all rows of a sensor
 
     c.optim.b2 = 0.999  # the paper's AdamW
     c.schedule.lr = 2e-4
@@ -66,6 +67,8 @@ def get_config() -> config_dict.ConfigDict:
     c.schedule.final_weight_decay = 0.2
     c.schedule.warmup_teacher_temp_steps = 30_000
     c.schedule.freeze_last_layer_steps = 90_000  # one epoch: 21.5 M samples / 240
+    # 32 divides every large parameter (352 = 32 x 11); replicas beyond that.
+    c.mesh = config_dict.ConfigDict({"data": -1, "fsdp": 32})
     c.run.save_every = 1000
     c.run.log_every = 20
     return c

@@ -82,6 +82,7 @@ def get_config() -> config_dict.ConfigDict:
     c.objective.align_dim = 64  # width of the space the sensors meet in
     c.objective.align_temp = 0.07  # CLIP's and MoCo's
     c.objective.align_grid = 2  # alignment on grid x grid regions of a view: more positives; 1 = whole views
+    c.objective.microbatches = 1  # parts of the batch that are encoded one after the other: less memory, the same gradient
     c.objective.chunk = 4096  # rows of one place whose logits are held at once; more are scanned and rematerialised
 
     # b2: the first gradients are ten times the later ones; 0.999 would remember them for the whole run.

@@ -19,6 +19,8 @@ EXIT_BAD_INPUT = 78  # EX_CONFIG: bad input, configuration or data; a scheduler 
 
 COMMANDS = {
     "data": "build, check and look at datasets of places",
+    "compile-check": "compile the training step with the real TPU compiler for a described pod: memory, traffic, roofline",
+    "pods": "the table of compile checks: runs the rows that are missing, writes docs/pods.md",
     "train": "pretrain from a configuration; continues a workdir that has begun",
     "eval": "score frozen features (kNN, linear probe) beside two baselines, with intervals over places",
     "export-torch": "write the teacher's weights for PyTorch: safetensors with official names, config.json, code",
@@ -26,7 +28,12 @@ COMMANDS = {
     "verify": "run an exported folder's frozen batch in JAX and in plain torch, and print the differences",
     "inspect": "print what a dataset, a checkpoint, an exported folder or a configuration is and what input it expects",
 }
+_CONFIGURED = {  # commands with a configuration read absl's and ml_collections' flags themselves, --help included
+    "train": "skysense_jax.train",
+    "compile-check": "skysense_jax.compile_check",
+}
 _MODULES = {
+    "pods": "skysense_jax.pods",
     "eval": "skysense_jax.evaluate",
     "export-torch": "skysense_jax.export_torch",
     "import-torch": "skysense_jax.import_torch",
@@ -58,9 +65,8 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=_version())
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
-        # `train` has the flags of absl and ml_collections: it reads them itself, its --help included
         child = subparsers.add_parser(
-            name, help=text, description=text[0].upper() + text[1:] + ".", add_help=name != "train"
+            name, help=text, description=text[0].upper() + text[1:] + ".", add_help=name not in _CONFIGURED
         )
         if name != command:
             continue
@@ -88,10 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     words = [word for word in argv if not word.startswith("-")]
     try:
-        if argv[:1] == ["train"]:
-            from skysense_jax import train
-
-            return train.main(argv[1:])
+        if argv and argv[0] in _CONFIGURED:
+            return importlib.import_module(_CONFIGURED[argv[0]]).main(argv[1:])
         args = _parser(words).parse_args(argv)
         return int(args.run(args) or 0)
     except (ValueError, FileNotFoundError) as error:

@@ -29,7 +29,7 @@ from skysense_jax.core import mesh as meshes
 from skysense_jax.data import pipeline, sources
 from skysense_jax.data import spec as specs
 from skysense_jax.objectives import skysense
-from skysense_jax.run import checkpoint, metrics, optim, state, step, watchdog
+from skysense_jax.run import checkpoint, metrics, optim, profiler, state, step, watchdog
 from skysense_jax.run.preempt import EXIT_PREEMPTED, Preemption
 
 EXIT_DONE, EXIT_NOT_FINITE, EXIT_BAD_INPUT = 0, 65, 78
@@ -45,6 +45,7 @@ class Options(NamedTuple):
 
     config: config_dict.ConfigDict
     workdir: pathlib.Path
+    profile: str = ""
 
 
 class Plan(NamedTuple):
@@ -67,16 +68,20 @@ class Start(NamedTuple):
     seconds: dict[str, float]
 
 
-def parse(argv: Sequence[str]) -> Options:
-    """Command line (without the program's name) to options. ValueError for an unknown flag or field, a wrong type."""
-    argv = ["skysense-jax train", *argv]
+def read_flags(
+    command: str, argv: Sequence[str], define: Callable[[flags.FlagValues], None], text: str
+) -> flags.FlagValues:
+    """Flags of a command that takes a configuration: --config FILE, --config.section.field=value, and what `define`
+    adds. text: shown by --help. ValueError for an unknown flag or field, a wrong type, an argument that is no flag.
+    """
+    argv = [f"skysense-jax {command}", *argv]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "configuration file; fields: --config.section.field=value",
                                     flag_values=values, sys_argv=argv, lock_config=True)
-    flags.DEFINE_string("workdir", None, "folder of this run; continued where it has begun", flag_values=values)
     flags.DEFINE_bool("help", False, "show this text", flag_values=values, short_name="h")
+    define(values)
     if "--help" in argv or "-h" in argv:
-        print(f"{__doc__}\n{values.module_help('skysense_jax.train')}")
+        print(f"{text}\n{values.get_help()}")
         sys.exit(EXIT_DONE)
     try:
         rest = values(argv)[1:]
@@ -84,9 +89,21 @@ def parse(argv: Sequence[str]) -> Options:
         raise ValueError(f"the configuration has no such field, or it takes another type: {error}") from error
     except (flags.Error, FileNotFoundError) as error:
         raise ValueError(str(error)) from error
-    if rest or values.config is None or values.workdir is None:
-        raise ValueError(f"unexpected {rest}" if rest else "both --config FILE and --workdir DIR are needed")
-    return Options(values.config, pathlib.Path(values.workdir).resolve())
+    if rest:
+        raise ValueError(f"unexpected {rest}")
+    return values
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """Command line (without the program's name) to options. ValueError as :func:`read_flags`."""
+    def define(values: flags.FlagValues) -> None:
+        flags.DEFINE_string("workdir", None, "folder of this run; continued where it has begun", flag_values=values)
+        flags.DEFINE_string("profile", "", "trace these steps, as 100:105, into WORKDIR/profile", flag_values=values)
+
+    values = read_flags("train", argv, define, __doc__)
+    if values.config is None or values.workdir is None:
+        raise ValueError("both --config FILE and --workdir DIR are needed")
+    return Options(values.config, pathlib.Path(values.workdir).resolve(), values.profile)
 
 
 def make_contract(cfg: config_dict.ConfigDict) -> dict[str, Any]:
@@ -114,10 +131,15 @@ def make_plan(cfg: config_dict.ConfigDict, contract: Mapping[str, Any], mesh: ja
     return Plan(dict(contract), spec, objective, shapes, batch, update, float(objective.flops(batch)))
 
 
+def jit_step(plan: Plan, mesh: jax.sharding.Mesh) -> Any:
+    """The step as jit will compile it: the state updated in place and left where it lies."""
+    placed = jax.tree.map(lambda leaf: leaf.sharding, plan.state)
+    return jax.jit(plan.step, donate_argnums=0, out_shardings=(placed, meshes.replicated(mesh)))
+
+
 def compile_step(plan: Plan, mesh: jax.sharding.Mesh) -> Any:
     """The compiled step; prints what it needs per device and what it computes."""
-    placed = jax.tree.map(lambda leaf: leaf.sharding, plan.state)
-    jitted = jax.jit(plan.step, donate_argnums=0, out_shardings=(placed, meshes.replicated(mesh)))
+    jitted = jit_step(plan, mesh)
     say("compiling the training step: minutes on a CPU, once where JAX_COMPILATION_CACHE_DIR is set")
     begin = time.monotonic()
     compiled = jitted.lower(plan.state, plan.batch).compile()
@@ -231,6 +253,7 @@ def run(options: Options, process: int, processes: int, preemption: Preemption) 
 
     # 1. A folder, and what is to be learnt from: the dataset and the input contract.
     fields.check(cfg)
+    window = profiler.Window(options.profile, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     dataset = sources.read_metadata(cfg.data.dir)
     contract = make_contract(cfg)
@@ -259,7 +282,8 @@ def run(options: Options, process: int, processes: int, preemption: Preemption) 
             timers.add(name, seconds)
         now, done = start.state, start.step
         saver = checkpoint.Saver(workdir, cfg.run.keep)
-        log = metrics.Log(workdir, done, cfg.steps, cfg.run.log_every, cfg.data.batch, plan.flops, timers)
+        images = cfg.data.batch * sum(cfg.data.dates.values())
+        log = metrics.Log(workdir, done, cfg.steps, cfg.run.log_every, cfg.data.batch, images, plan.flops, timers)
         batches = pipeline.make_train_iterator(cfg, contract, cfg.seed, done, process, processes)
 
         def save() -> None:
@@ -290,6 +314,7 @@ def run(options: Options, process: int, processes: int, preemption: Preemption) 
                         return EXIT_PREEMPTED
                     with timers("data"):
                         batch = state.put_batch(next(batches), plan.batch)
+                    window.before_step(done, now)
                     with timers("step"):
                         now, measured = train_step(now, batch)
                         done += 1
@@ -306,6 +331,7 @@ def run(options: Options, process: int, processes: int, preemption: Preemption) 
                 saver.wait()
                 log.close()
         finally:
+            window.close()
             batches.close()
             saver.close()
         if process == 0:

@@ -462,24 +462,6 @@ def test_features_of_student_teacher_and_subsets(case):
     np.testing.assert_allclose(alone["s1_image"], both[0]["s1_image"], atol=1e-5)
 
 
-def count_products(jaxpr):
-    """FLOPs of all matrix products in a traced function, scan bodies times their length."""
-    total = 0.0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            inner = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
-            total += 2.0 * inner * math.prod(equation.outvars[0].aval.shape)
-        assert equation.primitive.name != "conv_general_dilated", "count convolutions too"
-        times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        for value in equation.params.values():
-            for inner in value if isinstance(value, (tuple, list)) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    total += times * count_products(inner)
-    return total
-
-
 @pytest.mark.parametrize("size", ["tiny", "smoke"])
 def test_flops_equal_the_products_of_the_traced_step(size):
     c = tiny() if size == "tiny" else runpy.run_path(str(SMOKE))["get_config"]()
@@ -490,7 +472,7 @@ def test_flops_equal_the_products_of_the_traced_step(size):
     schedule = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in objective.schedule_keys}
     keys = jax.eval_shape(lambda: rngs.keys(0, objective.streams, 0))
     traced = jax.make_jaxpr(jax.value_and_grad(objective.loss, has_aux=True))(*state, batch, keys, schedule)
-    counted, analytic = count_products(traced.jaxpr), objective.flops(batch)
+    counted, analytic = flops.of_jaxpr(traced.jaxpr), objective.flops(batch)
     assert abs(analytic / counted - 1) < 0.02, flops.skysense_parts(c, contract, batch)
 
 

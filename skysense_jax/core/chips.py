@@ -1,15 +1,15 @@
-"""What the accelerators can do, from their vendors' data sheets: the denominators of MFU and of the roofline. Data only."""
+"""What the accelerators can do, from their vendors' data sheets: the denominators of MFU and of the roofline."""
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Sequence
 
 GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """One jax device. flops: dense bfloat16 products per second. hbm_bytes_per_s, ici_bytes_per_s: memory, and links to
+    """One chip, which may be two jax devices (:func:`devices_per_chip`). flops: dense bfloat16 products per second. hbm_bytes_per_s, ici_bytes_per_s: memory, and links to
     other chips of a slice (all links, one direction). hbm_limit: bytes a program may use, as the TPU compiler states it
-    in its out-of-memory error (less than is built in: the runtime keeps some); 0 where it is not known.
+    in its out-of-memory error (less than is built in: the runtime keeps some). 0: not needed here.
     """
 
     flops: float
@@ -18,15 +18,15 @@ class Chip(NamedTuple):
     hbm_limit: int = 0
 
 
-_V4 = Chip(275e12, 1.2288e12, 150e9, int(30.75 * GIB))
+_V4 = Chip(275e12, 1.2288e12, 150e9, int(30.5 * GIB))
 _V5E = Chip(197e12, 0.819e12, 100e9, int(15.75 * GIB))
 _V5P = Chip(459e12, 2.765e12, 300e9, int(95.74 * GIB))
 _V6E = Chip(918e12, 1.638e12, 200e9, int(31.25 * GIB))
-_V7X = Chip(1153.5e12, 3.69e12, 300e9, int(94.75 * GIB))
+_V7X = Chip(2307e12, 7.38e12, 600e9, int(189.5 * GIB))
 
 CHIPS = {
     # By jax's device_kind. TPU: cloud.google.com/tpu/docs, page of each version: peak, HBM bandwidth, interchip
-    # interconnect (given for both directions: halved here). A tpu7x chip is two jax devices: half of each figure.
+    # interconnect (given for both directions: halved here).
     "TPU v4": _V4, "TPU v5 lite": _V5E, "TPU v5e": _V5E, "TPU v5": _V5P, "TPU v5p": _V5P,
     "TPU v6 lite": _V6E, "TPU v6e": _V6E, "TPU7x": _V7X,
     "NVIDIA A100-SXM4-40GB": Chip(312e12), "NVIDIA A100-SXM4-80GB": Chip(312e12),
@@ -36,3 +36,9 @@ CHIPS = {
 DCN_BYTES_PER_S = 3.125e9
 """Between slices, per chip, one direction: 200 Gbit/s of a host's network card over 8 chips (cloud.google.com/tpu/docs,
 v5e and v6e host machines). An assumption where hosts are others."""
+
+
+def devices_per_chip(devices: Sequence[Any]) -> int:
+    """How many of these jax devices share a chip: 2 on tpu7x, and on v4 where it is described rather than there."""
+    places = [(getattr(device, "slice_index", None), tuple(device.coords)) for device in devices if hasattr(device, "coords")]
+    return len(places) // len(set(places)) if places else 1

@@ -26,7 +26,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "model.s1": _VIT,
     "model.fusion": ("embed_dims", "depth", "num_heads", "mlp_ratio", "drop_path", "eps"),
     "objective": ("student_temp", "centre_momentum", "clusters", "sinkhorn_eps", "sinkhorn_iters", "alpha", "beta",
-                  "align_dim", "align_temp", "align_grid", "chunk"),
+                  "align_dim", "align_temp", "align_grid", "chunk", "microbatches"),
     "objective.head": ("hidden", "bottleneck", "layers", "prototypes"),
     "optim": ("b1", "b2", "eps", "clip"),
     "schedule": ("rule", "warmup_lr", "lr", "final_lr", "warmup_steps", "weight_decay", "final_weight_decay",

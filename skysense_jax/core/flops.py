@@ -11,6 +11,7 @@ traced step.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Mapping
 
 TRAINED = 3.0
@@ -77,11 +78,11 @@ def swin(cfg: Any, images: float, height: int, width: int, bands: int) -> float:
 
 def fusion(cfg: Any, cells: float, dates: float, width: int) -> float:
     """The fusion transformer (fields of config.model.fusion) over `cells` sequences of `dates` vectors of `width`, and
-    its extra token.
+    its extra token; the last layer looks from that token alone.
     """
-    return linear(cells * dates, width, cfg.embed_dims) + transformer(
-        cells, dates + 1, cfg.embed_dims, cfg.depth, cfg.mlp_ratio
-    )
+    c, tokens = cfg.embed_dims, dates + 1
+    last = linear(cells * tokens, c, 3 * c) + attention(cells, tokens, c) + linear(cells, c, c) + mlp(cells, c, cfg.mlp_ratio)
+    return linear(cells * dates, width, c) + transformer(cells, tokens, c, cfg.depth - 1, cfg.mlp_ratio) + last
 
 
 def skysense_encoder(cfg: Any, shapes: Mapping[str, tuple[int, ...]], ratio: int) -> dict[str, float]:
@@ -130,6 +131,27 @@ def distillation(
     centres = linear(maps * cells, c, width * (1 + 1 + 2)) + linear(pairs * c, width, cells + 2 * local_cells)
     means = linear(maps * cells, 1, width * 3) + linear(local_maps * local_cells, 1, width * 2)
     return {"trunks": trunks, "prototypes": prototypes, "matching": matched + centres + means}
+
+
+def of_jaxpr(jaxpr: Any) -> float:
+    """FLOPs of all matrix products in a traced function as it is written, rematerialisation included: scan bodies times
+    their length. Raises ValueError on a convolution: this code has none (nn.patch cuts patches by reshaping).
+    """
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            inner = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
+            total += 2.0 * inner * math.prod(equation.outvars[0].aval.shape)
+        if equation.primitive.name == "conv_general_dilated":
+            raise ValueError("convolutions are not counted")
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    total += times * of_jaxpr(inner)
+    return total
 
 
 def skysense_step(cfg: Any, contract: Mapping[str, Any], spec: Mapping[str, Any]) -> float:

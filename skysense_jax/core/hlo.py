@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Iterator, NamedTuple
+from typing import Any, Iterator, NamedTuple, Sequence
 
 BYTES = {
     "pred": 1, "s4": 1, "u4": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
@@ -24,6 +24,8 @@ FREE = (
 
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+_MESH_GROUPS = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}")
 _CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations|true_computation|false_computation)=\{?%?([\w.\-]+)")
 
 
@@ -111,14 +113,14 @@ def _trips(computations: dict[str, list[Instruction]], loop: Instruction) -> int
     return bounds[0]
 
 
-def _group(rest: str) -> list[list[int]]:
+def device_groups(rest: str) -> list[list[int]]:
     """Device groups of a collective; [] where the text does not list them."""
     if found := re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", rest):
         return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", found.group(1))]
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
-        groups, order = _iota(found.group(2), found.group(3)), [int(n) for n in found.group(1).split(",")]
-        return [groups[i:i + order[-1]] for i in range(0, len(groups), order[-1])]
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", rest):
+        ids, (*_, n) = _iota(found.group(2), found.group(3)), found.group(1).split(",")
+        return [ids[i:i + int(n)] for i in range(0, len(ids), int(n))]
+    if found := _MESH_GROUPS.search(rest):
         axes = [(name, int(n)) for name, n in re.findall(r"'(\w+)'=(\d+)", found.group(1))]
         wanted = re.findall(r"'(\w+)'", found.group(4))
         total = math.prod(n for _, n in axes)
@@ -145,8 +147,9 @@ def _iota(dimensions: str, order: str | None) -> list[int]:
     return ids
 
 
-def collectives(program: Program, slice_devices: int) -> dict[str, Traffic]:
-    """Collectives by kind. slice_devices: devices of one slice; a group that crosses slices counts between them too.
+def collectives(program: Program, slice_of: Sequence[Any]) -> dict[str, Traffic]:
+    """Collectives by kind. slice_of: the slice of every device in the order of the mesh; a group that crosses slices
+    counts between them too. Raises ValueError where the devices of a collective cannot be read.
 
     Bytes on the wire per device with n devices in a group, ring or bidirectional: all-gather (n-1)/n of the result,
     reduce-scatter (n-1)/n of the operand, all-reduce twice that, all-to-all (n-1)/n, permute the operand.
@@ -155,17 +158,17 @@ def collectives(program: Program, slice_devices: int) -> dict[str, Traffic]:
     for kind, times, instruction, scattered in _all_collectives(program):
         shapes = [size(f"{t}[{d}]") for t, d, _ in _SHAPE.findall(instruction.result)]
         result = max(shapes) if instruction.opcode.endswith("-start") else sum(shapes)
-        groups = _group(instruction.rest)
-        n = len(groups[0]) if groups else 0
+        groups = device_groups(instruction.rest) or [[]]
+        n = len(groups[0])
         if kind == "collective-permute":
             wire, pairs = float(result), re.findall(r"\{(\d+),(\d+)\}", instruction.rest)
-            share = sum(int(a) // slice_devices != int(b) // slice_devices for a, b in pairs) / max(len(pairs), 1)
+            share = sum(slice_of[int(a)] != slice_of[int(b)] for a, b in pairs) / max(len(pairs), 1)
         else:
             if not n:
                 raise ValueError(f"{instruction.name}: its replica groups cannot be read: {instruction.rest[:200]}")
             part = (n - 1) / n
             wire = result * {"all-reduce": 2 * part, "reduce-scatter": n * part if not scattered else part}.get(kind, part)
-            slices = len({device // slice_devices for device in groups[0]})
+            slices = len({slice_of[device] for device in groups[0]})
             share = (slices - 1) / slices / part if slices > 1 else 0.0
         was = found.get(kind, Traffic(0, 0.0, 0.0, 0))
         found[kind] = Traffic(was.count + times, was.wire + times * wire, was.between_slices + times * wire * share,

@@ -226,11 +226,11 @@ def make_model(cfg: Any, contract: Mapping[str, Any]) -> Model:
     ) -> dict[str, Any]:
         h, w = check_inputs(inputs, contract)
 
-        def run(name: str, *args: Any) -> Any:
+        def run(name: str, *args: Any, **options: bool) -> Any:
             rngs = {}
             if train and rng is not None:
                 rngs = {"drop_path": jax.random.fold_in(rng, name_hash(name))}
-            return modules[name].apply({"params": params[name]}, *args, train=train, rngs=rngs)
+            return modules[name].apply({"params": params[name]}, *args, train=train, rngs=rngs, **options)
 
         outputs: dict[str, Any] = {"maps": {}, "mask": {}, "vit": {}}
         for name, sensor in inputs.items():
@@ -254,7 +254,7 @@ def make_model(cfg: Any, contract: Mapping[str, Any]) -> Model:
         dates = {name: sensor["dates"] for name, sensor in inputs.items()}
         sequence, seen = fusion_sequence(outputs["maps"], outputs["mask"], dates, cfg.calendar, params.get("ctpe"))
         b, n = sequence.shape[0], sequence.shape[3]
-        tokens, _ = run("fusion", sequence.reshape(b * h * w, n, -1), seen.reshape(b * h * w, n))
+        tokens, _ = run("fusion", sequence.reshape(b * h * w, n, -1), seen.reshape(b * h * w, n), token_only=True)
         outputs["fused"] = tokens[:, 0].reshape(b, h, w, -1)
         outputs["fused_mask"] = jnp.any(seen, axis=-1).astype(jnp.float32)
         return outputs

@@ -46,11 +46,12 @@ def rows_dot(x: jax.Array, kernel: jax.Array, dims: Any, precision: Any = None) 
     return out.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def layer_norm(eps: float, name: str, **kwargs: Any) -> nn.LayerNorm:
+def layer_norm(eps: float, name: str, remat: bool = False, **kwargs: Any) -> nn.LayerNorm:
     """LayerNorm over the last axis, in float32 (its float32 parameters promote bfloat16); two-pass variance, as the
-    eps probes need.
+    eps probes need. remat: keep its input for the backward pass, not its float32 copies; inside a rematerialised block
+    there is nothing to gain.
     """
-    return nn.LayerNorm(
+    return (nn.remat(nn.LayerNorm) if remat else nn.LayerNorm)(
         epsilon=eps, dtype=None, param_dtype=jnp.float32, use_fast_variance=False, name=name, **kwargs)
 
 
@@ -89,20 +90,22 @@ class SelfAttention(nn.Module):
     """Multi-head self-attention with biases on all projections (torch.nn.MultiheadAttention; q scaled by 1/sqrt(head
     width)).
 
-    x: [..., n, C] -> [..., n, C] in `dtype`. The columns of `qkv` are q, k, v, each made of `heads` contiguous blocks.
+    x: [..., n, C] -> [..., n, C] in `dtype`, or [..., 1, C] with first_only: the output at the first token alone, which
+    still sees all of them. The columns of `qkv` are q, k, v, each made of `heads` contiguous blocks.
     """
 
     heads: int
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None, first_only: bool = False) -> jax.Array:
         width = x.shape[-1]
         qkv = dense(3 * width, "qkv", self.dtype)(x)
         qkv = qkv.reshape(*x.shape[:-1], 3, self.heads, width // self.heads)
         q, k, v = qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
+        q = q[..., :1, :, :] if first_only else q
         out = attend(q * (width // self.heads) ** -0.5, k, v, mask)
-        return dense(width, "proj", self.dtype)(out.reshape(x.shape))
+        return dense(width, "proj", self.dtype)(out.reshape(*out.shape[:-2], width))
 
 
 def drop_path(x: jax.Array, rate: jax.Array | float, rng: jax.Array | None) -> jax.Array:

@@ -17,9 +17,9 @@ class Fusion(nn.Module):
 
     x: [N,n,D] sequences (N = batch x cells), mask: [N,n] bool or None, False = key not to be seen (the token is always
     seen; without masked keys the result is the reference's). Cells do not see each other: N can be cut anywhere.
-    Returns (tokens [N,1+n,E], all layers' tokens [depth,N,1+n,E] if `emit` else None). No position or modality
-    embedding:
-    the token does not depend on the order of x.
+    Returns (tokens [N,1+n,E], all layers' tokens [depth,N,1+n,E] if `emit` else None); with token_only the extra token's
+    output alone, [N,1,E], which is all that the model uses. No position or modality embedding: the token does not depend
+    on the order of x.
     """
 
     width: int
@@ -34,6 +34,7 @@ class Fusion(nn.Module):
     @nn.compact
     def __call__(
         self, x: jax.Array, mask: jax.Array | None = None, train: bool = False, emit: bool = False,
+        token_only: bool = False,
     ) -> tuple[jax.Array, jax.Array | None]:
         x = dense(self.width, "proj", self.dtype)(x)
         token = self.param("cls_token", trunc_normal, (1, 1, self.width), jnp.float32)
@@ -42,4 +43,4 @@ class Fusion(nn.Module):
             mask = jnp.concatenate([jnp.ones_like(mask[:, :1]), mask], axis=1)
         return TransformerStack(
             self.depth, self.heads, self.mlp_ratio, self.eps, self.drop, self.remat, self.dtype, name="blocks",
-        )(x, mask, train, emit)
+        )(x, mask, train, emit, token_only)

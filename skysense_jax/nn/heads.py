@@ -39,7 +39,7 @@ class DINOHead(nn.Module):
     bottleneck).
     Parameters mlp0.., last_layer_v [bottleneck, prototypes] and, with gain=True, last_layer_g [prototypes]; without it
     the weight norm's gain is fixed at 1, as DINO trains it. bottleneck=True stops before the last layer: normalised
-    [...,bottleneck] float32, for a loss that never holds all logits.
+    [...,bottleneck] float32, for a loss that never holds all logits. remat: see objectives.distillation.through_heads.
     """
 
     hidden: int
@@ -47,6 +47,7 @@ class DINOHead(nn.Module):
     prototypes: int
     layers: int = 3
     gain: bool = False
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact

@@ -228,7 +228,7 @@ class SwinStage(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, rates: jax.Array) -> jax.Array:
         if self.merge:
-            x = PatchMerging(self.eps, self.dtype, name="downsample")(x)
+            x = (nn.remat(PatchMerging) if self.remat else PatchMerging)(self.eps, self.dtype, name="downsample")(x)
         single = nn.remat(SwinBlock) if self.remat else SwinBlock
         for kind, first, count in stage_plan(rates.shape[0], self.extra_norm_every):
             if kind == "pairs":
@@ -240,7 +240,7 @@ class SwinStage(nn.Module):
             elif kind == "block":
                 x = single(shifted=bool(first % 2), name=f"block{first}", **self.block)(x, rates[first])
             else:
-                x = layer_norm(self.eps, f"extra_norm{first}")(x).astype(self.dtype)
+                x = layer_norm(self.eps, f"extra_norm{first}", self.remat)(x).astype(self.dtype)
         return x
 
 
@@ -272,7 +272,7 @@ class SwinTransformerV2(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, ...]:
         x = PatchEmbed(self.width, self.patch, self.dtype, name="patch_embed")(x)
-        x = layer_norm(self.eps, "patch_norm")(x).astype(self.dtype)
+        x = layer_norm(self.eps, "patch_norm", self.remat)(x).astype(self.dtype)
         rates = drop_rates(self.drop, sum(self.depths))
         maps = []
         for stage, depth in enumerate(self.depths):
@@ -287,5 +287,5 @@ class SwinTransformerV2(nn.Module):
                 block, stage > 0, self.extra_norm_every, self.eps, self.remat, self.dtype, name=f"stage{stage}")
             x = layers(x, rates[done:done + depth])
             if stage in self.outputs:
-                maps.append(layer_norm(self.eps, f"norm{stage}")(x).astype(self.dtype))
+                maps.append(layer_norm(self.eps, f"norm{stage}", self.remat)(x).astype(self.dtype))
         return tuple(maps)

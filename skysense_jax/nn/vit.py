@@ -18,7 +18,7 @@ class TransformerLayer(nn.Module):
     """Pre-norm layer x + attn(ln1 x), x + mlp(ln2 x) of the SkySense release's ViT and fusion transformer.
 
     Stochastic depth acts on the MLP branch only, as there. Called as a scan body: (x [N,n,C], rate, mask [N,n] or None)
-    -> (x, x if emit else None).
+    -> (x, x if emit else None); with first_only x becomes [N,1,C], the layer's output at the first token.
     """
 
     heads: int
@@ -27,13 +27,15 @@ class TransformerLayer(nn.Module):
     stochastic: bool = False
     emit: bool = False
     dtype: Any = jnp.float32
+    first_only: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, rate: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
         width = x.shape[-1]
         rng = self.make_rng("drop_path") if self.stochastic else None
         h = layer_norm(self.eps, "ln1")(x).astype(self.dtype)
-        x = x + SelfAttention(self.heads, self.dtype, name="attn")(h, mask)
+        branch = SelfAttention(self.heads, self.dtype, name="attn")(h, mask, self.first_only)
+        x = x[:, :branch.shape[1]] + branch
         h = layer_norm(self.eps, "ln2")(x).astype(self.dtype)
         h = gelu(dense(int(width * self.mlp_ratio), "fc1", self.dtype, bias_init=tiny_normal)(h))
         h = dense(width, "fc2", self.dtype, bias_init=tiny_normal)(h)
@@ -45,7 +47,8 @@ class TransformerStack(nn.Module):
     """`depth` equal layers under one scan; parameters are stacked on a leading axis under "layers".
 
     x: [N,n,C], mask: [N,n] bool or None. Returns (x, all) where all is [depth,N,n,C] if `emit` (outputs of every
-    layer), else None. drop: the last layer's stochastic depth. remat: recompute a layer in the backward pass.
+    layer), else None. drop: the last layer's stochastic depth. remat: recompute a layer in the backward pass. first_only:
+    the last layer computes the first token alone, x is [N,1,C].
     """
 
     depth: int
@@ -59,13 +62,36 @@ class TransformerStack(nn.Module):
     @nn.compact
     def __call__(
         self, x: jax.Array, mask: jax.Array | None = None, train: bool = False, emit: bool = False,
+        first_only: bool = False,
     ) -> tuple[jax.Array, jax.Array | None]:
+        if first_only and not self.is_initializing():
+            return self.first_token(x, mask, train), None
         layer = nn.remat(TransformerLayer, prevent_cse=False) if self.remat else TransformerLayer
         scanned = nn.scan(
             layer, variable_axes={"params": 0}, split_rngs={"params": True, "drop_path": True},
             in_axes=(0, nn.broadcast), length=self.depth, metadata_params={nn.PARTITION_NAME: "layers"})
         stack = scanned(self.heads, self.mlp_ratio, self.eps, train and self.drop > 0, emit, self.dtype, name="layers")
         return stack(x, drop_rates(self.drop, self.depth), mask)
+
+    def first_token(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
+        """[N,1,C]: the scan over all layers but the last, then that one for the first token: three quarters of its
+        products saved. The parameters are those of the scan over all of them.
+        """
+        params, rates = self.variables["params"]["layers"], drop_rates(self.drop, self.depth)
+        stochastic = train and self.drop > 0
+        keys = jax.random.split(self.make_rng("drop_path"), self.depth) if stochastic else rates  # not used then
+
+        def run(x: jax.Array, step: Any, first_only: bool = False) -> tuple[jax.Array, None]:
+            weights, rate, key = step
+            layer = TransformerLayer(self.heads, self.mlp_ratio, self.eps, stochastic, False, self.dtype, first_only,
+                                     parent=None)
+            rngs = {"drop_path": key} if stochastic else {}
+            return layer.apply({"params": weights}, x, rate, mask, rngs=rngs)
+
+        body = jax.checkpoint(run, prevent_cse=False) if self.remat else run
+        x, _ = jax.lax.scan(body, x, jax.tree.map(lambda leaf: leaf[:-1], (params, rates, keys)))
+        x, _ = run(x, jax.tree.map(lambda leaf: leaf[-1], (params, rates, keys)), first_only=True)
+        return x
 
 
 class VisionTransformer(nn.Module):

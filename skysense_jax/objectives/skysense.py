@@ -28,7 +28,7 @@ A head none of whose rows is valid in the batch reports 0 for all of its own.
 from __future__ import annotations
 
 import itertools
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -62,12 +62,15 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
     heads = (*sensors, FUSED)
     pairs = tuple(itertools.combinations(sensors, 2))
     dtype = jnp.dtype(cfg.model.dtype)
-    head = DINOHead(o.head.hidden, o.head.bottleneck, o.head.prototypes, o.head.layers, dtype=dtype)
+    head = DINOHead(
+        o.head.hidden, o.head.bottleneck, o.head.prototypes, o.head.layers, remat=cfg.model.remat, dtype=dtype)
     widths = {**{name: cfg.model.width for name in sensors}, FUSED: cfg.model.fusion.embed_dims}
     families = [heads] if widths[FUSED] == cfg.model.width else [sensors, (FUSED,)]
     size = int(cfg.data.global_size)
     if size % o.align_grid:
         raise ValueError(f"objective.align_grid={o.align_grid} does not divide data.global_size={size}")
+    if o.microbatches < 1 or int(cfg.data.batch) % o.microbatches:
+        raise ValueError(f"objective.microbatches={o.microbatches} does not divide data.batch={cfg.data.batch}")
     seeds = clusters.seed_cells(size, size, o.clusters)
 
     def init(rng: jax.Array, spec: Tree) -> tuple[Tree, Tree, Tree]:
@@ -98,15 +101,20 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
 
     def encode(encoder: Tree, views: Tree, train: bool, rng: jax.Array | None) -> dict[str, gr.Cells]:
         """All views of a scope through the encoder at once, folded into the batch axis: {head: Cells}."""
-        b, s, h, w = views["coords"].shape[:4]
-        inputs = jax.tree.map(lambda x: x.reshape(b * s, *x.shape[2:]), dict(views["sensors"]))
-        out = model.apply(encoder, inputs, train=train, rng=rng)
-        maps = {**out["maps"], FUSED: out["fused"][:, None]}
-        masks = {**out["mask"], FUSED: out["fused_mask"][:, None]}
-        return {
-            name: gr.Cells(maps[name].reshape(b, s, -1, h * w, widths[name]), masks[name].reshape(b, s, -1, h * w))
-            for name in heads
-        }
+        s, h, w = views["coords"].shape[1:4]
+
+        def piece(places: Tree, rng: jax.Array | None) -> dict[str, gr.Cells]:
+            inputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), places)
+            out = model.apply(encoder, inputs, train=train, rng=rng)
+            maps = {**out["maps"], FUSED: out["fused"][:, None]}
+            masks = {**out["mask"], FUSED: out["fused_mask"][:, None]}
+            return {
+                name: gr.Cells(maps[name].reshape(-1, s, *maps[name].shape[1:2], h * w, widths[name]),
+                               masks[name].reshape(-1, s, *masks[name].shape[1:2], h * w))
+                for name in heads
+            }
+
+        return in_pieces(piece, o.microbatches, dict(views["sensors"]), rng)
 
     def align(params: Tree, cells: Mapping[str, gr.Cells]) -> dict[str, jax.Array]:
         pooled = {name: pool_regions(cells[name], size, o.align_grid) for name in sensors}
@@ -199,6 +207,27 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
         ("drop_path",),
         ("teacher_temp", "last_layer_frozen", "teacher_momentum"),
     )
+
+
+def in_pieces(function: Callable[..., Tree], pieces: int, places: Tree, rng: jax.Array | None) -> Tree:
+    """function(places, rng) one part of the places after the other, and the results together again, in order.
+
+    places: leaves [B, ...], results: leaves [B, ...]. Only what the backward pass keeps is held for all B at once; the
+    losses behind see all places together, so that the gradient is that of the whole batch. Place i goes to part
+    i mod `pieces`: with a batch split over devices every device has its share of each part.
+    """
+    if pieces == 1:
+        return function(places, rng)
+
+    def split(x: jax.Array) -> jax.Array:
+        return jnp.swapaxes(x.reshape(-1, pieces, *x.shape[1:]), 0, 1)
+
+    def one(part: tuple[Tree, jax.Array]) -> Tree:
+        some, number = part
+        return function(some, None if rng is None else jax.random.fold_in(rng, number))
+
+    out = jax.lax.map(one, (jax.tree.map(split, places), jnp.arange(pieces)))
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), out)
 
 
 def encoder_features(model: Model, encoder: Tree, inputs: Tree) -> dict[str, jax.Array]:

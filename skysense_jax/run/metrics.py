@@ -20,19 +20,10 @@ import jax
 import numpy as np
 import tensorboardX
 
+from skysense_jax.core import chips
 from skysense_jax.run import digest
 
 FILE = "metrics.jsonl"
-
-PEAK_FLOPS = {
-    # Dense bfloat16 products per second of one jax device, from the vendors' data sheets.
-    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12, "TPU v6e": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
-"""Peak by jax's device_kind; no MFU is printed for a device that is not here."""
-
 
 class Timers:
     """Seconds by purpose (compile, restore, data, step, save, eval), summed over all starts of a run: the goodput
@@ -103,15 +94,20 @@ class Log:
     """
 
     def __init__(
-        self, workdir: pathlib.Path, start: int, total: int, every: int, places: int, flops: float, timers: Timers
+        self, workdir: pathlib.Path, start: int, total: int, every: int, places: int, images: int, flops: float,
+        timers: Timers,
     ) -> None:
-        """places: of a global batch. flops: model FLOPs of one step, all devices together."""
+        """places, images: of a global batch; an image is one date of one sensor of a place, however many views are cut
+        from it. flops: model FLOPs of one step, all devices together (what is counted: core.flops).
+        """
         if every < 1:
             raise ValueError(f"config.run.log_every={every}: at least 1")
-        self._total, self._every, self._places, self._flops, self._timers = total, every, places, flops, timers
+        self._total, self._every, self._flops, self._timers = total, every, flops, timers
+        self._places, self._images = places, images
         self._writes = jax.process_index() == 0
-        kind, count = jax.devices()[0].device_kind, jax.device_count()
-        self._peak = PEAK_FLOPS[kind] * count if kind in PEAK_FLOPS else None
+        devices = jax.devices()
+        chip = chips.CHIPS.get(devices[0].device_kind)  # no MFU is printed for a device that is not there
+        self._peak = chip and chip.flops * len(devices) / chips.devices_per_chip(devices)
         self._pending: tuple[int, Any] | None = None
         self._mark, self._mark_step, self._mark_data = time.monotonic(), start, timers.seconds.get("data", 0.0)
         if self._writes:
@@ -144,7 +140,9 @@ class Log:
         now, data = time.monotonic(), self._timers.seconds.get("data", 0.0)
         wall, steps = max(now - self._mark, 1e-9), max(step - self._mark_step, 1)
         rate = steps * self._places / wall
-        speed = {"places_per_s": rate, "step_s": wall / steps, "input_wait": (data - self._mark_data) / wall,
+        spent = sum(self._timers.seconds.values())
+        speed = {"places_per_s": rate, "imgs_per_s": rate * self._images / self._places,
+                 "goodput": self._timers.seconds.get("step", 0.0) / max(spent, 1e-9), "step_s": wall / steps, "input_wait": (data - self._mark_data) / wall,
                  "peak_bytes": peak_memory()}
         if self._peak is not None:
             speed["mfu"] = self._flops * steps / wall / self._peak
@@ -160,8 +158,9 @@ class Log:
         mfu = f" | MFU {speed['mfu']:.1%}" if "mfu" in speed else ""
         loss = values["loss"] if isinstance(values["loss"], str) else f"{values['loss']:.4f}"
         skips = f" | skipped {values['skipped']}" if values["skipped"] else ""
-        print(f"step {step}/{self._total} | loss {loss}{skips} | {rate:.1f} places/s{mfu} | "
-              f"input wait {speed['input_wait']:.0%} | "
+        print(f"step {step}/{self._total} | loss {loss}{skips} | {rate:.1f} places/s, "
+              f"{speed['imgs_per_s']:.0f} imgs/s{mfu} | input wait {speed['input_wait']:.0%} | "
+              f"{speed['peak_bytes'] / 2**30:.1f} GiB | goodput {speed['goodput']:.0%} | "
               f"ETA {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}", file=sys.stderr, flush=True)
 
     def sync(self) -> int:

@@ -1,0 +1,112 @@
+"""`skysense-jax pods FOLDER [--out docs/pods.md]`: the table of compile checks, one JSON file per row.
+
+Rows whose file is there are not compiled again, so the command can be stopped and repeated; delete a file to redo its
+row. Each row is its own process (libtpu takes its flags once): `skysense-jax compile-check`, printed before it runs.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import shlex
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+from skysense_jax.data.parts import write_atomically
+
+GIB = 2**30
+
+
+class Row(NamedTuple):
+    """One compile check: configuration (of configs/), topology, slices, further fields."""
+
+    config: str
+    topology: str
+    slices: int = 1
+    fields: tuple[str, ...] = ()
+
+    @property
+    def file(self) -> str:
+        """Name of the row's JSON."""
+        name = [self.config, self.topology.replace(":", "-"), *([f"{self.slices}slices"] if self.slices > 1 else []),
+                *(field.removeprefix("--config.").replace("=", "") for field in self.fields)]
+        return "_".join(name) + ".json"
+
+    def command(self, configs: pathlib.Path, folder: pathlib.Path) -> list[str]:
+        """What makes the row."""
+        return [sys.executable, "-m", "skysense_jax.cli", "compile-check", "--config", str(configs / f"{self.config}.py"),
+                "--topology", self.topology, "--slices", str(self.slices), "--json", str(folder / self.file), *self.fields]
+
+
+ROWS = (
+    Row("skysense_full", "v5e:8x8"), Row("skysense_full", "v5e:16x16"),
+    Row("skysense_full", "v5p:4x4x4"), Row("skysense_full", "v5p:8x8x8"), Row("skysense_full", "v5p:8x8x16"),
+    Row("skysense_full", "v6e:16x16"), Row("skysense_full", "v5e:8x8", 2), Row("skysense_base", "v5e:4x4"),
+)
+
+HEAD = """# Pods: what the TPU compiler says
+
+**No TPU was at hand.** Every row is the whole training step (student forward and backward, teacher, losses, optimiser, moving
+average) lowered and compiled by the real TPU compiler (libtpu) for a described pod, on a CPU. Memory and traffic are the
+compiler's; the roofline is an upper bound computed from them (`skysense-jax compile-check --help` states its
+assumptions), not a measured speed.
+
+```bash
+./launch/setup.sh tpu && .venv/bin/skysense-jax pods {folder} --out docs/pods.md     # goes on where it was stopped
+```
+
+| configuration | topology | chips | mesh | global batch | peak HBM / limit, GiB | fits | sent per chip and step, GiB (ICI / DCN) | roofline step, s (bound) | roofline MFU | compile, s |
+|---|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def line(r: dict[str, Any]) -> str:
+    """One row of the table."""
+    chips = r["devices"] // r["devices_per_chip"]
+    slices = f" x {r['slices']}" if r["slices"] > 1 else ""
+    mesh = " x ".join(f"{name} {size}" for name, size in r["mesh"].items())
+    batch = f"{r['global_batch']} in {r['microbatches']} parts" if r["microbatches"] > 1 else str(r["global_batch"])
+    peak = "?" if r["peak_hbm_bytes"] is None else f"{r['peak_hbm_bytes'] / GIB:.2f}"
+    cells = [r["row"], r["topology"] + slices, str(chips), mesh, batch, f"{peak} / {r['hbm_limit_bytes'] / GIB:.2f}",
+             "yes" if r["fits"] else "**no**"]
+    if "ici_bytes" in r:
+        bound = max(r["roofline_seconds"], key=r["roofline_seconds"].get)
+        cells += [f"{r['ici_bytes'] / GIB:.1f} / {r['dcn_bytes'] / GIB:.1f}", f"{r['roofline_step_seconds']:.3f} ({bound})",
+                  f"{r['roofline_mfu']:.0%}"]
+    else:
+        cells += ["", "", ""]
+    return "| " + " | ".join([*cells, f"{r['compile_seconds']:.0f}"]) + " |"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """FOLDER, --configs, --out, --only."""
+    parser.add_argument("folder", type=pathlib.Path, help="where the rows' JSON files are kept")
+    parser.add_argument("--configs", type=pathlib.Path, default=pathlib.Path("configs"), help="folder of configurations")
+    parser.add_argument("--out", type=pathlib.Path, help="also write the table to this file (docs/pods.md)")
+    parser.add_argument("--only", default="", help="only rows whose file name contains this")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Makes what is missing and writes the table; 1 where a row could not be made (78 from compile-check)."""
+    args.folder.mkdir(parents=True, exist_ok=True)
+    failed, results = [], []
+    for row in ROWS:
+        file = args.folder / row.file
+        if not file.exists() and args.only in row.file:
+            command = row.command(args.configs, args.folder)
+            print(shlex.join(command), file=sys.stderr, flush=True)
+            if subprocess.run(command, check=False).returncode not in (0, 1):
+                failed.append(row.file)
+        if file.exists():
+            results.append(json.loads(file.read_text()) | {"row": row.config})
+    text = HEAD.format(folder="WORKDIR/pods") + "\n".join(map(line, results)) + "\n"
+    notes = args.out and args.out.with_name("pods_notes.md")
+    if notes and notes.exists():
+        text += "\n" + notes.read_text()
+    print(text)
+    if args.out:
+        write_atomically(args.out, text.encode())
+    for name in failed:
+        print(f"skysense-jax pods: {name} could not be made, see above", file=sys.stderr)
+    return 1 if failed else 0

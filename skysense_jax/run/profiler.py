@@ -1,0 +1,42 @@
+"""A profiler window: the steps FIRST..LAST of a run, traced into the run's folder for TensorBoard's profile page."""
+from __future__ import annotations
+
+import pathlib
+import re
+from typing import Any
+
+import jax
+
+FOLDER = "profile"
+
+
+class Window:
+    """Traces the steps after `first` steps are done until `last` are; nothing for the empty window ''.
+
+    text: "FIRST:LAST" with 0 <= FIRST < LAST, counted as in the metrics. Raises ValueError for anything else. A window
+    that lies before the step a run resumes from is over; one that the end of the run cuts is written as far as it goes.
+    """
+
+    def __init__(self, text: str, workdir: pathlib.Path) -> None:
+        found = re.fullmatch(r"(\d+):(\d+)", text)
+        if text and not (found and int(found.group(1)) < int(found.group(2))):
+            raise ValueError(f"--profile={text!r}: FIRST:LAST steps with FIRST < LAST, as 100:105")
+        self._first, self._last = (int(found.group(1)), int(found.group(2))) if found else (-1, -1)
+        self._folder, self._running = workdir / FOLDER, False
+
+    def before_step(self, done: int, state: Any) -> None:
+        """To be called before every step with the number of steps done and the state they led to: the device runs behind
+        the host, and the window ends when it has caught up.
+        """
+        if self._running and done >= self._last:
+            jax.block_until_ready(state)
+            self.close()
+        elif not self._running and self._first <= done < self._last:
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+
+    def close(self) -> None:
+        """Ends a running trace."""
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False

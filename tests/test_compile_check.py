@@ -1,0 +1,176 @@
+"""Reading compiled programs, and the compile check itself: through the real TPU compiler where libtpu is installed."""
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from skysense_jax import pods
+from skysense_jax.core import chips, flops, hlo, sharding
+from skysense_jax.core import mesh as meshes
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+LAYERS, WIDTH, BATCH = 5, 64, 16
+
+
+def layered(fsdp: int):
+    """A scan over layers with split weights, as the model's: mesh, function, arguments with shardings."""
+    mesh = meshes.make_mesh({"data": jax.device_count() // fsdp, "fsdp": fsdp})
+    split = jax.NamedSharding(mesh, jax.P(None, None, "fsdp"))
+    weights = jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.float32, sharding=split)
+    x = jax.ShapeDtypeStruct((BATCH, WIDTH), jnp.float32, sharding=meshes.batch_sharding(mesh))
+
+    @jax.checkpoint
+    def layer(x, w):
+        return jnp.tanh(x @ sharding.gathered(w)), None
+
+    def run(weights, x):
+        return jax.lax.scan(layer, x, weights)[0]
+
+    return mesh, run, (weights, x)
+
+
+@pytest.mark.parametrize("fsdp", [8, 4])
+def test_collectives_of_a_loop_count_as_often_as_it_runs(fsdp):
+    mesh, run, arguments = layered(fsdp)
+    with jax.set_mesh(mesh):
+        text = jax.jit(run).lower(*arguments).compile().as_text()
+    found = hlo.collectives(hlo.read(text), [0] * 8)
+    layer = WIDTH * WIDTH * 4
+    assert found["all-gather"].count == LAYERS
+    assert found["all-gather"].wire == pytest.approx(LAYERS * layer * (fsdp - 1) / fsdp)
+    assert found["all-gather"].largest == layer, "one layer at a time, never all of them"
+    assert found["all-gather"].between_slices == 0
+
+
+def test_gradients_go_into_the_parts_without_gathering_activations():
+    mesh, run, (weights, x) = layered(8)
+    with jax.set_mesh(mesh):
+        gradient = jax.jit(jax.grad(lambda w, x: run(w, x).sum()), out_shardings=weights.sharding)
+        found = hlo.collectives(hlo.read(gradient.lower(weights, x).compile().as_text()), [0] * 8)
+    assert max(one.largest for one in found.values()) <= WIDTH * WIDTH * 4
+    assert found["all-gather"].count == 2 * LAYERS, "forward and backward; nothing else is gathered"
+
+
+def test_groups_that_cross_slices_count_between_them():
+    mesh, run, arguments = layered(8)
+    with jax.set_mesh(mesh):
+        program = hlo.read(jax.jit(run).lower(*arguments).compile().as_text())
+    one = hlo.collectives(program, [0] * 4 + [1] * 4)["all-gather"]
+    assert one.between_slices == pytest.approx(one.wire * (1 / 2) / (7 / 8))  # half of the ring's parts lie over there
+
+
+@pytest.mark.parametrize("text, groups", [
+    ("x), replica_groups={{0,2},{1,3}}, dimensions={0}", [[0, 2], [1, 3]]),
+    ("x), replica_groups=[2,2]<=[4], dimensions={0}", [[0, 1], [2, 3]]),
+    ("x), replica_groups=[2,2]<=[2,2]T(1,0), dimensions={0}", [[0, 2], [1, 3]]),
+    ("x), replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_1'}, dimensions={0}", [[0, 1], [2, 3]]),
+    ("x), replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0'}, dimensions={0}", [[0, 2], [1, 3]]),
+    ("x), replica_groups=mesh['axis_0'=2,'axis_1'=2], device_ids=([2,2]T(1,0)) {'axis_1'}, x", [[0, 2], [1, 3]]),
+])
+def test_every_spelling_of_device_groups_is_read(text, groups):
+    assert sorted(hlo.device_groups(text)) == groups
+
+
+def test_hbm_traffic_of_a_loop_counts_slices_and_not_the_whole_stack():
+    stack = jax.ShapeDtypeStruct((64, 128, 128), jnp.float32)
+    x = jax.ShapeDtypeStruct((128, 128), jnp.float32)
+    text = jax.jit(lambda w, x: jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]).lower(stack, x).compile().as_text()
+    matrix = 128 * 128 * 4
+    assert 64 * 3 * matrix <= hlo.hbm_bytes(hlo.read(text)) <= 64 * 16 * matrix  # the whole stack each time: 64 * 64
+
+
+def test_products_of_a_jaxpr_count_loops_and_rematerialisation():
+    def loss(w, x):
+        layer = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
+        return jax.lax.scan(layer, x, w)[0].sum()
+
+    w, x = jnp.ones((LAYERS, WIDTH, WIDTH)), jnp.ones((BATCH, WIDTH))
+    one = 2 * BATCH * WIDTH * WIDTH * LAYERS
+    assert flops.of_jaxpr(jax.make_jaxpr(loss)(w, x).jaxpr) == one
+    gradient = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(w, x)
+    assert flops.of_jaxpr(gradient.jaxpr) == 4 * one  # forward, again, and two products backward
+
+
+def test_a_described_chip_may_be_several_devices():
+    class Device:
+        def __init__(self, *coords):
+            self.coords = coords
+
+    assert chips.devices_per_chip([Device(0, 0, 0), Device(0, 0, 0), Device(1, 0, 0), Device(1, 0, 0)]) == 2
+    assert chips.devices_per_chip(jax.devices()) == 1
+
+
+def test_table_rows_have_their_own_files_and_show_what_does_not_fit():
+    assert len({row.file for row in pods.ROWS}) == len(pods.ROWS)
+    result = {
+        "row": "skysense_full", "topology": "v5e:8x8", "slices": 1, "devices": 64, "devices_per_chip": 1,
+        "mesh": {"data": 2, "fsdp": 32}, "global_batch": 256, "microbatches": 4, "peak_hbm_bytes": 20 * 2**30,
+        "hbm_limit_bytes": int(15.75 * 2**30), "fits": False, "compile_seconds": 1.0,
+    }
+    assert "| 20.00 / 15.75 | **no** |" in pods.line(result)
+
+
+def compile_check(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "skysense_jax.cli", "compile-check", *arguments]
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed here")
+def test_without_libtpu_the_command_says_what_to_install():
+    done = compile_check("--config", "configs/skysense_tiny.py", "--topology", "v5e:2x2")
+    assert done.returncode == 78 and "launch/setup.sh tpu" in done.stderr, done.stderr
+
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="needs the TPU compiler: tests/run.sh makes an environment with it (launch/setup.sh tpu)")
+
+
+@pytest.mark.tpu_compiler
+@needs_libtpu
+@pytest.mark.parametrize("topology, slices, mesh, per_chip", [
+    ("v5e:2x2", 1, {"data": 1, "fsdp": 4}, 1), ("v5p:2x2x1", 2, {"data": 2, "fsdp": 4}, 1)])
+def test_the_tiny_step_compiles_for_real_chips(tmp_path, topology, slices, mesh, per_chip):
+    file = tmp_path / "row.json"
+    done = compile_check("--config", "configs/skysense_tiny.py", "--topology", topology, "--slices", str(slices),
+                         "--json", str(file), "--config.mesh.data=-1", "--config.mesh.fsdp=4")
+    assert done.returncode == 0, done.stderr[-3000:]
+    r = json.loads(file.read_text())
+    assert r["fits"] and 0 < r["peak_hbm_bytes"] < r["hbm_limit_bytes"]
+    assert r["mesh"] == mesh and r["devices_per_chip"] == per_chip and r["devices"] == 4 * slices
+    assert r["executed_flops"] * r["devices"] > 0.9 * r["model_flops"]
+    assert 0 < r["roofline_mfu"] < 1 and r["roofline_step_seconds"] == max(r["roofline_seconds"].values())
+    assert r["collective_bytes"] == pytest.approx(sum(one["wire"] for one in r["collectives"].values()))
+    assert (r["dcn_bytes"] > 0) == (slices > 1), "only the gradients' mean crosses slices"
+    assert r["largest_replicated_bytes"] < 2**20
+    assert "FITS" in done.stdout and "nothing was run" in done.stdout
+
+
+@pytest.mark.tpu_compiler
+@needs_libtpu
+def test_a_step_that_does_not_fit_says_by_how_much(tmp_path):
+    file = tmp_path / "row.json"
+    done = compile_check("--config", "configs/skysense_tiny.py", "--topology", "v5e:2x2", "--json", str(file),
+                         "--config.data.batch=4000000", "--config.mesh.fsdp=4")
+    r = json.loads(file.read_text())
+    assert done.returncode == 1 and not r["fits"], done.stderr[-2000:]
+    assert r["peak_hbm_bytes"] > r["hbm_limit_bytes"] and "DOES NOT FIT" in done.stdout
+
+
+@pytest.mark.tpu_compiler
+@needs_libtpu
+@pytest.mark.parametrize("arguments, words", [
+    (("--topology", "v9z:2x2"), "v9z"), (("--topology", "v5e:2x2", "--config.mesh.fsdp=3"), "mesh"),
+    (("--topology", "v5e:2x2", "--config.data.bath=3"), "no such field")])
+def test_what_cannot_be_compiled_is_refused(arguments, words):
+    done = compile_check("--config", "configs/skysense_tiny.py", *arguments)
+    assert done.returncode == 78 and words in done.stderr, done.stderr[-2000:]
