@@ -1,7 +1,6 @@
 """`skysense-jax compile-check`: the training step through the real TPU compiler, for a described pod, without a TPU.
 
     skysense-jax compile-check --config FILE --topology v5e:16x16 [--slices 2] [--json FILE] [--config.field=value ...]
-    skysense-jax compile-check --table FOLDER [--out docs/pods.md]
 
 Needs libtpu (`launch/setup.sh tpu`), not a TPU. It lowers and compiles what `train` would run: the same plan, mesh,
 shardings and flags. What it prints is what the compiler says (memory, collectives, HBM traffic), and a roofline with its
@@ -132,9 +131,7 @@ def check(cfg: config_dict.ConfigDict, topology: str, slices: int, effort: float
     ici = sum(one.wire - one.between_slices for one in moved.values())
     dcn = sum(one.between_slices for one in moved.values())
     hbm = hlo.hbm_bytes(program)
-    # In place: the donated state's outputs are its arguments.
-    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    peak += memory.temp_size_in_bytes
+    peak = memory.peak_memory_in_bytes  # arguments included; temp_size_in_bytes is a sum that ignores what shares memory
     times = {
         "compute": executed / (chip.flops / per_chip), "hbm": hbm / (chip.hbm_bytes_per_s / per_chip),
         "ici": ici / (chip.ici_bytes_per_s / per_chip), "dcn": dcn / (chips.DCN_BYTES_PER_S / per_chip),
@@ -142,7 +139,7 @@ def check(cfg: config_dict.ConfigDict, topology: str, slices: int, effort: float
     step = max(times.values())
     return {
         **result, "fits": peak <= limit, "peak_hbm_bytes": peak, "argument_bytes": memory.argument_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes, "hbm_traffic_bytes": hbm, "collective_bytes": ici + dcn,
+        "temporary_bytes": peak - memory.argument_size_in_bytes, "hbm_traffic_bytes": hbm, "collective_bytes": ici + dcn,
         "ici_bytes": ici, "dcn_bytes": dcn, "collectives": {kind: one._asdict() for kind, one in moved.items()},
         "roofline_seconds": times, "roofline_step_seconds": step,
         "roofline_mfu": plan.flops / len(devices) / (chip.flops / per_chip) / step,
