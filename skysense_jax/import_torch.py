@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN",
         help="names of tensors (shell patterns) that are not imported, where a file holds more than the model",
     )
+    parser.add_argument("--licence", default=LICENCE, help=f"licence of the files, carried into every export ({LICENCE})")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     bands = {name: tuple(names) for name, names in config.data.bands.items()} | _bands(args.bands)
     if args.calendar:
         config.model.calendar = args.calendar
-    print(import_files(args.files, config.model, bands, args.out, args.leave_out))
+    print(import_files(args.files, config.model, bands, args.out, args.leave_out, args.licence))
     return 0
 
 
@@ -88,11 +89,13 @@ def import_files(
     bands: Mapping[str, Sequence[str]],
     out: str | pathlib.Path,
     leave_out: Sequence[str] = (),
+    licence: str = LICENCE,
 ) -> pathlib.Path:
     """Imports released files; returns `out`.
 
     files: paths, or "MODULE=PATH". model: config.model of the whole architecture; what no file holds is left out of it
     (`model.modules`). bands: sensor -> bands in the model's order. leave_out: patterns of tensors not wanted.
+    licence: of the files; every export of them carries it on.
     Raises FileNotFoundError; ValueError where a file cannot be read safely, a tensor is missing, unknown or misshapen,
     modules do not make a model, the disk has no room, or `out` holds weights already.
     """
@@ -129,7 +132,7 @@ def import_files(
     description = {
         "format": 1, "model_type": "skysense", "architecture": json.loads(cfg.to_json()), "input_contract": contract,
         "provenance": {"source": "imported PyTorch weights", "parts": origins, "imported_with": __version__,
-                       "licence": LICENCE},
+                       "licence": licence},
     }
     written = out / (embed.MODEL_FILE + ".partial")
     written.write_text(json.dumps(description, indent=1) + "\n")

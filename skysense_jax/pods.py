@@ -45,20 +45,12 @@ ROWS = (
     Row("skysense_full", "v6e:16x16"), Row("skysense_full", "v5e:8x8", 2), Row("skysense_base", "v5e:4x4"),
 )
 
-HEAD = """# Pods: what the TPU compiler says
+MARKS = "<!-- rows: skysense-jax pods -->", "<!-- end of rows -->"
+"""In the file of --out: the table between them is replaced, the text around it stays."""
 
-**No TPU was at hand.** Every row is the whole training step (student forward and backward, teacher, losses, optimiser, moving
-average) lowered and compiled by the real TPU compiler (libtpu) for a described pod, on a CPU. Memory and traffic are the
-compiler's; the roofline is an upper bound computed from them (`skysense-jax compile-check --help` states its
-assumptions), not a measured speed.
-
-```bash
-./launch/setup.sh tpu && .venv/bin/skysense-jax pods {folder} --out docs/pods.md     # goes on where it was stopped
-```
-
-| configuration | topology | chips | mesh | global batch | peak HBM / limit, GiB | fits | sent per chip and step, GiB (ICI / DCN) | roofline step, s (bound) | roofline MFU | compile, s |
-|---|---|---|---|---|---|---|---|---|---|---|
-"""
+HEAD = (
+    "| configuration | topology | chips | mesh | global batch | peak HBM / limit, GiB | fits | sent per chip and step, GiB (ICI / DCN) "
+    "| roofline step, s (bound) | roofline MFU | compile, s |\n" + "|---" * 11 + "|\n")
 
 
 def line(r: dict[str, Any]) -> str:
@@ -83,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """FOLDER, --configs, --out, --only."""
     parser.add_argument("folder", type=pathlib.Path, help="where the rows' JSON files are kept")
     parser.add_argument("--configs", type=pathlib.Path, default=pathlib.Path("configs"), help="folder of configurations")
-    parser.add_argument("--out", type=pathlib.Path, help="also write the table to this file (docs/pods.md)")
+    parser.add_argument("--out", type=pathlib.Path, help="also put the table between its marks in this file (docs/pods.md)")
     parser.add_argument("--only", default="", help="only rows whose file name contains this")
 
 
@@ -100,13 +92,14 @@ def run(args: argparse.Namespace) -> int:
                 failed.append(row.file)
         if file.exists():
             results.append(json.loads(file.read_text()) | {"row": row.config})
-    text = HEAD.format(folder="WORKDIR/pods") + "\n".join(map(line, results)) + "\n"
-    notes = args.out and args.out.with_name("pods_notes.md")
-    if notes and notes.exists():
-        text += "\n" + notes.read_text()
-    print(text)
+    table = HEAD + "\n".join(map(line, results)) + "\n"
+    print(table)
     if args.out:
-        write_atomically(args.out, text.encode())
+        before, _, rest = args.out.read_text().partition(MARKS[0])
+        _, found, after = rest.partition(MARKS[1])
+        if not found:
+            raise ValueError(f"{args.out} has no lines {MARKS[0]} and {MARKS[1]} to write the table between")
+        write_atomically(args.out, f"{before}{MARKS[0]}\n{table}{MARKS[1]}{after}".encode())
     for name in failed:
         print(f"skysense-jax pods: {name} could not be made, see above", file=sys.stderr)
     return 1 if failed else 0

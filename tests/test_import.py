@@ -129,7 +129,8 @@ def test_a_whole_checkpoint_in_a_pytorch_file(model, config, tmp_path, capsys):
     torch.save(whole, file)
     command = ["import-torch", file, "--out", str(tmp_path / "in2"), "--config", str(config)]
     assert cli.main(command) == 78 and "decoder.weight" in capsys.readouterr().err
-    assert cli.main([*command, "--leave-out", "decoder.weight"]) == 0
+    assert cli.main([*command, "--leave-out", "decoder.weight", "--licence", "CC-BY-4.0"]) == 0
+    assert json.loads((tmp_path / "in2" / embed.MODEL_FILE).read_text())["provenance"]["licence"] == "CC-BY-4.0"
 
 
 @pytest.mark.parametrize("modules", [("hr",), ("s2",), ("s1", "head_s1"), ("s2", "head_s2", "fusion")])

@@ -121,6 +121,34 @@ def test_fusion_order_masks_and_chunks():
     close(np.concatenate([run(x[:4], mask[:4]), run(x[4:], mask[4:])]), masked)
 
 
+@pytest.mark.parametrize("depth, remat", [(3, False), (3, True), (1, False)])
+def test_the_token_alone_is_the_first_of_all_tokens(depth, remat):
+    module = Fusion(8, depth, 2, remat=remat)
+    x = np.random.default_rng(0).standard_normal((6, 5, 12)).astype(np.float32)
+    mask = jnp.arange(5)[None] < jnp.array([5, 4, 3, 2, 1, 0])[:, None]
+    params = random_like(jax.eval_shape(module.init, jax.random.key(0), x)["params"])
+
+    def total(params, alone):
+        tokens, _ = module.apply({"params": params}, x, mask, token_only=alone)
+        assert tokens.shape == (6, 1 if alone else 6, 8)
+        return jnp.sum(tokens[:, 0] ** 2), tokens[:, 0]
+
+    (_, token), grads = jax.value_and_grad(total, has_aux=True)(params, True)
+    (_, first), whole = jax.value_and_grad(total, has_aux=True)(params, False)
+    close(token, first)
+    jax.tree.map(close, grads, whole)
+
+
+def test_the_token_alone_has_stochastic_depth_in_every_layer():
+    module = Fusion(8, 2, 2, drop=0.999)
+    x = np.random.default_rng(0).standard_normal((64, 3, 12)).astype(np.float32)
+    params = random_like(jax.eval_shape(module.init, jax.random.key(0), x)["params"])
+    run = lambda **how: module.apply({"params": params}, x, token_only=True, **how)[0]
+    dropped = run(train=True, rngs={"drop_path": jax.random.key(1)})
+    assert np.abs(dropped - run()).max() > 0.1
+    np.testing.assert_array_equal(dropped, run(train=True, rngs={"drop_path": jax.random.key(1)}))
+
+
 def test_scan_is_the_layers_one_after_the_other():
     x = np.random.default_rng(0).standard_normal((2, 5, 8)).astype(np.float32)
     stack = TransformerStack(3, 2)

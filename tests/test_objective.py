@@ -431,6 +431,22 @@ def test_eight_devices_equal_one(case):
     assert norm(difference) < 1e-5 * norm(one_grads)
 
 
+@pytest.mark.parametrize("pieces", [2, 8])
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(case, pieces):
+    """Encoded part by part; Sinkhorn, centres and InfoNCE still see all places."""
+    c = tiny()
+    c.objective.microbatches = pieces
+    objective = make_objective(c, case.contract)
+    schedule = {name: jnp.float32(value) for name, value in SCHEDULE.items()}
+    step = jax.jit(jax.value_and_grad(objective.loss, has_aux=True))
+    (loss, (metrics, _)), grads = step(case.params, case.teacher, case.memory, case.batch, case.keys, schedule)
+    one_loss, one_metrics, _, (one_grads, _, _) = case.run()
+    assert abs(float(loss) / one_loss - 1) < 1e-5
+    for name, value in one_metrics.items():
+        assert abs(float(metrics[name]) - value) <= 1e-5 * max(1.0, abs(value)), name
+    assert norm(jax.tree.map(jnp.subtract, grads, one_grads)) < 1e-5 * norm(one_grads)
+
+
 def test_rules_cover_every_leaf_once_for_any_subset_of_sensors():
     c = tiny()
     c.model.calendar = "none"
@@ -476,7 +492,8 @@ def test_flops_equal_the_products_of_the_traced_step(size):
     assert abs(analytic / counted - 1) < 0.02, flops.skysense_parts(c, contract, batch)
 
 
-@pytest.mark.parametrize("field, value, words", [("align_grid", 3, "align_grid"), ("clusters", 7, "clusters")])
+@pytest.mark.parametrize("field, value, words", [
+    ("align_grid", 3, "align_grid"), ("clusters", 7, "clusters"), ("microbatches", 3, "microbatches")])
 def test_contradictions_are_refused(field, value, words):
     c = tiny()
     c.objective[field] = value
