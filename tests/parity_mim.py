@@ -27,7 +27,7 @@ def model_config(case: Case) -> tuple[config_dict.ConfigDict, dict[str, Any]]:
     cfg = config_dict.ConfigDict({
         "name": "msgfm", "dtype": case.dtype, "remat": False, "patch": a["patch_size"], "embed_dims": a["embed_dim"],
         "depths": tuple(a["depths"]), "num_heads": tuple(a["num_heads"]), "window": a["window_size"],
-        "img_size": a["img_size"], "mlp_ratio": a["mlp_ratio"], "drop_path": 0.0, "eps": 1e-5,
+        "img_size": a["img_size"], "mlp_ratio": a["mlp_ratio"], "drop_path": 0.0, "eps": 1e-5, "moe": {"stages": ()},
     })
     if case.meta.get("encoder_stride", msgfm.stride(cfg)) != msgfm.stride(cfg):
         raise ValueError(f"encoder_stride {case.meta['encoder_stride']}: the encoder's stride is {msgfm.stride(cfg)}")

@@ -36,7 +36,18 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "run": ("save_every", "keep", "log_every", "max_skipped", "watchdog_s"),
     "eval": ("batch", "knn_k", "knn_temp", "patch", "bootstrap"),
 }
-"""Section -> names of its fields."""
+"""Section -> names of its fields, of a SkySense run."""
+
+MSGFM_FIELDS: dict[str, tuple[str, ...]] = {
+    "data.bands": ("<sensor>",),
+    "model": ("name", "dtype", "remat", "patch", "embed_dims", "depths", "num_heads", "window", "img_size", "mlp_ratio",
+              "drop_path", "eps"),
+    "model.moe": ("stages", "experts", "capacity", "group", "gate_noise", "aux"),
+}
+"""The same of msGFM."""
+
+BY_MODEL = {"skysense": FIELDS, "msgfm": MSGFM_FIELDS}
+"""config.model.name -> its fields."""
 
 PER_SENSOR = ("model.hr", "model.s2", "model.s1")
 """Sections that may be absent where the model does not take the sensor."""
@@ -52,15 +63,19 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def check(config: Mapping[str, Any]) -> None:
     """Raises ValueError naming every field that nothing reads, with the nearest known one, and every missing field."""
-    given = set(flatten(config))
+    name = config.get("model", {}).get("name")
+    if name not in BY_MODEL:
+        raise ValueError(f"config.model.name must be one of {', '.join(BY_MODEL)}, got {name!r}")
+    known, given = BY_MODEL[name], set(flatten(config))
     taken = {name.split(".")[-1] for name in given if name.startswith("data.bands.")}
     wanted = set()
-    for section, names in FIELDS.items():
+    for section, names in known.items():
         if section in PER_SENSOR and section.split(".")[-1] not in taken:
             continue
         names = [one for name in names for one in (sorted(taken) if name == "<sensor>" else [name])]
         wanted |= {f"{section}.{name}" if section else name for name in names}
-    spare = {f"{section}.{name}" for section in PER_SENSOR for name in FIELDS[section]}  # of a sensor that is not taken
+    spare = {  # of a sensor that is not taken
+        f"{section}.{name}" for section in PER_SENSOR for name in known.get(section, ())}
     problems = []
     for name in sorted(given - wanted - spare):
         near = difflib.get_close_matches(name, wanted, 1)

@@ -69,7 +69,7 @@ def make_model(cfg: Any, contract: Mapping[str, Any]) -> Model:
     embed(params, sensor, image, mask=None) -> tokens [B,h,w,width], h = ceil(H/patch); mask [B,h,w], nonzero = hidden:
       the token is replaced by the mask token.
     encode(params, tokens, *, train=False, rng=None) -> nn.swin_v1.Encoded. tokens of any sensor or their sums. rng is
-      needed with train=True where drop_path is positive.
+      needed with train=True where drop_path is positive or the gates have noise.
     decode(params, sensor, final) -> the sensor's normalised pixels [B,h_4*stride,w_4*stride,bands].
 
     Raises ValueError where fields contradict each other and for an image whose bands are not the contract's.
@@ -79,11 +79,16 @@ def make_model(cfg: Any, contract: Mapping[str, Any]) -> Model:
         raise ValueError(f"model.num_heads has {len(cfg.num_heads)} values for {len(cfg.depths)} stages")
     if cfg.img_size % stride(cfg):
         raise ValueError(f"model.img_size {cfg.img_size} is not a multiple of the encoder's stride {stride(cfg)}")
+    moe = cfg.moe.to_dict()
+    moe_stages = tuple(moe.pop("stages"))
+    if wrong := [stage for stage in moe_stages if stage not in range(len(cfg.depths)) or cfg.depths[stage] < 2]:
+        raise ValueError(f"model.moe.stages has {wrong}: depths {tuple(cfg.depths)} have no odd block there (stages count "
+                         "from 0)")
     dtype = jnp.dtype(cfg.dtype)
     patches = NormedPatches(cfg.embed_dims, cfg.patch, cfg.eps, dtype)
     encoder = SwinTransformerV1(
-        tuple(cfg.depths), tuple(cfg.num_heads), stage_windows(cfg), mlp_ratio=cfg.mlp_ratio, drop=cfg.drop_path,
-        eps=cfg.eps, remat=cfg.remat, dtype=dtype)
+        tuple(cfg.depths), tuple(cfg.num_heads), stage_windows(cfg), moe_stages, moe, mlp_ratio=cfg.mlp_ratio,
+        drop=cfg.drop_path, eps=cfg.eps, remat=cfg.remat, dtype=dtype)
     decoders = {name: UPHead(len(rule["bands"]), stride(cfg), dtype, torch_linear) for name, rule in sensors.items()}
 
     def init(rng: jax.Array) -> Params:
@@ -118,7 +123,9 @@ def make_model(cfg: Any, contract: Mapping[str, Any]) -> Model:
         return jnp.where(mask[..., None] != 0, params[MASK_TOKEN][0, 0].astype(tokens.dtype), tokens)
 
     def encode(params: Params, tokens: jax.Array, *, train: bool = False, rng: jax.Array | None = None) -> Encoded:
-        rngs = {"drop_path": rng} if train and rng is not None else {}
+        rngs = {}
+        if train and rng is not None:
+            rngs = {stream: jax.random.fold_in(rng, name_hash(stream)) for stream in ("drop_path", "gate")}
         return encoder.apply({"params": params[ENCODER]}, tokens, train=train, rngs=rngs)
 
     def decode(params: Params, sensor: str, final: jax.Array) -> jax.Array:

@@ -11,15 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from skysense_jax.nn.attention import dense, drop_path, drop_rates, gelu, layer_norm, trunc_normal, wide
+from skysense_jax.nn.moe import MixtureOfExperts
 from skysense_jax.nn.patch import ConcatMerging
 from skysense_jax.nn.swin import in_windows, region_bias, relative_index, stage_plan
 
+Stats = dict[str, jax.Array]
+"""What a mixture of experts reports (nn.moe); empty for a dense block."""
+
 
 class Encoded(NamedTuple):
-    """stages: map [B,H_i,W_i,width*2^i] after the blocks of each stage, before merging. final: the last one normalised."""
+    """stages: map [B,H_i,W_i,width*2^i] after the blocks of each stage, before merging. final: the last one normalised.
+    moe: {"stage<i>": what the mixtures of a stage report, one row per layer} of the stages that have them.
+    """
 
     stages: tuple[jax.Array, ...]
     final: jax.Array
+    moe: dict[str, Stats]
 
 
 def position_bias(table: jax.Array, window: int, table_window: int) -> jax.Array:
@@ -56,32 +63,37 @@ class TableAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm block x + attn(norm1 x), x + mlp(norm2 x) on a map [B,H,W,C] -> same.
+    """Pre-norm block x + attn(norm1 x), x + mlp(norm2 x) on a map [B,H,W,C] -> (same, Stats).
 
     A map whose smaller side is at most the window is not shifted, and attends in windows of that side. Other maps are
     zero-padded to multiples of the window, which the reference refuses; padding is not masked. shifted: roll by half a
-    window.
+    window. moe: fields of nn.moe.MixtureOfExperts, which takes the MLP's place; empty = a plain MLP.
     """
 
     heads: int
     window: int
     shifted: bool
+    moe: Mapping[str, Any]
     mlp_ratio: float = 4
     stochastic: bool = False
     eps: float = 1e-5
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, rate: jax.Array | float = 0.0) -> jax.Array:
+    def __call__(self, x: jax.Array, rate: jax.Array | float = 0.0) -> tuple[jax.Array, Stats]:
         smaller = min(x.shape[1:3])
         shift = self.window // 2 if self.shifted and smaller > self.window else 0
         attention = TableAttention(self.heads, self.window, self.dtype, name="attn")
         h = layer_norm(self.eps, "norm1")(x).astype(self.dtype)
         x = x + self.thinned(in_windows(h, min(self.window, smaller), shift, attention), rate)
         h = layer_norm(self.eps, "norm2")(x).astype(self.dtype)
-        h = gelu(dense(int(x.shape[-1] * self.mlp_ratio), "fc1", self.dtype, kernel_init=trunc_normal)(h))
-        h = dense(x.shape[-1], "fc2", self.dtype, kernel_init=trunc_normal)(h)
-        return x + self.thinned(h, rate)
+        stats: Stats = {}
+        if self.moe:
+            h, stats = MixtureOfExperts(mlp_ratio=self.mlp_ratio, dtype=self.dtype, name="moe", **self.moe)(h)
+        else:
+            h = gelu(dense(int(x.shape[-1] * self.mlp_ratio), "fc1", self.dtype, kernel_init=trunc_normal)(h))
+            h = dense(x.shape[-1], "fc2", self.dtype, kernel_init=trunc_normal)(h)
+        return x + self.thinned(h, rate), stats
 
     def thinned(self, h: jax.Array, rate: jax.Array | float) -> jax.Array:
         """A branch under stochastic depth."""
@@ -89,51 +101,62 @@ class Block(nn.Module):
 
 
 class Pair(nn.Module):
-    """An unshifted and a shifted block: the body of the scan. (x, rates [2]) -> (x, None). block: fields of Block."""
+    """An unshifted and a shifted block, which has the experts where there are any: the body of the scan. (x, rates [2])
+    -> (x, Stats). block: fields of Block. moe: of the shifted one.
+    """
 
     block: Mapping[str, Any]
+    moe: Mapping[str, Any]
     remat: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, rates: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, rates: jax.Array) -> tuple[jax.Array, Stats]:
         cls = nn.remat(Block, prevent_cse=False) if self.remat else Block
-        x = cls(shifted=False, name="plain", **self.block)(x, rates[0])
-        return cls(shifted=True, name="shifted", **self.block)(x, rates[1]), None
+        x, _ = cls(shifted=False, moe={}, name="plain", **self.block)(x, rates[0])
+        return cls(shifted=True, moe=self.moe, name="shifted", **self.block)(x, rates[1])
 
 
 class Stage(nn.Module):
-    """Optional merging, then `rates.shape[0]` blocks, laid out by nn.swin.stage_plan. [B,H,W,C] -> map of the stage."""
+    """Optional merging, then `rates.shape[0]` blocks, laid out by nn.swin.stage_plan: [B,H,W,C] -> (map of the
+    stage, Stats with a row per mixture). moe: of the odd blocks.
+    """
 
     block: Mapping[str, Any]
+    moe: Mapping[str, Any]
     merge: bool
     remat: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, rates: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, rates: jax.Array) -> tuple[jax.Array, Stats]:
+        stats: Stats = {}
         if self.merge:
             x = ConcatMerging(self.block["eps"], self.block["dtype"], name="downsample")(x)
         for kind, first, count in stage_plan(rates.shape[0], 0):
             if kind == "pairs":
                 pairs = nn.scan(
-                    Pair, variable_axes={"params": 0}, split_rngs={"params": True, "drop_path": True},
+                    Pair, variable_axes={"params": 0}, split_rngs={"params": True, "drop_path": True, "gate": True},
                     length=count, metadata_params={nn.PARTITION_NAME: "layers"})
-                x, _ = pairs(self.block, self.remat, name=f"pairs{first}")(
+                x, stats = pairs(self.block, self.moe, self.remat, name=f"pairs{first}")(
                     x, rates[first:first + 2 * count].reshape(count, 2))
-            else:
+            else:  # the last block of an odd number: an even one, unshifted
                 single = nn.remat(Block) if self.remat else Block
-                x = single(shifted=bool(first % 2), name=f"block{first}", **self.block)(x, rates[first])
-        return x
+                x, _ = single(shifted=False, moe={}, name=f"block{first}", **self.block)(x, rates[first])
+        return x, stats
 
 
 class SwinTransformerV1(nn.Module):
     """The encoder behind a patch embedding: [B,h,w,width] -> Encoded.
 
     windows: of each stage's bias table. drop: stochastic depth of the last block, linear from 0 over all blocks.
+    moe_stages: those whose odd blocks are mixtures of experts; moe: fields of nn.moe.MixtureOfExperts but mlp_ratio,
+    train and dtype. train=True draws from "drop_path" where drop is positive, and from "gate" with mixtures.
     """
 
     depths: Sequence[int]
     heads: Sequence[int]
     windows: Sequence[int]
+    moe_stages: Sequence[int]
+    moe: Mapping[str, Any]
     mlp_ratio: float = 4
     drop: float = 0.0
     eps: float = 1e-5
@@ -144,12 +167,16 @@ class SwinTransformerV1(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> Encoded:
         rates = drop_rates(self.drop, sum(self.depths))
         maps: list[jax.Array] = []
+        reports: dict[str, Stats] = {}
         for stage, depth in enumerate(self.depths):
             block = {
                 "heads": self.heads[stage], "window": self.windows[stage], "mlp_ratio": self.mlp_ratio,
                 "stochastic": train and self.drop > 0, "eps": self.eps, "dtype": self.dtype,
             }
+            moe = {**self.moe, "train": train} if stage in self.moe_stages else {}
             done = sum(self.depths[:stage])
-            x = Stage(block, stage > 0, self.remat, name=f"stage{stage}")(x, rates[done:done + depth])
+            x, stats = Stage(block, moe, stage > 0, self.remat, name=f"stage{stage}")(x, rates[done:done + depth])
             maps.append(x)
-        return Encoded(tuple(maps), layer_norm(self.eps, "norm")(x).astype(self.dtype))
+            if stats:
+                reports[f"stage{stage}"] = stats
+        return Encoded(tuple(maps), layer_norm(self.eps, "norm")(x).astype(self.dtype), reports)
