@@ -24,10 +24,13 @@ def model_config(case: Case) -> tuple[config_dict.ConfigDict, dict[str, Any]]:
     a = take(case.meta["args"], {"ape": False, "patch_norm": True, "qk_scale": None, "qkv_bias": True, "num_classes": 0},
              img_size=224, patch_size=4, in_chans=3, embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24),
              window_size=7, mlp_ratio=4.0)
+    side, *other = a["img_size"] if isinstance(a["img_size"], (list, tuple)) else (a["img_size"],)
+    if any(length != side for length in other):
+        raise ValueError(f"img_size {a['img_size']}: the reference reconstructs square images only")
     cfg = config_dict.ConfigDict({
         "name": "msgfm", "dtype": case.dtype, "remat": False, "patch": a["patch_size"], "embed_dims": a["embed_dim"],
         "depths": tuple(a["depths"]), "num_heads": tuple(a["num_heads"]), "window": a["window_size"],
-        "img_size": a["img_size"], "mlp_ratio": a["mlp_ratio"], "drop_path": 0.0, "eps": 1e-5, "moe": {"stages": ()},
+        "img_size": side, "mlp_ratio": a["mlp_ratio"], "drop_path": 0.0, "eps": 1e-5, "moe": {"stages": ()},
     })
     if case.meta.get("encoder_stride", msgfm.stride(cfg)) != msgfm.stride(cfg):
         raise ValueError(f"encoder_stride {case.meta['encoder_stride']}: the encoder's stride is {msgfm.stride(cfg)}")

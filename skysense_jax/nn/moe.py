@@ -112,7 +112,7 @@ class MixtureOfExperts(nn.Module):
         stats = {
             "aux": jnp.mean(jax.vmap(lambda a, b: auxiliary_loss(a, b, noise, self.aux))(logits, noisy)),
             "load": jnp.mean(routing.expert[..., None] == jnp.arange(self.experts), axis=(0, 1), dtype=jnp.float32),
-            "dropped": 1 - jnp.mean(routing.kept, dtype=jnp.float32),
+            "dropped": jnp.mean(~routing.kept, dtype=jnp.float32),
         }
         return out.reshape(x.shape), stats
 
@@ -138,12 +138,10 @@ class MixtureOfExperts(nn.Module):
             bias = self.param(f"{name}_bias", zeros, (self.experts, features), jnp.float32).astype(self.dtype)
             return jnp.einsum("gepc,ecf->gepf", x, kernel) + bias[:, None]
 
-        groups, _, places = routing.source.shape
-        rows = jnp.arange(groups)[:, None]
-        packed = tokens[rows[..., None], routing.source]
+        pick = jax.vmap(lambda rows, at: rows[at])
+        packed = pick(tokens, routing.source)
         packed = jnp.where(routing.taken[..., None], packed, 0)
         packed = layer("fc2", gelu(layer("fc1", packed, int(channels * self.mlp_ratio))), channels)
-        packed = packed.reshape(groups, -1, channels)
-        at = jnp.minimum(routing.expert * places + routing.slot, packed.shape[1] - 1)  # of a dropped token: anywhere
-        weight = jnp.where(routing.kept, routing.gate, 0)[..., None]
-        return (packed[rows, at] * weight).astype(self.dtype)
+        slot = jnp.where(routing.kept, routing.slot, 0)  # a dropped token's is never used
+        out = pick(packed.reshape(len(packed), -1, channels), routing.expert * packed.shape[2] + slot)
+        return (out * jnp.where(routing.kept, routing.gate, 0)[..., None]).astype(self.dtype)
