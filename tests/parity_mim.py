@@ -21,7 +21,8 @@ SENSOR = "hr"
 
 def model_config(case: Case) -> tuple[config_dict.ConfigDict, dict[str, Any]]:
     """config.model and an input contract with the case's one sensor."""
-    a = take(case.meta["args"], {"ape": False, "patch_norm": True, "qk_scale": None, "qkv_bias": True, "num_classes": 0},
+    a = take(case.meta["args"],
+             {"ape": False, "patch_norm": True, "qk_scale": None, "qkv_bias": True, "num_classes": 0},
              img_size=224, patch_size=4, in_chans=3, embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24),
              window_size=7, mlp_ratio=4.0)
     side, *other = a["img_size"] if isinstance(a["img_size"], (list, tuple)) else (a["img_size"],)

@@ -24,7 +24,7 @@ def np_softmax(x):
 
 
 def np_route(scores, places):
-    """(expert, slot, kept) of each token: tokens come up by their best score, and take the next place at their expert."""
+    """(expert, slot, kept) of each token: tokens come up by their best score, and take their expert's next place."""
     expert = scores.argmax(-1)
     slot, served = np.zeros(len(scores), int), dict.fromkeys(range(scores.shape[1]), 0)
     for token in sorted(range(len(scores)), key=lambda t: (-scores[t].max(), t)):
@@ -121,7 +121,8 @@ def test_evaluation_drops_nothing_and_does_not_depend_on_the_batch():
 @pytest.mark.parametrize("capacity, places", [(1.25, 6), (0.5, 2)])
 def test_training_routes_groups_and_drops_what_finds_no_place(capacity, places):
     """Without noise, which leaves the gshard loss; ceil(18 / 4) = 5 tokens an expert."""
-    x, layer = tokens(), MixtureOfExperts(**FIELDS | {"capacity": capacity, "gate_noise": 0, "aux": "gshard"}, train=True)
+    x, fields = tokens(), {"capacity": capacity, "gate_noise": 0, "aux": "gshard"}
+    layer = MixtureOfExperts(**FIELDS | fields, train=True)
     params = parameters(layer, x)
     out, stats = jax.jit(lambda x: layer.apply({"params": params}, x))(x)
     groups = [np_layer(wide(params), group, places) for group in x.reshape(2, 18, 6).astype(np.float64)]

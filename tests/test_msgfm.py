@@ -154,7 +154,8 @@ def test_bfloat16_computes_near_float32():
 
     def run(cfg):
         model = msgfm.make_model(cfg, CONTRACT)
-        return jax.jit(lambda p, x: model.decode(p, "hr", model.encode(p, model.embed(p, "hr", x)).final))(params, images())
+        whole = lambda p, x: model.decode(p, "hr", model.encode(p, model.embed(p, "hr", x)).final)
+        return jax.jit(whole)(params, images())
 
     reference, out = np.asarray(run(cfg)), run(config(moe=DENSE, depths=(1,), num_heads=(1,), dtype="bfloat16"))
     assert out.dtype == jnp.bfloat16
@@ -201,8 +202,10 @@ def test_a_checkpoint_becomes_one_sensor_of_a_model_bitwise(checkpoint):
 
 @pytest.mark.parametrize("change, message", [
     (lambda s: s.pop("encoder.mask_token"), "missing: encoder.mask_token"),
-    (lambda s: s.update({"encoder.absolute_pos_embed": np.zeros((1, 64, 4), np.float32)}), "unexpected: encoder.absolute"),
-    (lambda s: s.update({"encoder.layers.1.blocks.1.attn.relative_position_bias_table": np.zeros((121, 2), np.float32)}),
+    (lambda s: s.update({"encoder.absolute_pos_embed": np.zeros((1, 64, 4), np.float32)}),
+     "unexpected: encoder.absolute"),
+    (lambda s: s.update(
+        {"encoder.layers.1.blocks.1.attn.relative_position_bias_table": np.zeros((121, 2), np.float32)}),
      r"wrong shape: .*blocks\.1\.attn\.relative_position_bias_table is \(121, 2\), the model needs \(49, 2\)"),
 ])
 def test_a_checkpoint_that_does_not_fit_is_refused_by_name(checkpoint, change, message):

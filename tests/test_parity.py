@@ -1,6 +1,6 @@
 """Numerical parity with the reference code: the small cases from tests/golden, the large ones from the shared
-folder. gfm_simmim_img16_w4 was made as the shared ones are, from GFM at commit 4dd248e: odd depths, a stage as large as the
-window and one smaller, two channels.
+folder. gfm_simmim_img16_w4 was made as the shared ones are, from GFM at commit 4dd248e: odd depths, a stage as large as
+the window and one smaller, two channels.
 """
 import json
 import pathlib

@@ -174,7 +174,7 @@ def swin_v1_block_entries(torch: str, name: str, index: int | None = None) -> li
 
 
 def swin_v1_entries(depths: Sequence[int]) -> list[Entry]:
-    """SwinTransformerV1, which begins after the patch embedding. A stage's merging belongs to the stage before there."""
+    """SwinTransformerV1, which begins after the patch embedding. There a merging belongs to the stage before it."""
     entries: list[Entry] = []
     for stage, depth in enumerate(depths):
         name = f"stage{stage}/"

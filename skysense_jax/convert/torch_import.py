@@ -101,14 +101,14 @@ def import_simmim(
     state: Mapping[str, np.ndarray], sensor: str, cfg: Any, contract: Mapping[str, Any],
 ) -> Imported:
     """A SimMIM or GFM checkpoint's encoder, mask token, patch embedding and decoder as those of one sensor of
-    `models.msgfm.make_model(cfg, contract)`; params is that part of the model's tree. Strict: see :func:`fill`. Raises
-    ValueError, too, for a sensor the model does not take and a model with mixtures of experts.
+    `models.msgfm.make_model(cfg, contract)`; params is that part of the model's tree. Strict: see :func:`fill`.
+    Raises ValueError, too, for a sensor the model does not take and a model with mixtures of experts.
     """
     if sensor not in contract["sensors"]:
         raise ValueError(f"the model takes no {sensor!r}; its input contract has {', '.join(contract['sensors'])}")
     if cfg.moe.stages:
-        raise ValueError(f"a SimMIM checkpoint has no experts, model.moe.stages = {tuple(cfg.moe.stages)} wants them; () is "
-                         "the dense model")
+        raise ValueError(f"a SimMIM checkpoint has no experts, model.moe.stages = {tuple(cfg.moe.stages)} wants "
+                         "them; () is the dense model")
     entries = keymap.simmim_entries(cfg, sensor)
     parts = {entry.name.split("/")[0] for entry in entries}
     shapes = {name: leaf for name, leaf in msgfm.param_shapes(cfg, contract).items() if name in parts}

@@ -44,10 +44,7 @@ MSGFM_FIELDS: dict[str, tuple[str, ...]] = {
               "drop_path", "eps"),
     "model.moe": ("stages", "experts", "capacity", "group", "gate_noise", "aux"),
 }
-"""The same of msGFM."""
-
-BY_MODEL = {"skysense": FIELDS, "msgfm": MSGFM_FIELDS}
-"""config.model.name -> its fields."""
+"""The same where config.model.name is "msgfm"."""
 
 PER_SENSOR = ("model.hr", "model.s2", "model.s1")
 """Sections that may be absent where the model does not take the sensor."""
@@ -63,10 +60,8 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def check(config: Mapping[str, Any]) -> None:
     """Raises ValueError naming every field that nothing reads, with the nearest known one, and every missing field."""
-    name = config.get("model", {}).get("name")
-    if name not in BY_MODEL:
-        raise ValueError(f"config.model.name must be one of {', '.join(BY_MODEL)}, got {name!r}")
-    known, given = BY_MODEL[name], set(flatten(config))
+    given = set(flatten(config))
+    known = MSGFM_FIELDS if config.get("model", {}).get("name") == "msgfm" else FIELDS
     taken = {name.split(".")[-1] for name in given if name.startswith("data.bands.")}
     wanted = set()
     for section, names in known.items():
@@ -74,8 +69,7 @@ def check(config: Mapping[str, Any]) -> None:
             continue
         names = [one for name in names for one in (sorted(taken) if name == "<sensor>" else [name])]
         wanted |= {f"{section}.{name}" if section else name for name in names}
-    spare = {  # of a sensor that is not taken
-        f"{section}.{name}" for section in PER_SENSOR for name in known.get(section, ())}
+    spare = {f"{section}.{name}" for section in PER_SENSOR for name in FIELDS[section]}  # of a sensor that is not taken
     problems = []
     for name in sorted(given - wanted - spare):
         near = difflib.get_close_matches(name, wanted, 1)

@@ -63,8 +63,8 @@ def stride(cfg: Any) -> int:
 def make_model(cfg: Any, contract: Mapping[str, Any]) -> Model:
     """A msGFM model from `config.model` and an input contract (sensors.input_contract), whose sensors it takes.
 
-    Params: "embed_<sensor>" and "decoder_<sensor>" for each sensor, "encoder", "mask_token" [1,1,width]; float32. Images
-    are normalised, [B,H,W,bands of the sensor].
+    Params: "embed_<sensor>" and "decoder_<sensor>" for each sensor, "encoder", "mask_token" [1,1,width]; float32.
+    Images are normalised, [B,H,W,bands of the sensor].
 
     embed(params, sensor, image, mask=None) -> tokens [B,h,w,width], h = ceil(H/patch); mask [B,h,w], nonzero = hidden:
       the token is replaced by the mask token.
@@ -82,8 +82,8 @@ def make_model(cfg: Any, contract: Mapping[str, Any]) -> Model:
     moe = cfg.moe.to_dict()
     moe_stages = tuple(moe.pop("stages"))
     if wrong := [stage for stage in moe_stages if stage not in range(len(cfg.depths)) or cfg.depths[stage] < 2]:
-        raise ValueError(f"model.moe.stages has {wrong}: depths {tuple(cfg.depths)} have no odd block there (stages count "
-                         "from 0)")
+        raise ValueError(f"model.moe.stages has {wrong}: depths {tuple(cfg.depths)} have no odd block there (stages "
+                         "count from 0)")
     dtype = jnp.dtype(cfg.dtype)
     patches = NormedPatches(cfg.embed_dims, cfg.patch, cfg.eps, dtype)
     encoder = SwinTransformerV1(

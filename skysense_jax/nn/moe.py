@@ -59,7 +59,8 @@ def auxiliary_loss(logits: jax.Array, noisy: jax.Array, noise: float, kind: str)
 
     "vmoe": half the squared variation of the importance (sum of probabilities) plus half that of the load (how probably
     each token would choose the expert under another noise); the load compares logits with the chosen noisy logit.
-    "tutel": the same, but the load compares *probabilities* with the chosen logit, as Tutel's load_importance_loss does.
+    "tutel": the same, but the load compares *probabilities* with the chosen logit, as Tutel's load_importance_loss
+    does.
     "gshard": E x sum over experts of the share of tokens x the mean probability.
     """
     experts = logits.shape[-1]
@@ -77,12 +78,12 @@ class MixtureOfExperts(nn.Module):
     """[B,h,w,C] -> (same, {"aux": scalar, "load": [E] share of the tokens each expert is chosen by, "dropped": share of
     the tokens no place was left for}), means over the groups.
 
-    In training `group` images are routed together, an expert has int(capacity * ceil(tokens / E)) places, and the gate's
-    logits get noise of deviation gate_noise / E ("gate" stream). In evaluation there is no noise and room for everybody,
-    so that an image's result does not depend on its batch. A token gets its score times its expert's output, the score
-    not renormalised. Parameters: gate [C,E] without bias, fc1 [E,C,h], fc1_bias, fc2 [E,h,C], fc2_bias; logits and
-    scores in float32. Raises ValueError for an unknown `aux`, one that needs noise without it, and a batch that is no
-    multiple of the group.
+    In training `group` images are routed together, an expert has int(capacity * ceil(tokens / E)) places, and the
+    gate's logits get noise of deviation gate_noise / E ("gate" stream). In evaluation there is no noise and room for
+    everybody, so that an image's result does not depend on its batch; that costs E times the products of one MLP. A
+    token gets its score times its expert's output, the score not renormalised. Parameters: gate [C,E] without bias, fc1
+    [E,C,h], fc1_bias, fc2 [E,h,C], fc2_bias; logits and scores in float32. Raises ValueError for an unknown `aux`, one
+    that needs noise without it, and a batch that is no multiple of the group.
     """
 
     experts: int
@@ -121,8 +122,8 @@ class MixtureOfExperts(nn.Module):
         if self.aux not in AUX:
             raise ValueError(f"model.moe.aux must be one of {', '.join(AUX)}, got {self.aux!r}")
         if self.aux != "gshard" and (self.gate_noise <= 0 or self.experts < 2):
-            raise ValueError(f"model.moe.aux {self.aux!r} compares experts under noise: it needs model.moe.gate_noise > 0 "
-                             "and two experts or more")
+            raise ValueError(f"model.moe.aux {self.aux!r} compares experts under noise: it needs model.moe.gate_noise "
+                             "> 0 and two experts or more")
         if places < 1:
             raise ValueError(f"model.moe.capacity {self.capacity} leaves an expert no place")
         if batch % group:

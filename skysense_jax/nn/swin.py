@@ -92,7 +92,7 @@ def shift_regions(height: int, width: int, window: int, shift: int) -> np.ndarra
 
 
 def region_bias(regions: np.ndarray) -> jax.Array:
-    """[windows, 1, w*w, w*w] float32, added to the logits: OTHER_REGION between positions of different regions, else 0."""
+    """[windows, 1, w*w, w*w], added to the logits: OTHER_REGION between positions of different regions, else 0."""
     # The barrier keeps XLA from folding the mask into a constant of windows x w^4 numbers.
     ids = jax.lax.optimization_barrier(jnp.asarray(regions))
     return jnp.where(ids[:, :, None] != ids[:, None, :], OTHER_REGION, 0.0)[:, None]

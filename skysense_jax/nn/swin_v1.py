@@ -1,5 +1,5 @@
-"""Swin-V1 as SimMIM and GFM use it: pre-norm blocks, scaled dot-product window attention with a table of relative biases,
-some MLPs replaced by mixtures of experts.
+"""Swin-V1 as SimMIM and GFM use it: pre-norm blocks, scaled dot-product window attention with a table of relative
+biases, some MLPs replaced by mixtures of experts.
 """
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Encoded(NamedTuple):
 
 
 def position_bias(table: jax.Array, window: int, table_window: int) -> jax.Array:
-    """[heads, w*w, w*w] from a table [(2*table_window-1)^2, heads], offsets dy outer, dx inner; window <= table_window."""
+    """[heads, w*w, w*w] from a table [(2*table_window-1)^2, heads], dy outer, dx inner; window <= table_window."""
     return table[relative_index(window, table_window)].transpose(2, 0, 1)
 
 
