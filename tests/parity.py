@@ -20,7 +20,7 @@ from typing import Any, Callable, Mapping, NamedTuple, Sequence
 import jax
 import numpy as np
 
-from tests import parity_model, parity_modules, parity_training
+from tests import parity_mim, parity_model, parity_modules, parity_training
 from tests.parity_modules import Arrays, Case
 
 FLOAT64_REL_L2 = 1e-6
@@ -42,7 +42,7 @@ KINDS: dict[str, Callable[[Case], Arrays]] = {
     **{f.__name__: f for f in (
         parity_modules.swinv2, parity_modules.swinv2_block, parity_modules.vit, parity_modules.pos_resize,
         parity_modules.uphead, parity_modules.fusion, parity_modules.dino_head, parity_model.assembly,
-        parity_model.factorised, parity_training.dino_loss, parity_training.adamw)},
+        parity_model.factorised, parity_mim.simmim, parity_training.dino_loss, parity_training.adamw)},
 }
 
 

@@ -52,7 +52,7 @@ def take(args: Mapping[str, Any], fixed: Mapping[str, Any], **defaults: Any) -> 
                "act_cfg")
     for key, value in args.items():
         if key in fixed and value != fixed[key]:
-            raise ValueError(f"{key}={value!r} is not part of SkySense; only {fixed[key]!r} is built")
+            raise ValueError(f"{key}={value!r} is not built here; only {fixed[key]!r} is")
         if key not in fixed and key not in defaults and key not in passive:
             raise ValueError(f"unknown constructor argument {key}={value!r}")
     return {key: args.get(key, value) for key, value in defaults.items()}

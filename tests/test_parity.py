@@ -1,5 +1,6 @@
 """Numerical parity with the reference code: the small cases from tests/golden, the large ones from the shared
-folder.
+folder. gfm_simmim_img16_w4 was made as the shared ones are, from GFM at commit 4dd248e: odd depths, a stage as large as
+the window and one smaller, two channels.
 """
 import json
 import pathlib
@@ -11,7 +12,8 @@ from tests import parity
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 LARGE = ("vit_full_tiny", "vit_pos_resize", "fusion_input_assembly_official", "swin_block_shifted_c88h2w8",
-         "swin_block_unshifted_c88h2w8", "factorised_hr256x128_s2t3_s1t2", "swin_full_c12_w8")
+         "swin_block_unshifted_c88h2w8", "factorised_hr256x128_s2t3_s1t2", "swin_full_c12_w8",
+         "gfm_simmim_img64_w4")
 
 
 def failures(path):

@@ -2,7 +2,8 @@
 configuration.
 
 One table serves both directions (torch_import, torch_export) and gradients. Names are those of the SkySense release:
-backbone_hr., backbone_s2., backbone_s1., head_s2., head_s1., fusion. (with its `porj_linear`), ctpe.
+backbone_hr., backbone_s2., backbone_s1., head_s2., head_s1., fusion. (with its `porj_linear`), ctpe; and, for msGFM,
+those of SimMIM and GFM checkpoints: encoder., decoder.
 """
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
+from skysense_jax.models import msgfm
 from skysense_jax.models.skysense import has_calendar, module_names
 from skysense_jax.nn.swin import stage_plan
 
@@ -155,6 +157,54 @@ def model_entries(cfg: Any, contract: Mapping[str, Any]) -> list[Entry]:
     modules = module_names(cfg, contract)
     entries = [e for key in modules for e in placed(module_entries(key, cfg), PREFIXES[key], f"{key}/")]
     return entries + ([Entry("ctpe", "ctpe")] if has_calendar(cfg, modules) else [])
+
+
+def swin_v1_block_entries(torch: str, name: str, index: int | None = None) -> list[Entry]:
+    """A nn.swin_v1.Block in Microsoft's names; `torch` ends with ".", `name` with "/"."""
+    attn, ours = f"{torch}attn.", f"{name}attn/"
+    return [
+        *_norm(f"{torch}norm1", f"{name}norm1", index),
+        Entry(f"{attn}relative_position_bias_table", f"{ours}table", index),
+        *_affine(f"{attn}qkv", f"{ours}qkv", index),
+        *_affine(f"{attn}proj", f"{ours}proj", index),
+        *_norm(f"{torch}norm2", f"{name}norm2", index),
+        *_affine(f"{torch}mlp.fc1", f"{name}fc1", index),
+        *_affine(f"{torch}mlp.fc2", f"{name}fc2", index),
+    ]
+
+
+def swin_v1_entries(depths: Sequence[int]) -> list[Entry]:
+    """SwinTransformerV1, which begins after the patch embedding. There a merging belongs to the stage before it."""
+    entries: list[Entry] = []
+    for stage, depth in enumerate(depths):
+        name = f"stage{stage}/"
+        if stage:
+            torch_down, down = f"layers.{stage - 1}.downsample.", f"{name}downsample/"
+            entries += _norm(f"{torch_down}norm", f"{down}norm")
+            entries.append(Entry(f"{torch_down}reduction.weight", f"{down}reduction/kernel", None, "linear"))
+        for kind, first, count in stage_plan(depth, 0):
+            torch = f"layers.{stage}.blocks."
+            if kind == "pairs":
+                for i in range(count):
+                    for half, block in enumerate(("plain", "shifted")):
+                        entries += swin_v1_block_entries(
+                            f"{torch}{first + 2 * i + half}.", f"{name}pairs{first}/{block}/", i)
+            else:
+                entries += swin_v1_block_entries(f"{torch}{first}.", f"{name}block{first}/")
+    return entries + _norm("norm", "norm")
+
+
+def simmim_entries(cfg: Any, sensor: str) -> list[Entry]:
+    """The part of a msGFM model that a SimMIM or GFM checkpoint holds: encoder and mask token, and, there for RGB, the
+    patch embedding and the decoder of one sensor.
+    """
+    embed = _affine("patch_embed.proj", "proj", None, "conv") + _norm("patch_embed.norm", "norm")
+    return [
+        Entry("encoder.mask_token", msgfm.MASK_TOKEN),
+        *placed(embed, "encoder.", msgfm.EMBED.format(sensor) + "/"),
+        *placed(swin_v1_entries(cfg.depths), "encoder.", msgfm.ENCODER + "/"),
+        *placed(uphead_entries(), "", msgfm.DECODER.format(sensor) + "/"),
+    ]
 
 
 def torch_shape(entry: Entry, leaf_shape: Sequence[int]) -> tuple[int, ...]:

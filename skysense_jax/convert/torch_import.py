@@ -11,7 +11,12 @@ from ml_collections import config_dict
 from skysense_jax.convert import keymap, torch_export
 from skysense_jax.convert.tensor_files import joined, open_tensors
 from skysense_jax.core import trees
+from skysense_jax.models import msgfm
 from skysense_jax.models.skysense import param_shapes
+
+SIMMIM_UNUSED = ("teacher.", "projector.")
+"""Prefixes of what a GFM checkpoint holds for its distillation alone: left out, and reported."""
+
 
 class Imported(NamedTuple):
     """params: our tree. filled: torch keys the state lacked and a default replaced. ignored: keys left out on
@@ -90,6 +95,24 @@ def import_module(
     shapes = param_shapes(cfg, contract)[module]
     imported = fill(state, entries, {"ctpe": shapes} if module == "ctpe" else shapes)
     return imported._replace(params=imported.params["ctpe"]) if module == "ctpe" else imported
+
+
+def import_simmim(
+    state: Mapping[str, np.ndarray], sensor: str, cfg: Any, contract: Mapping[str, Any],
+) -> Imported:
+    """A SimMIM or GFM checkpoint's encoder, mask token, patch embedding and decoder as those of one sensor of
+    `models.msgfm.make_model(cfg, contract)`; params is that part of the model's tree. Strict: see :func:`fill`.
+    Raises ValueError, too, for a sensor the model does not take and a model with mixtures of experts.
+    """
+    if sensor not in contract["sensors"]:
+        raise ValueError(f"the model takes no {sensor!r}; its input contract has {', '.join(contract['sensors'])}")
+    if cfg.moe.stages:
+        raise ValueError(f"a SimMIM checkpoint has no experts, model.moe.stages = {tuple(cfg.moe.stages)} wants "
+                         "them; () is the dense model")
+    entries = keymap.simmim_entries(cfg, sensor)
+    parts = {entry.name.split("/")[0] for entry in entries}
+    shapes = {name: leaf for name, leaf in msgfm.param_shapes(cfg, contract).items() if name in parts}
+    return fill(state, entries, shapes, [name for name in state if name.startswith(SIMMIM_UNUSED)])
 
 
 def tuples(value: Any) -> Any:

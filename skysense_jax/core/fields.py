@@ -36,7 +36,15 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "run": ("save_every", "keep", "log_every", "max_skipped", "watchdog_s"),
     "eval": ("batch", "knn_k", "knn_temp", "patch", "bootstrap"),
 }
-"""Section -> names of its fields."""
+"""Section -> names of its fields, of a SkySense run."""
+
+MSGFM_FIELDS: dict[str, tuple[str, ...]] = {
+    "data.bands": ("<sensor>",),
+    "model": ("name", "dtype", "remat", "patch", "embed_dims", "depths", "num_heads", "window", "img_size", "mlp_ratio",
+              "drop_path", "eps"),
+    "model.moe": ("stages", "experts", "capacity", "group", "gate_noise", "aux"),
+}
+"""The same where config.model.name is "msgfm"."""
 
 PER_SENSOR = ("model.hr", "model.s2", "model.s1")
 """Sections that may be absent where the model does not take the sensor."""
@@ -53,9 +61,10 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def check(config: Mapping[str, Any]) -> None:
     """Raises ValueError naming every field that nothing reads, with the nearest known one, and every missing field."""
     given = set(flatten(config))
+    known = MSGFM_FIELDS if config.get("model", {}).get("name") == "msgfm" else FIELDS
     taken = {name.split(".")[-1] for name in given if name.startswith("data.bands.")}
     wanted = set()
-    for section, names in FIELDS.items():
+    for section, names in known.items():
         if section in PER_SENSOR and section.split(".")[-1] not in taken:
             continue
         names = [one for name in names for one in (sorted(taken) if name == "<sensor>" else [name])]

@@ -13,16 +13,17 @@ from skysense_jax.nn.patch import kaiming_normal, pixel_shuffle
 
 class UPHead(nn.Module):
     """1x1 convolution to width*scale^2 channels, then pixel shuffle: [B,h,w,Cin] -> [B,h*scale,w*scale,width]
-    (SkySense release).
+    (SkySense release; SimMIM's decoder, whose kernel starts differently, is the same module).
     """
 
     width: int
     scale: int
     dtype: Any = jnp.float32
+    kernel_init: Any = kaiming_normal
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = dense(self.width * self.scale**2, "proj", self.dtype, kernel_init=kaiming_normal)(x)
+        x = dense(self.width * self.scale**2, "proj", self.dtype, kernel_init=self.kernel_init)(x)
         return pixel_shuffle(x, self.scale)
 
 

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from skysense_jax.nn.attention import dense, layer_norm
+from skysense_jax.nn.attention import dense, layer_norm, trunc_normal
 
 kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 torch_linear = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -77,3 +77,21 @@ class PatchMerging(nn.Module):
         x = x.reshape(*x.shape[:3], 2 * width)
         x = dense(width, "reduction", self.dtype, use_bias=False, kernel_init=torch_linear)(x)
         return layer_norm(self.eps, "norm")(x).astype(self.dtype)
+
+
+class ConcatMerging(nn.Module):
+    """Swin-V1 downsampling as in Microsoft's code: 2x2 concatenation, LayerNorm, linear without bias: [B,H,W,C] ->
+    [B,ceil(H/2),ceil(W/2),2C].
+
+    The channels of the concatenated vector are ordered (2*dx + dy)*C + c, unlike PatchMerging's.
+    """
+
+    eps: float = 1e-5
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = 2 * x.shape[-1]
+        x = to_patches(pad_corner(x, 2), 2).transpose(0, 1, 2, 4, 3, 5)
+        x = layer_norm(self.eps, "norm")(x.reshape(*x.shape[:3], 2 * width)).astype(self.dtype)
+        return dense(width, "reduction", self.dtype, use_bias=False, kernel_init=trunc_normal)(x)

@@ -4,7 +4,7 @@ norms.
 from __future__ import annotations
 
 import math
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -53,11 +53,15 @@ def relative_coords(window: int, pretrained_window: int = 0) -> np.ndarray:
     return (np.sign(table) * np.log2(np.abs(table) + np.float32(1)) / np.float32(np.log2(8))).astype(np.float32)
 
 
-def relative_index(window: int) -> np.ndarray:
-    """[w*w, w*w] int32 row of :func:`relative_coords` for (query i, key j), positions row-major in the window."""
+def relative_index(window: int, table_window: int | None = None) -> np.ndarray:
+    """[w*w, w*w] int32 row of :func:`relative_coords` for (query i, key j), positions row-major in the window.
+
+    table_window: the window the table was made for, where it is the larger one: its central rows are used.
+    """
+    reach = (table_window or window) - 1
     y, x = np.divmod(np.arange(window * window), window)
     dy, dx = y[:, None] - y[None, :], x[:, None] - x[None, :]
-    return ((dy + window - 1) * (2 * window - 1) + dx + window - 1).astype(np.int32)
+    return ((dy + reach) * (2 * reach + 1) + dx + reach).astype(np.int32)
 
 
 def to_windows(x: jax.Array, window: int) -> jax.Array:
@@ -85,6 +89,33 @@ def shift_regions(height: int, width: int, window: int, shift: int) -> np.ndarra
     regions = 3 * axis(height)[:, None] + axis(width)[None, :]
     regions = regions.reshape(height // window, window, width // window, window).transpose(0, 2, 1, 3)
     return regions.reshape(-1, window * window).astype(np.int8)
+
+
+def region_bias(regions: np.ndarray) -> jax.Array:
+    """[windows, 1, w*w, w*w], added to the logits: OTHER_REGION between positions of different regions, else 0."""
+    # The barrier keeps XLA from folding the mask into a constant of windows x w^4 numbers.
+    ids = jax.lax.optimization_barrier(jnp.asarray(regions))
+    return jnp.where(ids[:, :, None] != ids[:, None, :], OTHER_REGION, 0.0)[:, None]
+
+
+def in_windows(
+    x: jax.Array, window: int, shift: int, attention: Callable[[jax.Array, np.ndarray | None], jax.Array],
+) -> jax.Array:
+    """Pad [B,H,W,C] with zeros to multiples of the window, roll by the shift, attend inside windows, undo both.
+
+    attention: ([B, windows, w*w, C], regions of :func:`shift_regions` or None) -> same. Padding is *not* masked.
+    """
+    _, height, width, _ = x.shape
+    h = jnp.pad(x, ((0, 0), (0, -height % window), (0, -width % window), (0, 0)))
+    padded = h.shape[1:3]
+    regions = None
+    if shift:
+        h = jnp.roll(h, (-shift, -shift), axis=(1, 2))
+        regions = shift_regions(*padded, window, shift)
+    h = from_windows(attention(to_windows(h, window), regions), window, *padded)
+    if shift:
+        h = jnp.roll(h, (shift, shift), axis=(1, 2))
+    return h[:, :height, :width]
 
 
 class WindowAttention(nn.Module):
@@ -119,10 +150,7 @@ class WindowAttention(nn.Module):
         scale = jnp.exp(jnp.where(scale > MAX_LOGIT_SCALE, MAX_LOGIT_SCALE, scale))
         logits = logits * scale + self.position_bias()
         if regions is not None:
-            # The barrier keeps XLA from folding the mask into a constant of windows x w^4 numbers.
-            ids = jax.lax.optimization_barrier(jnp.asarray(regions))
-            apart = ids[:, :, None] != ids[:, None, :]
-            logits = logits + jnp.where(apart, OTHER_REGION, 0.0)[:, None]
+            logits = logits + region_bias(regions)
         weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
         out = jnp.einsum("bnhqk,bnkhd->bnqhd", weights, v).reshape(x.shape)
         return dense(width, "proj", self.dtype, kernel_init=torch_linear)(out)
@@ -178,24 +206,15 @@ class SwinBlock(nn.Module):
         return drop_path(layer(h).astype(self.dtype), rate, rng)
 
     def windowed(self, x: jax.Array) -> jax.Array:
-        """Pad, roll, attend inside windows, and undo both."""
+        """The attention branch."""
         _, height, width, _ = x.shape
         window, smaller = self.window, min(height, width)
         if smaller < window and not self.pad_small_map:
             raise ValueError(f"a {height}x{width} map is smaller than the window {window}: use a larger input, or "
                              "pad_small_map")
         shift = window // 2 if self.shifted and (smaller != window or self.pad_small_map) else 0
-        h = jnp.pad(x, ((0, 0), (0, -height % window), (0, -width % window), (0, 0)))
-        padded = h.shape[1:3]
-        regions = None
-        if shift:
-            h = jnp.roll(h, (-shift, -shift), axis=(1, 2))
-            regions = shift_regions(*padded, window, shift)
         attention = WindowAttention(self.heads, window, self.pretrained_window, self.dtype, name="attn")
-        h = from_windows(attention(to_windows(h, window), regions), window, *padded)
-        if shift:
-            h = jnp.roll(h, (shift, shift), axis=(1, 2))
-        return h[:, :height, :width]
+        return in_windows(x, window, shift, attention)
 
 
 class SwinPair(nn.Module):

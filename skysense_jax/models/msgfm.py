@@ -1,0 +1,140 @@
+"""msGFM: one encoder for every sensor, each with its own patch embedding and its own decoder to pixels. Wired here,
+trained elsewhere.
+
+The model was never released. Its parts follow the code it is built on (SimMIM and GFM, models/simmim.py and
+swin_transformer.py): Swin-V1, a mask token in place of hidden patches, a linear decoder with pixel shuffle.
+"""
+from __future__ import annotations
+
+from typing import Any, Callable, Mapping, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from skysense_jax.core.rngs import name_hash
+from skysense_jax.nn.attention import layer_norm, trunc_normal
+from skysense_jax.nn.heads import UPHead
+from skysense_jax.nn.patch import PatchEmbed, torch_linear
+from skysense_jax.nn.swin_v1 import Encoded, SwinTransformerV1
+
+ENCODER, MASK_TOKEN, EMBED, DECODER = "encoder", "mask_token", "embed_{}", "decoder_{}"
+"""Top-level parameters; the last two once per sensor."""
+
+Params = dict[str, Any]
+
+
+class Model(NamedTuple):
+    """init(rng) -> params; embed, encode, decode: see :func:`make_model`."""
+
+    init: Callable[[jax.Array], Params]
+    embed: Callable[..., jax.Array]
+    encode: Callable[..., Encoded]
+    decode: Callable[[Params, str, jax.Array], jax.Array]
+
+
+class NormedPatches(nn.Module):
+    """Patch embedding, then LayerNorm: [B,H,W,C] -> [B,ceil(H/patch),ceil(W/patch),width]."""
+
+    width: int
+    patch: int
+    eps: float = 1e-5
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = PatchEmbed(self.width, self.patch, self.dtype, name="proj")(x)
+        return layer_norm(self.eps, "norm")(x).astype(self.dtype)
+
+
+def stage_windows(cfg: Any) -> tuple[int, ...]:
+    """The window of each stage's bias table: model.window, or the stage's whole map where that is smaller at
+    model.img_size.
+    """
+    grids = [cfg.img_size // (cfg.patch * 2**stage) for stage in range(len(cfg.depths))]
+    return tuple(min(cfg.window, grid) for grid in grids)
+
+
+def stride(cfg: Any) -> int:
+    """Pixels along one cell of the encoder's last map."""
+    return cfg.patch * 2 ** (len(cfg.depths) - 1)
+
+
+def make_model(cfg: Any, contract: Mapping[str, Any]) -> Model:
+    """A msGFM model from `config.model` and an input contract (sensors.input_contract), whose sensors it takes.
+
+    Params: "embed_<sensor>" and "decoder_<sensor>" for each sensor, "encoder", "mask_token" [1,1,width]; float32.
+    Images are normalised, [B,H,W,bands of the sensor].
+
+    embed(params, sensor, image, mask=None) -> tokens [B,h,w,width], h = ceil(H/patch); mask [B,h,w], nonzero = hidden:
+      the token is replaced by the mask token.
+    encode(params, tokens, *, train=False, rng=None) -> nn.swin_v1.Encoded. tokens of any sensor or their sums. rng is
+      needed with train=True where drop_path is positive or the gates have noise.
+    decode(params, sensor, final) -> the sensor's normalised pixels [B,h_4*stride,w_4*stride,bands].
+
+    Raises ValueError where fields contradict each other and for an image whose bands are not the contract's.
+    """
+    sensors = contract["sensors"]
+    if len(cfg.num_heads) != len(cfg.depths):
+        raise ValueError(f"model.num_heads has {len(cfg.num_heads)} values for {len(cfg.depths)} stages")
+    if cfg.img_size % stride(cfg):
+        raise ValueError(f"model.img_size {cfg.img_size} is not a multiple of the encoder's stride {stride(cfg)}")
+    moe = cfg.moe.to_dict()
+    moe_stages = tuple(moe.pop("stages"))
+    if wrong := [stage for stage in moe_stages if stage not in range(len(cfg.depths)) or cfg.depths[stage] < 2]:
+        raise ValueError(f"model.moe.stages has {wrong}: depths {tuple(cfg.depths)} have no odd block there (stages "
+                         "count from 0)")
+    dtype = jnp.dtype(cfg.dtype)
+    patches = NormedPatches(cfg.embed_dims, cfg.patch, cfg.eps, dtype)
+    encoder = SwinTransformerV1(
+        tuple(cfg.depths), tuple(cfg.num_heads), stage_windows(cfg), moe_stages, moe, mlp_ratio=cfg.mlp_ratio,
+        drop=cfg.drop_path, eps=cfg.eps, remat=cfg.remat, dtype=dtype)
+    decoders = {name: UPHead(len(rule["bands"]), stride(cfg), dtype, torch_linear) for name, rule in sensors.items()}
+
+    def init(rng: jax.Array) -> Params:
+        key = lambda name: jax.random.fold_in(rng, name_hash(name))
+        side = cfg.img_size // cfg.patch
+        params: Params = {
+            ENCODER: encoder.init(key(ENCODER), jnp.zeros((1, side, side, cfg.embed_dims)))["params"],
+            MASK_TOKEN: trunc_normal(key(MASK_TOKEN), (1, 1, cfg.embed_dims), jnp.float32),
+        }
+        width = cfg.embed_dims * 2 ** (len(cfg.depths) - 1)
+        for sensor, rule in sensors.items():
+            embed, decoder = EMBED.format(sensor), DECODER.format(sensor)
+            image = jnp.zeros((1, cfg.patch, cfg.patch, len(rule["bands"])))
+            params[embed] = patches.init(key(embed), image)["params"]
+            params[decoder] = decoders[sensor].init(key(decoder), jnp.zeros((1, 1, 1, width)))["params"]
+        return params
+
+    def check(sensor: str) -> None:
+        if sensor not in sensors:
+            raise ValueError(f"the model takes no {sensor!r}; its input contract has {', '.join(sensors)}")
+
+    def embed(params: Params, sensor: str, image: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        check(sensor)
+        bands = sensors[sensor]["bands"]
+        if image.ndim != 4 or image.shape[-1] != len(bands):
+            raise ValueError(f"{sensor}: image must be [B,H,W,{len(bands)}] with bands {bands}, got {image.shape}")
+        tokens = patches.apply({"params": params[EMBED.format(sensor)]}, image)
+        if mask is None:
+            return tokens
+        if mask.shape != tokens.shape[:3]:
+            raise ValueError(f"{sensor}: the mask must be {tokens.shape[:3]}, one value per token, got {mask.shape}")
+        return jnp.where(mask[..., None] != 0, params[MASK_TOKEN][0, 0].astype(tokens.dtype), tokens)
+
+    def encode(params: Params, tokens: jax.Array, *, train: bool = False, rng: jax.Array | None = None) -> Encoded:
+        rngs = {}
+        if train and rng is not None:
+            rngs = {stream: jax.random.fold_in(rng, name_hash(stream)) for stream in ("drop_path", "gate")}
+        return encoder.apply({"params": params[ENCODER]}, tokens, train=train, rngs=rngs)
+
+    def decode(params: Params, sensor: str, final: jax.Array) -> jax.Array:
+        check(sensor)
+        return decoders[sensor].apply({"params": params[DECODER.format(sensor)]}, final)
+
+    return Model(init, embed, encode, decode)
+
+
+def param_shapes(cfg: Any, contract: Mapping[str, Any]) -> Params:
+    """The parameter tree of a model as ShapeDtypeStructs; nothing is allocated."""
+    return jax.eval_shape(make_model(cfg, contract).init, jax.random.key(0))
