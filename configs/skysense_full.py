@@ -54,7 +54,7 @@ def get_config() -> config_dict.ConfigDict:
     c.objective.clusters = 16
     c.objective.align_dim = 256
     c.objective.align_grid = 4
-    c.objective.microbatches = 4
+    c.objective.microbatches = 2
     c.objective.chunk = 256  # 256 x 65536 float32 logits = 64 MiB per place, against 4 GiB for all rows of a sensor
 
     c.optim.b2 = 0.999  # the paper's AdamW

@@ -405,11 +405,13 @@ def test_order_of_places_does_not_matter(case):
     assert norm(jax.tree.map(jnp.subtract, grads, permuted_grads)) < 1e-5 * norm(grads)
 
 
-def test_eight_devices_equal_one(case):
-    """Sinkhorn, centres and InfoNCE run over the global batch: places sharded over 8 devices, parameters over fsdp; and
-    the rows are scanned in chunks that do not divide them.
+@pytest.mark.parametrize("remat", [False, True])
+def test_eight_devices_equal_one(case, remat):
+    """Sinkhorn, centres and InfoNCE run over the global batch: places sharded over 8 devices, parameters over fsdp and
+    gathered layer by layer; and the rows are scanned in chunks that do not divide them.
     """
     c = tiny()
+    c.model.remat = remat
     c.objective.chunk = 17
     objective = make_objective(c, case.contract)
     devices = mesh.make_mesh({"data": 2, "fsdp": 4})
@@ -420,9 +422,10 @@ def test_eight_devices_equal_one(case):
     batch = jax.device_put(hide(case.batch, "s1", places=2), NamedSharding(devices, PartitionSpec(("data", "fsdp"))))
     schedule = {name: jnp.float32(value) for name, value in SCHEDULE.items()}
     step = jax.jit(jax.value_and_grad(objective.loss, has_aux=True), out_shardings=(None, placed["params"]))
-    (loss, (metrics, _)), grads = step(
-        on_mesh["params"], on_mesh["teacher"], on_mesh["memory"], batch, case.keys, schedule
-    )
+    with jax.set_mesh(devices):  # as training does: layers gather their weights
+        (loss, (metrics, _)), grads = step(
+            on_mesh["params"], on_mesh["teacher"], on_mesh["memory"], batch, case.keys, schedule
+        )
     one_loss, one_metrics, _, (one_grads, _, _) = case.run(hide(case.batch, "s1", places=2))
     assert abs(float(loss) / one_loss - 1) < 1e-5
     for name, value in one_metrics.items():

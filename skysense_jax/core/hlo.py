@@ -202,7 +202,7 @@ def hbm_bytes(program: Program) -> float:
             if one.opcode in FREE:
                 continue
             if one.opcode == "fusion":
-                moved = _fusion_bytes(program.computations[_CALLED.search(one.rest).group(1)], one, shapes)
+                moved = _fusion_bytes(program.computations, one, shapes)
             elif one.opcode in ("dynamic-slice", "slice", "gather"):
                 moved = 2 * size(one.result, True)
             elif one.opcode == "dynamic-update-slice":
@@ -213,14 +213,35 @@ def hbm_bytes(program: Program) -> float:
     return total
 
 
-def _fusion_bytes(body: list[Instruction], fusion: Instruction, shapes: dict[str, str]) -> int:
+def _read(body: list[Instruction], name: str, computations: dict[str, list[Instruction]]) -> int:
+    """Bytes that a fused computation reads of its value `name`: slices, where it only slices it; nothing, where it only
+    writes slices into it.
+    """
+    total = 0
+    for use in body:
+        for position, operand in enumerate(use.operands):
+            if operand != name:
+                continue
+            if use.opcode in ("dynamic-slice", "slice", "gather"):
+                total += size(use.result)
+            elif use.opcode == "fusion":
+                called = computations[_CALLED.search(use.rest).group(1)]
+                parameter = next(one.name for one in called if one.opcode == "parameter" and one.rest.startswith(f"{position})"))
+                total += _read(called, parameter, computations)
+            elif use.opcode == "bitcast":
+                total += _read(body, use.name, computations)
+            elif use.opcode != "dynamic-update-slice" or position:
+                total += size(next(one.result for one in body if one.name == name))
+    return total
+
+
+def _fusion_bytes(
+    computations: dict[str, list[Instruction]], fusion: Instruction, shapes: dict[str, str]
+) -> int:
     """HBM bytes of one fusion: whole operands but for those that are only sliced, and the result but for slices written
     in place.
     """
-    users: dict[str, list[Instruction]] = {}
-    for one in body:
-        for operand in one.operands:
-            users.setdefault(operand, []).append(one)
+    body = computations[_CALLED.search(fusion.rest).group(1)]
     inner = {one.name: one for one in body}
     read = 0
     for one in body:
@@ -229,11 +250,7 @@ def _fusion_bytes(body: list[Instruction], fusion: Instruction, shapes: dict[str
         outer = shapes.get(fusion.operands[int(re.match(r"\d+", one.rest).group())], "")
         if not size(outer, True):
             continue
-        uses = users.get(one.name, [])
-        if uses and all(use.opcode in ("dynamic-slice", "slice", "gather") for use in uses):
-            read += sum(size(use.result) for use in uses)
-        elif not all(use.opcode == "dynamic-update-slice" and use.operands[0] == one.name for use in uses):
-            read += size(outer, True)
+        read += min(size(outer, True), _read(body, one.name, computations))
     root = body[-1]
     while root.opcode in ("bitcast", "copy") and root.operands and root.operands[0] in inner:
         root = inner[root.operands[0]]

@@ -22,20 +22,28 @@ SMALL = 2**20
 TACTICS = ("fsdp", "replicate")
 
 
-@jax.custom_vjp
-def gathered(weight: jax.Array) -> jax.Array:
+def gathered(weight: jax.Array, user: jax.Array | None = None) -> jax.Array:
     """A weight as its layer multiplies with it: whole on every device, gathered where it is used and nowhere else.
 
     Left to itself the partitioner keeps the weights split and gathers the activations, which are a hundred times larger
-    here. The cotangent is not constrained: it is reduced straight into the parts of the parameter. Outside
-    `jax.set_mesh` the identity. Cast to the computing dtype first: half the bytes travel.
+    here. user: the array it is multiplied with, in a layer that is scanned over: the gather then waits for it. Without
+    that, differentiation moves the gathers of all layers in front of the loop, and the whole model is held at once.
+    The cotangent is not constrained: it is reduced straight into the parts of the parameter. Outside `jax.set_mesh` the
+    identity. Cast to the computing dtype first: half the bytes travel.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return weight
+    if user is not None:
+        weight, _ = jax.lax.optimization_barrier((weight, jax.lax.stop_gradient(user[(0,) * user.ndim])))
+    return _whole(weight)
+
+
+@jax.custom_vjp
+def _whole(weight: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(weight, PartitionSpec())
 
 
-gathered.defvjp(lambda weight: (gathered(weight), None), lambda _, cotangent: (cotangent,))
+_whole.defvjp(lambda weight: (_whole(weight), None), lambda _, cotangent: (cotangent,))
 
 
 class Report(NamedTuple):

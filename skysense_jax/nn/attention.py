@@ -41,7 +41,7 @@ def rows_dot(x: jax.Array, kernel: jax.Array, dims: Any, precision: Any = None) 
     has a fast product only where that is a single one (3x less time of forward and backward, measured at widths 64 to
     256).
     """
-    kernel = gathered(kernel)
+    kernel = gathered(kernel, x)
     out = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), precision=precision)
     return out.reshape(*x.shape[:-1], kernel.shape[-1])
 
@@ -100,9 +100,8 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None, first_only: bool = False) -> jax.Array:
         width = x.shape[-1]
-        qkv = dense(3 * width, "qkv", self.dtype)(x)
-        qkv = qkv.reshape(*x.shape[:-1], 3, self.heads, width // self.heads)
-        q, k, v = qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
+        qkv = jnp.split(dense(3 * width, "qkv", self.dtype)(x), 3, axis=-1)
+        q, k, v = (part.reshape(*x.shape[:-1], self.heads, width // self.heads) for part in qkv)
         q = q[..., :1, :, :] if first_only else q
         out = attend(q * (width // self.heads) ** -0.5, k, v, mask)
         return dense(width, "proj", self.dtype)(out.reshape(*out.shape[:-2], width))

@@ -1,6 +1,7 @@
 """Plain transformers: the pre-norm layer, a scanned stack of it, and the ViT of the S2 and S1 encoders."""
 from __future__ import annotations
 
+import functools
 from typing import Any, Sequence
 
 import flax.linen as nn
@@ -88,10 +89,11 @@ class TransformerStack(nn.Module):
             rngs = {"drop_path": key} if stochastic else {}
             return layer.apply({"params": weights}, x, rate, mask, rngs=rngs)
 
-        body = jax.checkpoint(run, prevent_cse=False) if self.remat else run
+        body, last = run, functools.partial(run, first_only=True)
+        if self.remat:
+            body, last = jax.checkpoint(body, prevent_cse=False), jax.checkpoint(last)
         x, _ = jax.lax.scan(body, x, jax.tree.map(lambda leaf: leaf[:-1], (params, rates, keys)))
-        x, _ = run(x, jax.tree.map(lambda leaf: leaf[-1], (params, rates, keys)), first_only=True)
-        return x
+        return last(x, jax.tree.map(lambda leaf: leaf[-1], (params, rates, keys)))[0]
 
 
 class VisionTransformer(nn.Module):
