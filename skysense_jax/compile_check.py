@@ -29,7 +29,7 @@ from jax.experimental import topologies
 from ml_collections import config_dict
 
 from skysense_jax import train
-from skysense_jax.core import chips, fields, flops, hlo, sharding, trees, xla_flags
+from skysense_jax.core import chips, flops, hlo, sharding, trees, xla_flags
 from skysense_jax.core import mesh as meshes
 
 EXIT_FITS, EXIT_TOO_LARGE, EXIT_BAD_INPUT = 0, 1, 78
@@ -83,7 +83,7 @@ def check(cfg: config_dict.ConfigDict, topology: str, slices: int, effort: float
     """Compiles the step of `cfg` for the topology and returns the figures (see the module's docstring), all per device
     unless the name says otherwise. Raises ValueError for what the configuration, the mesh or the topology rule out.
     """
-    fields.check(cfg)
+    train.check_config(cfg)
     compiler_flags = prepare_environment(topology)
     devices = describe(topology, slices)
     note = with_every_chip_fed(cfg, len(devices))

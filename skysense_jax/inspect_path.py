@@ -13,6 +13,7 @@ import jax
 
 from skysense_jax import embed
 from skysense_jax.data import sources
+from skysense_jax.models import msgfm
 from skysense_jax.models import skysense as models
 from skysense_jax.sensors import SENSORS, input_contract
 
@@ -128,9 +129,19 @@ def split_sizes(folder: pathlib.Path) -> dict[str, int]:
 def describe_config(path: str) -> str:
     """A configuration file: parameters per module and input contract, through shapes only."""
     config = embed.read_config(path)
+    if config.model.name == "msgfm":
+        return describe_msgfm(path, config)
     contract = input_contract(config.data.bands.to_dict(), config.model.ratio)
     title = f"configuration  {path}  ({config.steps} steps of {config.data.batch} places)"
     return "\n\n".join([title, parameters(embed.abstract(config, contract)), contract_table(contract)])
+
+
+def describe_msgfm(path: str, config: Any) -> str:
+    """An msGFM configuration: parameters per module. One sensor is encoded at a time, so no grids are compared."""
+    shapes = msgfm.param_shapes(config.model, input_contract(config.data.bands.to_dict(), 1))
+    encoder = _size(shapes["encoder"]) + _size(shapes["embed_hr"])
+    text = parameters({"model": {"msgfm": shapes}})
+    return f"configuration  {path}\n\n{text}\n  {'encoder with embed_hr':<28}{encoder:>16,}"
 
 
 def parameters(shapes: Mapping[str, Any]) -> str:

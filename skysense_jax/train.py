@@ -106,6 +106,14 @@ def parse(argv: Sequence[str]) -> Options:
     return Options(values.config, pathlib.Path(values.workdir).resolve(), values.profile)
 
 
+def check_config(cfg: config_dict.ConfigDict) -> None:
+    """ValueError for a field nothing reads, a missing one, a model that has no objective."""
+    fields.check(cfg)
+    if cfg.model.name not in OBJECTIVES:
+        raise ValueError(f"config.model.name={cfg.model.name!r} has no training objective; there are "
+                         f"{', '.join(OBJECTIVES)}")
+
+
 def make_contract(cfg: config_dict.ConfigDict) -> dict[str, Any]:
     """The model's input contract: the configuration's bands with the sensor table's or the dataset's statistics."""
     if cfg.data.statistics not in ("table", "dataset"):
@@ -121,8 +129,6 @@ def make_contract(cfg: config_dict.ConfigDict) -> dict[str, Any]:
 
 def make_plan(cfg: config_dict.ConfigDict, contract: Mapping[str, Any], mesh: jax.sharding.Mesh) -> Plan:
     """Spec, objective, shapes, shardings and step from the configuration alone: no data is read, no array made."""
-    if cfg.model.name not in OBJECTIVES:
-        raise ValueError(f"config.model.name={cfg.model.name!r}; objectives are {', '.join(OBJECTIVES)}")
     spec = specs.batch_spec(cfg, contract)
     objective = OBJECTIVES[cfg.model.name](cfg, contract)
     batch = state.batch_shapes(spec, mesh)
@@ -252,7 +258,7 @@ def run(options: Options, process: int, processes: int, preemption: Preemption) 
     cfg, workdir = options.config, options.workdir
 
     # 1. A folder, and what is to be learnt from: the dataset and the input contract.
-    fields.check(cfg)
+    check_config(cfg)
     window = profiler.Window(options.profile, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     dataset = sources.read_metadata(cfg.data.dir)

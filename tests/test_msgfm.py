@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import config_dict
 
-from skysense_jax import sensors
+from skysense_jax import cli, sensors
 from skysense_jax.convert import keymap
 from skysense_jax.convert.torch_export import state_from_params
 from skysense_jax.convert.torch_import import import_simmim
@@ -67,6 +67,16 @@ def test_full_size_parameter_counts(stages, expected):
     if not stages:
         entries = keymap.simmim_entries(full.model, "hr")
         assert len([e for e in entries if e.torch.startswith("encoder.") and "mask_token" not in e.torch]) == 327
+
+
+def test_inspect_prints_the_counts(capsys):
+    assert cli.main(["inspect", "--config", str(ROOT / "configs" / "msgfm_base.py")]) == 0
+    assert "219,043,896" in capsys.readouterr().out
+
+
+def test_there_is_no_training_objective_yet(tmp_path, capsys):
+    command = ["train", "--config", str(ROOT / "configs" / "msgfm_base.py"), "--workdir", str(tmp_path / "run")]
+    assert cli.main(command) == 78 and "no training objective" in capsys.readouterr().err
 
 
 def test_full_size_shapes():
