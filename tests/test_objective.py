@@ -407,10 +407,9 @@ def test_order_of_places_does_not_matter(case):
 
 def test_eight_devices_equal_one(case):
     """Sinkhorn, centres and InfoNCE run over the global batch: places sharded over 8 devices, parameters over fsdp and
-    gathered layer by layer, which are rematerialised; and the rows are scanned in chunks that do not divide them.
+    gathered layer by layer; and the rows are scanned in chunks that do not divide them.
     """
     c = tiny()
-    c.model.remat = True
     c.objective.chunk = 17
     objective = make_objective(c, case.contract)
     devices = mesh.make_mesh({"data": 2, "fsdp": 4})
