@@ -36,7 +36,8 @@ EXIT_DONE, EXIT_NOT_FINITE, EXIT_BAD_INPUT = 0, 65, 78
 COMPLETE = "TRAIN_COMPLETE"
 OBJECTIVES: dict[str, Callable[..., Any]] = {"skysense": skysense.make_objective}
 
-MAY_CHANGE = ("run.", "mesh.", "eval.", "data.dir", "data.threads", "data.prefetch")
+MAY_CHANGE = (
+    "run.", "mesh.", "eval.", "data.dir", "data.threads", "data.prefetch", "data.max_bad_records")
 """Fields a resumed run may have otherwise: how it runs, not what it computes (a dataset is known by its id)."""
 
 
@@ -278,7 +279,7 @@ def run(options: Options, process: int, processes: int, preemption: Preemption) 
         preemption.enter_loop()
         skipped = 0
         try:
-            with watchdog.Watchdog(cfg.run.watchdog_s, workdir / "stacks.txt") as dog:
+            with watchdog.Watchdog(cfg.run.watchdog_s, workdir / f"stacks-{process}.txt") as dog:
                 while done < cfg.steps:
                     stop = preemption.requested(done)
                     if stop or (done % cfg.run.save_every == 0 and done > start.step):

@@ -13,13 +13,13 @@ from skysense_jax.objectives.base import Objective
 from skysense_jax.ops.ema import ema
 
 
-def make_objective(cfg: Any, contract: Mapping[str, Any], broken: bool = False) -> Objective:
-    """broken: the loss is never a number."""
+def make_objective(cfg: Any, contract: Mapping[str, Any], broken: bool = False, width: int = 512) -> Objective:
+    """broken: the loss is never a number. width: of the kernel, which is split over fsdp from 1 MiB on."""
     bands = len(contract["sensors"]["s2"]["bands"])
 
     def init(rng, spec):
-        params = {"encoder": {"layer": {"kernel": 0.1 * jax.random.normal(rng, (bands, 512)), "bias": jnp.zeros(512)}}}
-        return params, jax.tree.map(jnp.copy, params), {"centre": jnp.zeros(512)}
+        params = {"encoder": {"layer": {"kernel": 0.1 * jax.random.normal(rng, (bands, width)), "bias": jnp.zeros(width)}}}
+        return params, jax.tree.map(jnp.copy, params), {"centre": jnp.zeros(width)}
 
     def project(params, batch):
         image = batch["global"]["sensors"]["s2"]["image"] / 1000.0
@@ -27,7 +27,7 @@ def make_objective(cfg: Any, contract: Mapping[str, Any], broken: bool = False) 
         return image.mean((1, 2, 3, 4)) @ layer["kernel"] + layer["bias"]
 
     def loss(params, teacher, memory, batch, keys, schedule):
-        target = 1.0 - project(teacher, batch) + 0.01 * jax.random.normal(keys["noise"], (512,))
+        target = 1.0 - project(teacher, batch) + 0.01 * jax.random.normal(keys["noise"], (width,))
         value = jnp.mean((project(params, batch) - target) ** 2)
         value = value * (jnp.nan if broken else 1.0)
         return value, ({"loss/only": value}, {"mean": target.mean(0)})
