@@ -28,7 +28,7 @@ from tests import toy
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = str(ROOT / "configs" / "skysense_tiny.py:series")
-PATIENCE_S = 600
+PATIENCE_S = 1800
 TOY_WIDTH = 2**15
 
 
@@ -59,8 +59,8 @@ def start_together(
 def ended(processes: Sequence[subprocess.Popen]) -> list[tuple[int, str]]:
     """(exit code, stderr) of each process, once all have ended; those that do not are killed."""
     try:
-        return [(process.wait(PATIENCE_S), said) for process in processes
-                for said in [process.communicate(timeout=PATIENCE_S)[1]]]
+        said = [process.communicate(timeout=PATIENCE_S)[1] for process in processes]
+        return [(process.returncode, text) for process, text in zip(processes, said)]
     finally:
         for process in processes:
             if process.poll() is None:

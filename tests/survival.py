@@ -83,9 +83,12 @@ def assert_same(ours: Outcome, theirs: Outcome) -> None:
     assert ours.report == theirs.report
 
 
-def survive(dataset: str, wanted: Outcome, folder: pathlib.Path, kills: int, seed: int) -> tuple[list[Kill], int]:
-    """`kills` kills, as many of each phase; every run is compared with `wanted`. Returns the kills and the number of
-    runs they were spread over.
+def survive(
+    dataset: str, wanted: Outcome, folder: pathlib.Path, kills: int, seed: int,
+    note: Callable[[list[Kill], int], None] = lambda kills, lives: None,
+) -> list[Kill]:
+    """`kills` kills, as many of each phase; every run is compared with `wanted`. note(kills so far, number of runs they
+    were spread over) is called after each run.
     """
     draw = random.Random(seed)
     aims = [PHASES[n % len(PHASES)] for n in range(kills)]
@@ -114,7 +117,8 @@ def survive(dataset: str, wanted: Outcome, folder: pathlib.Path, kills: int, see
                 aims.pop(0)
                 done.append(kill)
         assert_same(outcome(dataset, workdir), wanted)
-    return done, lives
+        note(done, lives)
+    return done
 
 
 def _kill(
@@ -158,12 +162,12 @@ def _kill(
     return Kill(aim, seen, step, after)
 
 
-def report(kills: list[Kill], lives: int, seed: int, seconds: float) -> str:
-    """What happened, as a page."""
+def report(kills: list[Kill], lives: int, asked: int, seed: int, seconds: float) -> str:
+    """What happened so far, as a page."""
     seen = Counter(kill.seen for kill in kills)
     lines = [
         "# Survival: killed at random, and the same bits", "",
-        f"`python -m tests.survival --kills {len(kills)} --seed {seed} --out docs/survival.md`, commit "
+        f"`python -m tests.survival --kills {asked} --seed {seed} --out docs/survival.md`, commit "
         f"{evaluate.commit()}, jax {jax.__version__}, Python {platform.python_version()}, CPU, {os.cpu_count()} cores, "
         f"{seconds / 60:.0f} minutes.", "",
         f"{len(kills)} SIGKILLs were spread over {lives} runs of {STEPS} steps of `configs/skysense_tiny.py:series` (the "
@@ -194,8 +198,8 @@ def main() -> None:
         root = pathlib.Path(folder)
         dataset = tiny.write_dataset(root / "places")
         wanted = straight(dataset, root / "straight")
-        kills, lives = survive(dataset, wanted, root, options.kills, options.seed)
-    options.out.write_text(report(kills, lives, options.seed, time.monotonic() - begun))
+        survive(dataset, wanted, root, options.kills, options.seed, lambda kills, lives: options.out.write_text(
+            report(kills, lives, options.kills, options.seed, time.monotonic() - begun)))
 
 
 if __name__ == "__main__":
