@@ -87,7 +87,7 @@ def survive(
     dataset: str, wanted: Outcome, folder: pathlib.Path, kills: int, seed: int,
     note: Callable[[list[Kill], int], None] = lambda kills, lives: None,
 ) -> list[Kill]:
-    """`kills` kills, as many of each phase; every run is compared with `wanted`. note(kills so far, number of runs they
+    """`kills` kills that hit what they aimed at, as many of each phase, and those that did not; every run is compared with `wanted`. note(kills so far, number of runs they
     were spread over) is called after each run.
     """
     draw = random.Random(seed)
@@ -107,9 +107,10 @@ def survive(
             kill = _kill(dataset, workdir, aims[0], draw, spans)
             if kill is None:  # the run or the evaluation was over first
                 continue
-            aims.pop(0)
             done.append(kill)
-            print(f"kill {len(done)}/{kills}: {kill}", file=sys.stderr, flush=True)
+            if kill.seen == aims[0]:
+                aims.pop(0)
+            print(f"kill {len(done)}, {len(aims)} to come: {kill}", file=sys.stderr, flush=True)
         if not (workdir / train.COMPLETE).exists():
             jobs.finish(jobs.start(arguments(dataset, workdir)))
         while aims and aims[0] == "eval":
