@@ -87,8 +87,8 @@ def survive(
     dataset: str, wanted: Outcome, folder: pathlib.Path, kills: int, seed: int,
     note: Callable[[list[Kill], int], None] = lambda kills, lives: None,
 ) -> list[Kill]:
-    """`kills` kills that hit what they aimed at, as many of each phase, and those that did not; every run is compared with `wanted`. note(kills so far, number of runs they
-    were spread over) is called after each run.
+    """`kills` kills that hit what they aimed at, as many of each phase, and those that did not; every run is compared
+    with `wanted`. note(kills so far, number of runs they were spread over) is called after each run.
     """
     draw = random.Random(seed)
     aims = [PHASES[n % len(PHASES)] for n in range(kills)]
@@ -128,7 +128,8 @@ def _kill(
     """One process, killed at a random moment of the phase; None where it was over before."""
     last = max(checkpoint.steps(workdir / checkpoint.FOLDER), default=0)
     evaluation = aim == "eval"
-    recorded = jobs.reached(workdir, draw.randrange(last + 1, min(last + SAVE_EVERY + 2, STEPS)) if last < STEPS else STEPS)
+    goal = draw.randrange(last + 1, max(min(last + SAVE_EVERY + 2, STEPS), last + 2))
+    recorded = jobs.reached(workdir, goal)
     begun = time.monotonic()
     process = start_evaluation(dataset, workdir) if evaluation else jobs.start(arguments(dataset, workdir))
     if aim in spans:
@@ -171,12 +172,13 @@ def report(kills: list[Kill], lives: int, asked: int, seed: int, seconds: float)
         f"`python -m tests.survival --kills {asked} --seed {seed} --out docs/survival.md`, commit "
         f"{evaluate.commit()}, jax {jax.__version__}, Python {platform.python_version()}, CPU, {os.cpu_count()} cores, "
         f"{seconds / 60:.0f} minutes.", "",
-        f"{len(kills)} SIGKILLs were spread over {lives} runs of {STEPS} steps of `configs/skysense_tiny.py:series` (the "
-        f"real objective on noise, float32, a checkpoint every {SAVE_EVERY} steps). Each run was started again after every "
-        "kill until it ended. All of them ended bitwise equal to the run left alone: every array of the last checkpoint, "
-        "every record of metrics.jsonl (each step once), and the evaluation.", "",
-        "Phase by what the process had said and written when it died: compile = from the start of the interpreter to the "
-        "compiled step; step = restoring or stepping; save = a checkpoint was being written; eval = `skysense-jax eval`.",
+        f"{len(kills)} SIGKILLs were spread over {lives} runs of {STEPS} steps of `configs/skysense_tiny.py:series` "
+        f"(the real objective on noise, float32, a checkpoint every {SAVE_EVERY} steps). Each run was started again "
+        "after every kill until it ended. All of them ended bitwise equal to the run left alone: every array of the "
+        "last checkpoint, every record of metrics.jsonl (each step once), and the evaluation.", "",
+        "Phase by what the process had said and written when it died: compile = from the start of the interpreter to "
+        "the compiled step; step = restoring or stepping; save = a checkpoint was being written; eval = "
+        "`skysense-jax eval`.",
         "", "| phase | kills |", "|---|---|", *(f"| {phase} | {seen[phase]} |" for phase in PHASES), "",
         "| kill | aimed at | hit | last step recorded | seconds after the start |", "|---|---|---|---|---|",
         *(f"| {n} | {k.aimed} | {k.seen} | {k.step} | {k.after_s:.2f} |" for n, k in enumerate(kills, 1)),

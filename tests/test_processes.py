@@ -105,11 +105,11 @@ def test_a_process_that_stands_still_ends_the_others_with_70_and_their_stacks(da
 def test_a_missing_process_is_an_error_with_both_counts(dataset, tmp_path):
     """Processes 0 and 1 of three: neither trains, both say who is missing, well before jax would abort them."""
     over = jobs.ended(jobs.start_together(
-        3, arguments(dataset, tmp_path), SKYSENSE_START_TIMEOUT_S="15",
+        3, arguments(dataset, tmp_path), SKYSENSE_START_TIMEOUT_S="30",
         each=lambda index: {"SKYSENSE_PROCESSES": "x"} if index == 2 else {}))
     assert [code for code, _ in over] == [78] * 3, over
     for _, said in over[:2]:
-        assert "2 of 3 processes came together within 15 s; missing: 2" in said, said
+        assert "2 of 3 processes came together within 30 s; missing: 2" in said, said
     assert "SKYSENSE_PROCESSES='x': a whole number is needed" in over[2][1]
     assert not list(tmp_path.iterdir())
 

@@ -61,7 +61,8 @@ def machine(cfg):
         with jax.set_mesh(mesh):
             compiled = jax.jit(advance, out_shardings=(placed, meshes.replicated(mesh))).lower(shapes, batch).compile(
                 compiler_options=xla_flags.ONCE["cpu"])
-        return Machine(mesh, shapes, batch, functools.partial(state.create, objective, batch, cfg.seed, shapes), compiled)
+        fresh = functools.partial(state.create, objective, batch, cfg.seed, shapes)
+        return Machine(mesh, shapes, batch, fresh, compiled)
 
     return make
 
@@ -92,8 +93,9 @@ def alone(machine, cfg):
 
 def distance(ours: Any, theirs: Any) -> float:
     """Norm of the difference of two trees relative to the norm of the second."""
-    norm = lambda tree: np.sqrt(sum(float(np.sum(np.square(np.asarray(x, np.float64)))) for x in jax.tree.leaves(tree)))
-    return norm(jax.tree.map(lambda a, b: np.asarray(a, np.float64) - np.asarray(b, np.float64), ours, theirs)) / norm(theirs)
+    ours, theirs = ([np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)] for tree in (ours, theirs))
+    norm = lambda leaves: np.sqrt(sum(np.sum(np.square(leaf)) for leaf in leaves))
+    return norm([a - b for a, b in zip(ours, theirs, strict=True)]) / norm(theirs)
 
 
 @pytest.mark.parametrize("data, fsdp", MESHES)
@@ -126,7 +128,8 @@ def test_resumed_on_4_devices_and_then_on_1_a_run_goes_on(machine, cfg, alone, t
         found = checkpoint.restore_latest_valid(tmp_path, here.shapes)
         now = here.fresh() if found is None else found.state
         assert int(now.step) == len(lines)
-        assert all(leaf.sharding == like.sharding for leaf, like in zip(jax.tree.leaves(now), jax.tree.leaves(here.shapes)))
+        pairs = zip(jax.tree.leaves(now), jax.tree.leaves(here.shapes), strict=True)
+        assert all(leaf.sharding == like.sharding for leaf, like in pairs)
         now, more = run(here, cfg, now, stop)
         lines += more
         saver = checkpoint.Saver(tmp_path, keep=1)

@@ -43,7 +43,9 @@ def settings(dataset: str):
 # ---------------------------------------------------------------- a full disk
 
 def test_a_full_disk_is_74_and_the_last_checkpoint_stands(dataset, tmp_path):
-    """From the first checkpoint on no file may grow past 200 kB: the next save fails in tensorstore, in the background."""
+    """From the first checkpoint on no file may grow past 200 kB: the next save fails, in tensorstore, in the
+    background.
+    """
     full, free = tmp_path / "full", tmp_path / "free"
     jobs.finish(jobs.start(toy(dataset, free), module="tests.jobs"))
     process = jobs.start(toy(dataset, full), module="tests.jobs", READ_S="0.05")
@@ -63,7 +65,7 @@ def test_a_full_disk_is_74_and_the_last_checkpoint_stands(dataset, tmp_path):
 # ---------------------------------------------------------------- numbers that are none
 
 def test_a_place_of_nans_changes_nothing_is_counted_and_too_many_are_65(tmp_path):
-    """The real objective; one place of ten measured nothing but NaN by radar, and every batch that holds it is skipped."""
+    """The real objective; the radar series of one place of ten is NaN, and every batch that holds it is skipped."""
     poison = 7
     places = [tiny.record(number) for number in range(10)]
     places[poison]["s1_image"][:] = np.nan
@@ -123,11 +125,12 @@ def test_a_damaged_record_is_named_counted_and_the_next_is_read(dataset, damaged
             jax.tree.map(np.testing.assert_array_equal, places[number], sound[stand_in])
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 2
-    assert said[0].startswith(f"damaged record (1 of at most 2): record {first} of split train (number {first} in {SHARD})")
+    assert said[0].startswith(
+        f"damaged record (1 of at most 2): record {first} of split train (number {first} in {SHARD})")
     assert "hash mismatch" in said[0] and said[1].endswith(f"record {second + 1} is read in its place")
     few = sources.open_places(folder, "train", allowed=1)
     few[first]
-    with pytest.raises(ValueError, match=rf"2 damaged records, .*max_bad_records allows 1: {first}, {second}; record {second}"):
+    with pytest.raises(ValueError, match=rf"2 damaged .*max_bad_records allows 1: {first}, {second}; record {second}"):
         few[second]
     with pytest.raises(ValueError, match=f"1 damaged records, .*record {first} of split train"):
         sources.open_places(folder, "train")[first]
@@ -157,10 +160,11 @@ def test_a_shard_without_its_end_is_named(damaged, tmp_path):
 
 def test_past_the_quota_of_damaged_records_the_run_is_78_and_a_larger_one_goes_on(damaged, tmp_path):
     folder, _ = damaged
-    [(code, said)] = jobs.ended([jobs.start(toy(folder, tmp_path, "--config.data.max_bad_records=1"), module="tests.jobs")])
+    few, enough = (toy(folder, tmp_path, f"--config.data.max_bad_records={quota}") for quota in (1, 2))
+    [(code, said)] = jobs.ended([jobs.start(few, module="tests.jobs")])
     assert code == 78 and "damaged record (1 of at most 1)" in said, said
     last = said.strip().splitlines()[-1]
     assert last.startswith("skysense-jax train: ") and "2 damaged records, config.data.max_bad_records allows 1" in last
-    said = jobs.finish(jobs.start(toy(folder, tmp_path, "--config.data.max_bad_records=2"), module="tests.jobs"))
+    said = jobs.finish(jobs.start(enough, module="tests.jobs"))
     assert "damaged record (2 of at most 2)" in said and json.loads(
         (tmp_path / "config.json").read_text())["data"]["max_bad_records"] == 2

@@ -83,9 +83,9 @@ def _number(name: str, default: int) -> int:
 
 def _give_up(processes: int, timeout_s: int) -> None:
     """Ends a process that waits for the others inside jax."""
-    sys.stderr.write(f"{processes} processes are expected (SKYSENSE_PROCESSES), fewer came together within {timeout_s} s "
-                     "(SKYSENSE_START_TIMEOUT_S); with SKYSENSE_COORDINATOR and SKYSENSE_PROCESS_INDEX the missing ones "
-                     "are named\n")
+    sys.stderr.write(f"{processes} processes are expected (SKYSENSE_PROCESSES), fewer came together within {timeout_s} "
+                     "s (SKYSENSE_START_TIMEOUT_S); with SKYSENSE_COORDINATOR and SKYSENSE_PROCESS_INDEX the missing "
+                     "ones are named\n")
     sys.stderr.flush()
     os._exit(EXIT_INCOMPLETE)
 
