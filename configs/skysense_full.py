@@ -28,6 +28,7 @@ def get_config() -> config_dict.ConfigDict:
     c.data.local_scale = (0.0156, 0.0625)  # 8 to 16 base pixels
     c.data.threads = 16
     c.data.prefetch = 4
+    c.data.max_bad_records = 100
 
     c.data.augment.hr_jitter_strength = (0.4, 0.4, 0.2, 0.1)  # DINO's optical set at full strength
     c.data.augment.hr_gray = 0.2

@@ -46,6 +46,7 @@ def get_config() -> config_dict.ConfigDict:
     })
     c.data.threads = 1  # a second one gains nothing on two cores: the arrays are small, Python's lock is the bound
     c.data.prefetch = 2
+    c.data.max_bad_records = 10  # damaged records a process may pass over (the next one is read instead); more: exit 78
 
     c.model = config_dict.ConfigDict()
     c.model.name = "skysense"

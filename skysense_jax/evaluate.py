@@ -68,7 +68,9 @@ def run(args: argparse.Namespace) -> int:
     report["command"] = shlex.join(["skysense-jax", *sys.argv[1:]])
     print(text(report))
     if args.out:
-        pathlib.Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
+        unfinished = pathlib.Path(f"{args.out}.tmp")  # a killed evaluation leaves no half of a report
+        unfinished.write_text(json.dumps(report, indent=1) + "\n")
+        unfinished.replace(args.out)
         print(f"written: {args.out}")
     return 0
 

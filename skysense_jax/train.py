@@ -6,7 +6,8 @@ A workdir that has begun is continued from its newest sound checkpoint; a finish
 the configuration, the seed and the data: kill it anywhere, start it again, and it ends in the same state.
 
 Exit codes: 0 done. 75 preempted (SIGTERM) and saved. 70 no step within config.run.watchdog_s. 65 more than
-config.run.max_skipped updates were not finite. 78 bad configuration or data.
+config.run.max_skipped updates were not finite. 74 a checkpoint or the metrics could not be written (full disk).
+78 bad configuration or data.
 """
 from __future__ import annotations
 
@@ -32,11 +33,12 @@ from skysense_jax.objectives import skysense
 from skysense_jax.run import checkpoint, metrics, optim, profiler, state, step, watchdog
 from skysense_jax.run.preempt import EXIT_PREEMPTED, Preemption
 
-EXIT_DONE, EXIT_NOT_FINITE, EXIT_BAD_INPUT = 0, 65, 78
+EXIT_DONE, EXIT_NOT_FINITE, EXIT_NOT_WRITTEN, EXIT_BAD_INPUT = 0, 65, 74, 78
 COMPLETE = "TRAIN_COMPLETE"
 OBJECTIVES: dict[str, Callable[..., Any]] = {"skysense": skysense.make_objective}
 
-MAY_CHANGE = ("run.", "mesh.", "eval.", "data.dir", "data.threads", "data.prefetch")
+MAY_CHANGE = (
+    "run.", "mesh.", "eval.", "data.dir", "data.threads", "data.prefetch", "data.max_bad_records")
 """Fields a resumed run may have otherwise: how it runs, not what it computes (a dataset is known by its id)."""
 
 
@@ -308,7 +310,7 @@ def run(options: Options, process: int, processes: int, preemption: Preemption) 
         preemption.enter_loop()
         skipped = 0
         try:
-            with watchdog.Watchdog(cfg.run.watchdog_s, workdir / "stacks.txt") as dog:
+            with watchdog.Watchdog(cfg.run.watchdog_s, workdir / f"stacks-{process}.txt") as dog:
                 while done < cfg.steps:
                     stop = preemption.requested(done)
                     if stop or (done % cfg.run.save_every == 0 and done > start.step):
@@ -356,6 +358,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"skysense-jax train: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except OSError as error:
+        print(f"skysense-jax train: {error}", file=sys.stderr)
+        return EXIT_NOT_WRITTEN
 
 
 if __name__ == "__main__":

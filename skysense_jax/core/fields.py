@@ -13,7 +13,7 @@ _VIT = ("cls_token", "depth", "drop_path", "embed_dims", "eps", "img_size", "mlp
 FIELDS: dict[str, tuple[str, ...]] = {
     "": ("seed", "steps"),
     "data": ("dir", "split", "statistics", "batch", "global_size", "global_scale", "n_local", "local_size",
-             "local_scale", "aspect", "flip", "rotate", "date_jitter_days", "threads", "prefetch"),
+             "local_scale", "aspect", "flip", "rotate", "date_jitter_days", "threads", "prefetch", "max_bad_records"),
     "data.bands": ("<sensor>",),
     "data.dates": ("<sensor>",),
     "data.eval_dates": ("<sensor>",),

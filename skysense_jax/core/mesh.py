@@ -6,41 +6,88 @@ fast network); a model with experts adds ``expert``. The batch is split over ``d
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from typing import Mapping
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 
+from skysense_jax.core import rendezvous
+
+EXIT_INCOMPLETE = 78
+"""Exit code where processes are missing: the job as it was started cannot run."""
+
 BATCH_AXES = ("data", "fsdp")
 """Mesh axes over which the leading axis of a batch is split."""
 
 
-def start_processes(
-    processes: int | None = None, coordinator: str | None = None, process_index: int | None = None, timeout_s: int = 300
-) -> tuple[int, int]:
+CLUSTER_COUNTS = (
+    # variable, the launcher that sets it; a list of hosts counts by its commas
+    ("SLURM_STEP_NUM_TASKS", "srun"), ("SLURM_NTASKS", "Slurm"), ("OMPI_COMM_WORLD_SIZE", "Open MPI"),
+    ("PMI_SIZE", "MPICH"), ("WORLD_SIZE", "torchrun"), ("TPU_WORKER_HOSTNAMES", "TPU pod"),
+    ("MEGASCALE_NUM_SLICES", "TPU multislice"),
+)
+"""Where a launcher says how many processes the job has; the first that is set counts."""
+
+
+def start_processes() -> tuple[int, int]:
     """Start ``jax.distributed`` where the job has several processes; returns (process index, process count).
 
-    Arguments default to SKYSENSE_PROCESSES, SKYSENSE_COORDINATOR (host:port) and SKYSENSE_PROCESS_INDEX. processes = 1
-    or unset: a single process, nothing is started. Without a coordinator jax's own cluster detection is used (TPU,
-    Slurm, GKE). Raises ValueError with both counts unless exactly `processes` processes came together: N processes that
-    each train alone must not happen.
+    SKYSENSE_PROCESSES: how many; 1 or unset: a single process. SKYSENSE_COORDINATOR (host:port of process 0) with
+    SKYSENSE_PROCESS_INDEX: the processes count themselves first (core.rendezvous). Without them jax's own cluster
+    detection is used (TPU, Slurm, GKE). SKYSENSE_START_TIMEOUT_S (300): how long to wait for all.
+
+    N processes that each train alone must not happen: ValueError with both counts unless exactly SKYSENSE_PROCESSES
+    came together, or where it is unset and the launcher says that there are several. Where jax's detection waits in
+    vain, in C++, the message is printed and the process exits with 78.
     """
-    env = os.environ
-    processes = int(env.get("SKYSENSE_PROCESSES", "1")) if processes is None else processes
-    if processes == 1:
-        return 0, 1
-    coordinator = env.get("SKYSENSE_COORDINATOR") if coordinator is None else coordinator
-    if process_index is None and "SKYSENSE_PROCESS_INDEX" in env:
-        process_index = int(env["SKYSENSE_PROCESS_INDEX"])
-    if coordinator is not None:
-        jax.distributed.initialize(coordinator, processes, process_index, initialization_timeout=timeout_s)
-    else:
-        jax.distributed.initialize(initialization_timeout=timeout_s)
+    processes, timeout_s = _number("SKYSENSE_PROCESSES", 0), _number("SKYSENSE_START_TIMEOUT_S", 300)
+    found = [(name, launcher, os.environ[name]) for name, launcher in CLUSTER_COUNTS if os.environ.get(name)]
+    if not processes and found:
+        name, launcher, value = found[0]
+        count = int(value) if value.isdigit() else len(value.split(","))
+        if count > 1:
+            raise ValueError(f"{name}={value}: {launcher} started {count} processes, SKYSENSE_PROCESSES is not set, so "
+                             f"each would train alone; set SKYSENSE_PROCESSES={count}, or 1 where that is meant")
+    processes = max(processes, 1)
+    if processes > 1:
+        coordinator, index = os.environ.get("SKYSENSE_COORDINATOR"), _number("SKYSENSE_PROCESS_INDEX", -1)
+        if (coordinator is None) != (index < 0):
+            raise ValueError("SKYSENSE_COORDINATOR and SKYSENSE_PROCESS_INDEX go together: set both or neither")
+        if coordinator is not None:
+            rendezvous.meet(coordinator, processes, index, timeout_s)
+        guard = threading.Timer(timeout_s, _give_up, (processes, timeout_s))
+        guard.daemon = True
+        guard.start()
+        patience = {"initialization_timeout": timeout_s + 60}  # jax would abort the process without a word of ours
+        if coordinator is not None:
+            jax.distributed.initialize(coordinator, processes, index, **patience)
+        else:
+            jax.distributed.initialize(**patience)
+        guard.cancel()
     if jax.process_count() != processes:
         raise ValueError(f"{jax.process_count()} processes came together, "
                          f"{processes} are expected (SKYSENSE_PROCESSES)")
-    return jax.process_index(), jax.process_count()
+    return jax.process_index(), processes
+
+
+def _number(name: str, default: int) -> int:
+    """A count from the environment."""
+    text = os.environ.get(name) or str(default)
+    if not text.removeprefix("-").isdigit():
+        raise ValueError(f"{name}={text!r}: a whole number is needed")
+    return int(text)
+
+
+def _give_up(processes: int, timeout_s: int) -> None:
+    """Ends a process that waits for the others inside jax."""
+    sys.stderr.write(f"{processes} processes are expected (SKYSENSE_PROCESSES), fewer came together within {timeout_s} "
+                     "s (SKYSENSE_START_TIMEOUT_S); with SKYSENSE_COORDINATOR and SKYSENSE_PROCESS_INDEX the missing "
+                     "ones are named\n")
+    sys.stderr.flush()
+    os._exit(EXIT_INCOMPLETE)
 
 
 def mesh_shape(axes: Mapping[str, int], n_devices: int) -> dict[str, int]:

@@ -159,7 +159,7 @@ def train_dataset(
     meta = sources.read_metadata(cfg.data.dir)
     sources.check_dataset(meta, contract, cfg)
     plan = make_plan(cfg, contract, int(meta["tile"]))
-    places = sources.open_places(cfg.data.dir, cfg.data.split)
+    places = sources.open_places(cfg.data.dir, cfg.data.split, int(cfg.data.max_bad_records))
     stream = grain.MapDataset.source(places).seed(seed).shuffle().repeat()
     stream = stream.random_map(functools.partial(_sample_place, plan))
     return stream.batch(cfg.data.batch // process_count, drop_remainder=True)[process_index::process_count]

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import json
 import pathlib
-from typing import Any, Mapping
+import sys
+from typing import Any, Mapping, Sequence
 
 import tensorflow_datasets as tfds
 
@@ -15,18 +16,49 @@ METADATA = "places.json"
 class Places:
     """One split by random access: `len(places)`, `places[i]` -> record (dict of arrays, its number under "index").
 
-    Can be pickled.
+    A record that cannot be read (ArrayRecord keeps a checksum of each) is named on stderr and the next sound one in
+    stored order is read in its place, under its own number: which place is read stays a function of the data alone.
+    Raises ValueError once more than `allowed` records are damaged. Can be pickled.
     """
 
-    def __init__(self, records: Any):
-        self._records = records
+    def __init__(self, records: Any, split: str = "", shards: Sequence[tuple[str, int]] = (), allowed: int = 0):
+        """shards: (file, its number of records) in order. allowed: damaged records that may be passed over."""
+        self._records, self._split, self._shards, self._allowed = records, split, tuple(shards), allowed
+        self._damaged: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: Any) -> dict[str, Any]:
         number = int(index)
-        return {**self._records[number], "index": number}
+        while True:
+            try:
+                return {**self._records[number], "index": number}
+            except RuntimeError as error:  # what array_record raises for a damaged record, shard or missing file
+                following = (number + 1) % len(self)
+                self._pass_over(number, following, str(error).splitlines()[0])
+                number = following
+
+    def _pass_over(self, number: int, following: int, reason: str) -> None:
+        new = number not in self._damaged
+        self._damaged[number] = reason
+        count, where = len(self._damaged), self._where(number)
+        if count > min(self._allowed, len(self) - 1):
+            raise ValueError(f"{count} damaged records, config.data.max_bad_records allows {self._allowed}: "
+                             f"{', '.join(map(str, sorted(self._damaged)[:10]))}; {where}: {reason}. "
+                             "Build the dataset again or copy it anew")
+        if new:
+            sys.stderr.write(f"damaged record ({count} of at most {self._allowed}): {where}: {reason}; "
+                             f"record {following} is read in its place\n")
+
+    def _where(self, number: int) -> str:
+        """Record and file, for people."""
+        first = 0
+        for file, count in self._shards:
+            if number < first + count:
+                return f"record {number} of split {self._split} (number {number - first} in {file})"
+            first += count
+        return f"record {number}"
 
 
 def read_metadata(folder: str | pathlib.Path) -> dict[str, Any]:
@@ -51,8 +83,10 @@ def read_metadata(folder: str | pathlib.Path) -> dict[str, Any]:
     return meta
 
 
-def open_places(folder: str | pathlib.Path, split: str) -> Places:
-    """The records of a split by random access. ValueError: no dataset, or split absent or empty."""
+def open_places(folder: str | pathlib.Path, split: str, allowed: int = 0) -> Places:
+    """The records of a split by random access; `allowed` damaged ones are passed over. ValueError: no dataset, or split
+    absent or empty.
+    """
     read_metadata(folder)
     if not (pathlib.Path(folder) / "dataset_info.json").is_file():
         raise ValueError(
@@ -63,7 +97,9 @@ def open_places(folder: str | pathlib.Path, split: str) -> Places:
         raise ValueError(f"{folder} has no split {split!r}; it has {', '.join(sorted(builder.info.splits)) or 'none'}")
     if not builder.info.splits[split].num_examples:
         raise ValueError(f"{folder}: split {split!r} holds no places")
-    return Places(builder.as_data_source(split=split))
+    info = builder.info.splits[split]
+    shards = [(pathlib.Path(path).name, count) for path, count in zip(info.filepaths, info.shard_lengths, strict=True)]
+    return Places(builder.as_data_source(split=split), split, shards, allowed)
 
 
 def check_dataset(meta: Mapping[str, Any], contract: Mapping[str, Any], cfg: Any) -> None:

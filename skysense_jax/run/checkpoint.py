@@ -37,6 +37,10 @@ class Damaged(ValueError):
     """A checkpoint that cannot be trusted; the message names what is wrong with it."""
 
 
+class NotSaved(OSError):
+    """A checkpoint could not be written (a full disk, a lost mount); the complete ones stand."""
+
+
 class Restored(NamedTuple):
     """state on its mesh; data, meta: the JSON parts; step."""
 
@@ -79,6 +83,7 @@ class Saver:
         if keep < 1:
             raise ValueError(f"config.run.keep={keep}: at least one checkpoint must stay")
         self._folder = epath.Path(workdir).resolve() / FOLDER
+        self._step = -1  # of the save that was started last
         self._orbax = ocp.training.Checkpointer(
             self._folder, context=_context(), cleanup_tmp_directories=True,
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
@@ -87,7 +92,7 @@ class Saver:
     def save(self, state: TrainState, data: Mapping[str, Any], meta: Mapping[str, Any]) -> bool:
         """Start saving; returns once the state is copied (the caller may donate it). False: this step is already there.
 
-        data, meta: JSON values. Raises what a *previous* background save raised.
+        data, meta: JSON values. Raises NotSaved, also for a *previous* save that failed in the background.
         """
         step = int(state.step)
         if step in steps(self._folder):
@@ -96,16 +101,25 @@ class Saver:
         digests = {name: digest.tree_digests(tree) for name, tree in parts.items()}
         body = {**json.loads(json.dumps(meta)), "step": step, "digests": digests, "data_seal": _seal(dict(data))}
         checkpointables = {**parts, "data": dict(data), "meta": {**body, "seal": _seal(body)}}
-        self._orbax.save_checkpointables_async(step, checkpointables, force=True)
+        self._checked(lambda: self._orbax.save_checkpointables_async(step, checkpointables, force=True))
+        self._step = step
         return True
 
     def wait(self) -> None:
-        """Until the save in progress is on disk; raises if it failed."""
-        self._orbax.wait()
+        """Until the save in progress is on disk; raises NotSaved if it failed."""
+        self._checked(self._orbax.wait)
 
     def close(self) -> None:
-        """Wait and release the background threads."""
-        self._orbax.close()
+        """Wait and release the background threads; raises NotSaved as :meth:`wait`."""
+        self._checked(self._orbax.close)
+
+    def _checked(self, action: Callable[[], Any]) -> None:
+        """tensorstore says ValueError where a disk is full, which elsewhere is a bad configuration."""
+        try:
+            action()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise NotSaved(f"{self._folder}: a checkpoint could not be written after step {max(self._step, 0)}: "
+                           f"{_first_line(error)}. The complete ones stand: make room and start again") from error
 
 
 def save_part(folder: pathlib.Path | str, name: str, tree: trees.Tree) -> None:

@@ -109,6 +109,7 @@ class Log:
         chip = chips.CHIPS.get(devices[0].device_kind)  # no MFU is printed for a device that is not there
         self._peak = chip and chip.flops * len(devices) / chips.devices_per_chip(devices)
         self._pending: tuple[int, Any] | None = None
+        self._skipped = 0
         self._mark, self._mark_step, self._mark_data = time.monotonic(), start, timers.seconds.get("data", 0.0)
         if self._writes:
             truncate(workdir / FILE, start)
@@ -124,17 +125,18 @@ class Log:
         return skipped
 
     def flush(self) -> int:
-        """Write what is pending, to the disk; returns the number of skipped updates it tells (0 where nothing was
-        pending).
+        """Write what is pending, to the disk; returns the number of skipped updates known so far (a save may have
+        flushed the record that tells it).
         """
         if self._pending is None:
-            return 0
+            return self._skipped
         (step, metrics), self._pending = self._pending, None
         values = plain(metrics)
         unsound = values["finite"] == 0
         if step % self._every == 0 or step in (1, self._total) or unsound:
             self._write(step, values)
-        return int(values["skipped"])
+        self._skipped = int(values["skipped"])
+        return self._skipped
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
         now, data = time.monotonic(), self._timers.seconds.get("data", 0.0)

@@ -1,0 +1,43 @@
+"""The table of shardings of each configuration: which leaf is split over which mesh axis, and what stays whole.
+
+    python -m tests.shardings          writes tests/golden/shardings_<config>.txt (shapes only: no device, no array)
+"""
+from __future__ import annotations
+
+import pathlib
+import runpy
+
+import jax
+
+from skysense_jax import train
+from skysense_jax.core import sharding, trees
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FOLDER = pathlib.Path(__file__).parent / "golden"
+CONFIGS = {"skysense_smoke": (1, 8), "skysense_small": (1, 8), "skysense_full": (2, 32)}
+"""Configuration -> mesh, data x fsdp. Swin's first stage, 352 = 11 x 32 wide, divides by 32 and no further: 64 chips
+are 2 x 32.
+"""
+
+
+def table(name: str) -> str:
+    """One line per leaf of params, teacher and memory (the optimiser's moments lie as the parameters do)."""
+    cfg = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]()
+    cfg.data.statistics = "table"
+    mesh = jax.sharding.AbstractMesh(CONFIGS[name], ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    plan = train.make_plan(cfg, train.make_contract(cfg), mesh)
+    lines = [f"{name}, data x fsdp = {CONFIGS[name][0]} x {CONFIGS[name][1]}; written by: python -m tests.shardings"]
+    for part in ("params", "teacher", "memory"):
+        shapes = getattr(plan.state, part)
+        report = sharding.report(shapes, jax.tree.map(lambda leaf: leaf.sharding, shapes))
+        lines.append(f"{part}: {report.total} bytes, {report.per_device} per device, {report.replicated} replicated")
+        for leaf, shape in trees.flatten(shapes).items():
+            axes = [i for i, axis in enumerate(shape.sharding.spec) if axis == "fsdp"]
+            where = f"fsdp over axis {axes[0]}" if axes else "replicated"
+            lines.append(f"{part}/{leaf} {shape.dtype}{list(shape.shape)} {where}")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    for config in CONFIGS:
+        (FOLDER / f"shardings_{config}.txt").write_text(table(config))
