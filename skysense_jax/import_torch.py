@@ -155,6 +155,10 @@ def describe(
         if side is not None:
             cfg[name].img_size = side * cfg[name].patch
     contract = sensors.input_contract({name: bands[name] for name in encoders}, cfg.ratio)
+    if "geo" in parts:
+        cfg.geo_context.bank = "frozen"
+        if len(shape := parts["geo"].tensors.shapes.get("prototypes", ())) == 3:
+            cfg.geo_context.regions, cfg.geo_context.prototypes, cfg.geo_context.width = shape
     held = [name for name in parts if name != released.CALENDAR]
     with cfg.unlocked():
         cfg.modules = tuple(held)

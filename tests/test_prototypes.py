@@ -3,11 +3,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from skysense_jax import embed, import_torch, verify
+from skysense_jax.convert import tensor_files, torch_export
 from skysense_jax.core import mesh as meshes
+from skysense_jax.models.skysense import empty_bank, make_model, module_names, with_bank, without_bank
 from skysense_jax.ops import prototypes, regions
+from tests import tiny_model as tiny
 from tests.test_ops import np_sinkhorn
 
 EDGES = regions.grid_edges(65_536)
@@ -57,6 +62,8 @@ def test_table_of_the_occupied_cells_and_its_capacity():
     table = regions.occupied(ids, 3)
     assert table.tolist() == [*np.unique(ids[:3]), regions.NOWHERE] and table.dtype == np.int32
     np.testing.assert_array_equal(regions.lookup(table, jnp.asarray(ids)), [1, 1, 0, regions.NOWHERE])
+    for one in (*ids[:3], 0, (len(EDGES[0]) + 1) * (len(EDGES[1]) + 1) - 1):
+        assert cells(*regions.cell_centre(one, *EDGES)) == one
     assert regions.lookup(table, jnp.asarray(cells(50, 50))) == regions.NOWHERE
     with pytest.raises(ValueError, match="2 cells.*geo_context.regions=1"):
         regions.occupied(ids, 1)
@@ -188,3 +195,104 @@ def test_a_region_without_a_visit_gives_no_context():
     known = np.isin(ids, new["cells"][np.asarray(new["visits"]) > 0]) & (ids != regions.NOWHERE)
     np.testing.assert_array_equal(usable, known)
     assert 0 < known.sum() < len(known) and own.shape == (16, 5, 12)
+
+
+# -------------------------------------------------------------------------------------------------- the model with a bank
+BANDS = {"s2": ("B02", "B03", "B08"), "s1": ("VV", "VH")}
+CONTRACT = tiny.contract(BANDS)
+LON, LAT = np.float32([3.0, np.nan]), np.float32([48.0, 48.0])
+
+
+def geo_model(width=12, regions_=3, seed=0):
+    """A tiny model of two time series, its parameters, and a bank that knows the cell of the first place."""
+    cfg = tiny.config(geo_context={"bank": "frozen", "regions": regions_, "prototypes": 4, "width": width, "cell": 65_536.0})
+    bank = jax.device_get(empty_bank(cfg, jax.random.key(seed)))
+    bank["cells"] = regions.occupied(cells(LON[:1], LAT[:1]), regions_)
+    bank["visits"] = np.int32([5] + [0] * (regions_ - 1))
+    return cfg, with_bank(tiny.params(cfg, CONTRACT, seed), bank)
+
+
+def np_context(query, own):
+    logits = np.sqrt(query.shape[-1]) * np_unit(query) @ np_unit(own).T
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return (weights / weights.sum(-1, keepdims=True)) @ np_unit(own) * np.sqrt(query.shape[-1])
+
+
+@pytest.mark.parametrize("width", [12, 8])  # 8 is the fusion's: no projection
+def test_fused_features_ask_their_region(width):
+    cfg, params = geo_model(width)
+    inputs = tiny.inputs(CONTRACT)
+    plain = make_model(without_bank(cfg, CONTRACT), CONTRACT).apply(with_bank(params, None), inputs)["fused"]
+    model = make_model(cfg, CONTRACT)
+    fused = model.apply(params, {**inputs, "place": {"lon": LON, "lat": LAT}})["fused"]
+    np.testing.assert_array_equal(fused[..., :8], plain)
+    query = plain[0] @ params["geo"]["query"]["kernel"] + params["geo"]["query"]["bias"] if width != 8 else plain[0]
+    wanted = np_context(np.asarray(query, np.float64), params["geo"]["bank"]["prototypes"][0])
+    np.testing.assert_allclose(fused[0, ..., 8:], wanted, rtol=1e-4, atol=1e-4)
+    assert (fused[1, ..., 8:] == 0).all() and fused.shape[-1] == 8 + width  # nobody knows where it is
+    for without in (model.apply(params, inputs), model.apply(with_bank(params, None), {**inputs, "place": {}})):
+        assert (without["fused"][..., 8:] == 0).all() and without["fused"].shape == fused.shape
+    with pytest.raises(ValueError, match="prototypes of width 12.*geo_context.width is 9"):
+        wrong = tiny.config(geo_context=cfg.geo_context.to_dict() | {"width": 9})
+        make_model(wrong, CONTRACT).apply(geo_model(12)[1], {**inputs, "place": {"lon": LON, "lat": LAT}})
+
+
+def test_modules_with_and_without_geo():
+    cfg, _ = geo_model()
+    assert module_names(cfg, CONTRACT)[-2:] == ("fusion", "geo")
+    assert module_names(without_bank(cfg, CONTRACT), CONTRACT)[-1] == "fusion"
+    for change, words in (({"modules": ("s2", "s1", "geo")}, "lacks.*head_s2.*geo needs the fusion"),
+                          ({"geo_context": cfg.geo_context.to_dict() | {"bank": "off"}}, "bank must be one of")):
+        with pytest.raises(ValueError, match=words):
+            module_names(tiny.config(**change) if "geo_context" in change else
+                         tiny.config(geo_context=cfg.geo_context.to_dict(), **change), CONTRACT)
+
+
+@pytest.mark.parametrize("width, per_module", [(12, True), (8, False)])
+def test_the_bank_goes_to_pytorch_and_back(width, per_module, tmp_path):
+    cfg, params = geo_model(width)
+    out = torch_export.export(params, CONTRACT, cfg, tmp_path / "out", {}, per_module)
+    network = embed.open_network(out)
+    assert jax.tree.structure(network.encoder) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, network.encoder, params)
+    assert network.encoder["geo"]["bank"]["cells"].dtype == np.int32
+    frozen = safetensors.numpy.load_file(out / "parity.safetensors")
+    assert np.abs(frozen["output.fused"][0, 8:]).min() > 0 and (frozen["output.fused"][1, 8:] == 0).all()
+    assert max(verify.in_jax(out).values()) == 0
+
+    bare = embed.open_network(out, "none")
+    mild = {name: 0.7 * np.float32(rule["mean"]) for name, rule in CONTRACT["sensors"].items()}
+    given = {name: {"image": mild[name] + 0.3 * one["image"][0], "dates": one["dates"][0]}
+             for name, one in tiny.inputs(CONTRACT).items()}
+    assert embed.load(out, "none").features(given)["pixel"].shape[-1] == 8 and "geo" not in bare.encoder
+    with pytest.raises(ValueError, match="uses geo-context: give"):
+        embed.load(out).features(given)
+    here = embed.load(out).features({**given, "place": {"lon": 3.0, "lat": 48.0}})["pixel"]
+    assert here.shape[-1] == 8 + width and np.abs(here[..., 8:]).max() > 0
+
+    other = geo_model(width, regions_=7, seed=5)
+    torch_export.export(other[1], CONTRACT, other[0], tmp_path / "other", {})
+    swapped = embed.open_network(out, tmp_path / "other")
+    np.testing.assert_array_equal(swapped.encoder["geo"]["bank"]["prototypes"], other[1]["geo"]["bank"]["prototypes"])
+    again = torch_export.export(swapped.encoder, CONTRACT, swapped.description.model, tmp_path / "again", {})
+    if not tensor_files.torch_is_there():
+        pytest.skip("needs torch (the extra `torch`): the exported folders are run by plain PyTorch")
+    for folder in (out, tmp_path / "other", again):
+        assert max(verify.in_torch(folder).values()) <= 3e-5
+
+
+def test_partial_weights_with_and_without_the_bank(tmp_path):
+    cfg, params = geo_model(12)
+    out = torch_export.export(params, CONTRACT, cfg, tmp_path / "out", {}, per_module=True)
+    files = {path.stem.removeprefix("skysense_model_"): str(path) for path in out.glob("skysense_model_*")}
+    plain = tiny.config(geo_context=cfg.geo_context.to_dict() | {"bank": "none", "regions": 1})
+    import_torch.import_files(list(files.values()), plain, BANDS, tmp_path / "all")
+    jax.tree.map(np.testing.assert_array_equal, embed.open_network(tmp_path / "all").encoder, params)
+    some = [path for name, path in files.items() if name != "glbank"]
+    import_torch.import_files(some, cfg, BANDS, tmp_path / "plain")
+    without = embed.open_network(tmp_path / "plain")
+    assert "geo" not in without.encoder and without.description.model.geo_context.bank == "frozen"
+    out = torch_export.export(without.encoder, CONTRACT, without.description.model, tmp_path / "out2", {})
+    assert max(verify.in_jax(out).values()) == 0
+    with pytest.raises(ValueError, match="geo needs the fusion"):
+        import_torch.import_files([files["glbank"], files["backbone_s2"]], cfg, BANDS, tmp_path / "bad")

@@ -6,6 +6,7 @@ at the choice.
 """
 from __future__ import annotations
 
+import copy
 from typing import Any, Callable, Mapping, NamedTuple
 
 import jax
@@ -145,6 +146,14 @@ def empty_bank(cfg: Any, rng: jax.Array) -> Params:
     """The prototype bank of config.model.geo_context before anything was learnt (:mod:`ops.prototypes`)."""
     geo = cfg.geo_context
     return prototypes.empty_bank(rng, geo.regions, geo.prototypes, geo.width, geo.cell)
+
+
+def without_bank(cfg: Any, contract: Mapping[str, Any]) -> Any:
+    """config.model of the same model without its geo-context."""
+    cfg = copy.deepcopy(cfg)
+    with cfg.unlocked():
+        cfg.modules = tuple(name for name in module_names(cfg, contract) if name != "geo")
+    return cfg
 
 
 def with_bank(params: Params, bank: Params | None) -> Params:

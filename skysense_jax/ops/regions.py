@@ -82,3 +82,10 @@ def claim(cells: jax.Array, ids: jax.Array) -> jax.Array:
     room = first & (rank < jnp.sum(cells == NOWHERE))
     row = jnp.where(room, free[jnp.minimum(rank, len(cells) - 1)], len(cells))
     return cells.at[row].set(new, mode="drop")
+
+
+def cell_centre(cell: int, lon_edges: np.ndarray, lat_edges: np.ndarray) -> tuple[float, float]:
+    """(longitude, latitude) in the middle between a cell's edges, degrees."""
+    lon, lat = np.array([-180, *lon_edges, 180]), np.array([-90, *lat_edges, 90])
+    row, column = divmod(int(cell), len(lon) - 1)
+    return float(lon[column] + lon[column + 1]) / 2, float(lat[row] + lat[row + 1]) / 2
