@@ -1,4 +1,7 @@
 """Regions and the prototype bank: the grid, the table, the update against a float64 numpy twin, one device and eight."""
+import pathlib
+import runpy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,14 +10,21 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skysense_jax import embed, import_torch, verify
+from skysense_jax import embed, import_torch, sensors, verify
 from skysense_jax.convert import tensor_files, torch_export
+from skysense_jax.core import fields
 from skysense_jax.core import mesh as meshes
+from skysense_jax.data import spec
 from skysense_jax.models.skysense import empty_bank, make_model, module_names, with_bank, without_bank
+from skysense_jax.objectives.skysense import make_objective
 from skysense_jax.ops import prototypes, regions
+from skysense_jax.run import optim, state
+from skysense_jax.run import step as run_step
 from tests import tiny_model as tiny
 from tests.test_ops import np_sinkhorn
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+BANK = ("prototypes", "usage", "visits", "cells", "lon_edges", "lat_edges")
 EDGES = regions.grid_edges(65_536)
 
 
@@ -296,3 +306,41 @@ def test_partial_weights_with_and_without_the_bank(tmp_path):
     assert max(verify.in_jax(out).values()) == 0
     with pytest.raises(ValueError, match="geo needs the fusion"):
         import_torch.import_files([files["glbank"], files["backbone_s2"]], cfg, BANDS, tmp_path / "bad")
+
+
+# ------------------------------------------------------------------------------------------------------------ pretraining
+def test_a_step_moves_the_bank_and_one_that_is_not_finite_does_not():
+    """The real objective and step, batch and bank split over eight devices."""
+    c = runpy.run_path(str(ROOT / "configs" / "skysense_tiny.py"))["get_config"]("series")
+    c.data.batch, c.data.n_local, c.schedule.warmup_steps = 8, 0, 0
+    c.model.geo_context.update({"bank": "on", "regions": 32, "prototypes": 4, "width": 16})
+    fields.check(c)
+    contract = sensors.input_contract(c.data.bands.to_dict(), c.model.ratio)
+    mesh = meshes.make_mesh({"data": 1, "fsdp": 8})
+    objective = make_objective(c, contract)
+    shapes = state.batch_shapes(spec.batch_spec(c, contract), mesh)
+    placed = state.state_shapes(objective, shapes, 0, mesh, small=256)
+    assert placed.memory["bank"]["prototypes"].sharding.spec == jax.P("fsdp")
+    assert placed.params["encoder"]["geo"].keys() == placed.teacher["encoder"]["geo"].keys() == {"query"}
+    now = state.create(objective, shapes, 0, placed)
+    rng = np.random.default_rng(0)
+    batch = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), shapes)
+    for sensor in batch["global"]["sensors"].values():
+        sensor.update({key: np.ones_like(sensor[key]) for key in ("valid", "bands")})
+    batch["place"] |= {"lon": np.float32([3, 3, 3, 40, 40, np.nan, 90, 90]), "lat": np.full(8, 48, np.float32)}
+    advance = jax.jit(run_step.make_step(objective, c, optim.decay_mask(placed.params)),
+                      out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, placed), meshes.replicated(mesh)))
+    with jax.set_mesh(mesh):
+        first, seen = advance(now, batch)
+        second, later = advance(first, batch)
+        batch["global"]["sensors"]["s2"]["image"][0, 0, 0, 0, 0, 0] = np.nan
+        third, lost = advance(second, batch)
+    bank = {name: [np.asarray(one.memory["bank"][name]) for one in (now, first, second, third)] for name in BANK}
+    assert [seen["geo/located"], seen["geo/regions"], later["geo/regions"]] == [7 / 8, 0, 3 / 32]
+    assert [visits.tolist() for visits in bank["visits"][:3]] == [[n] * 3 + [0] * 29 for n in (0, 1, 2)]
+    assert all((bank["prototypes"][1] != bank["prototypes"][0]).any((1, 2)) == (bank["visits"][1] > 0))
+    assert later["geo/fit"] > seen["geo/fit"] and lost["finite"] == 0
+    for name in BANK:
+        assert bank[name][3].tobytes() == bank[name][2].tobytes(), name
+    moved = np.asarray(second.params["encoder"]["geo"]["query"]["kernel"]) - first.params["encoder"]["geo"]["query"]["kernel"]
+    assert np.abs(moved).max() > 1e-4  # asked from the second step on: before, no region had been visited

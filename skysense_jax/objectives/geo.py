@@ -36,6 +36,7 @@ def observe(
 
 
 def rules(cfg: Any) -> tuple[tuple[str, str], ...]:
-    """Sharding of the query projection, where config.model has one, and of the bank: split by region."""
+    """Sharding of the query projection, where config.model has one, and of the bank (by region where they are
+    more than a prototype is wide, as at full size)."""
     query = (("(params|teacher)/encoder/geo/query/.+", "fsdp"),) if cfg.geo_context.width != cfg.fusion.embed_dims else ()
     return (*query, ("memory/bank/(prototypes|usage)", "fsdp"), ("memory/bank/(visits|cells|l(on|at)_edges)", "replicate"))

@@ -177,12 +177,11 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
                 matches,
                 schedule,
             )
-        mgcl, centre_inputs = jnp.float32(0), {}
-        for name, (losses, monitors, centre_inputs[name]) in terms.items():
+        mgcl, settle_inputs = jnp.float32(0), {}
+        for name, (losses, monitors, settle_inputs[name]) in terms.items():
             mgcl = mgcl + sum(losses.values())
             metrics |= {f"loss/{name}/{kind}": value for kind, value in losses.items()}
             metrics |= {f"{key}/{name}": value for key, value in monitors.items()}
-        settle_inputs = {"centre": centre_inputs}
         if has_bank:
             settle_inputs["bank"], monitors = geo.observe(
                 cfg, model, params["encoder"], memory["bank"], batch["place"], mine[FUSED])
@@ -198,10 +197,10 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
         params: Tree, teacher: Tree, memory: Tree, settle_inputs: Tree, schedule: Mapping[str, jax.Array]
     ) -> tuple[Tree, Tree]:
         student = {"encoder": params["encoder"], "heads": params["heads"]}
-        centre = {
-            name: contrast.update_centre(memory["centre"][name], seen["logits"], seen["seen"], o.centre_momentum)
-            for name, seen in settle_inputs["centre"].items()
-        }
+        centre = {}
+        for name in heads:
+            seen = settle_inputs[name]
+            centre[name] = contrast.update_centre(memory["centre"][name], seen["logits"], seen["seen"], o.centre_momentum)
         memory = {**memory, "centre": centre}
         if learns:
             memory["bank"] = prototypes.update(memory["bank"], settle_inputs["bank"], o.prototype_momentum)
