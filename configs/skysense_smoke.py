@@ -67,10 +67,13 @@ def get_config() -> config_dict.ConfigDict:
     c.model.s1 = config_dict.ConfigDict(vit)
     c.model.fusion = config_dict.ConfigDict({
         "embed_dims": 64, "depth": 3, "num_heads": 4, "mlp_ratio": 4, "drop_path": 0.0, "eps": 1e-5})
-    # Geo-context. bank: "none" = without; "on" = a bank of prototypes per region is learnt and asked; "frozen" = asked only
+    # Geo-context. bank: "none" = without; "on" = a bank of prototypes per region is learnt and asked; "frozen" = asked only.
     c.model.geo_context = config_dict.ConfigDict({
-        "bank": "none", "regions": 64, "prototypes": 16, "width": 64,
-        "cell": 65536.0})  # metres: the paper's 4294 km2 a region
+        "bank": "none", "regions": 96, "prototypes": 16, "width": 64,
+        # Side of a region's grid cell in metres. The paper's 65,536 would give nearly every synthetic place its own.
+        "cell": 1e6,
+        # Which cells are regions: those of the training "places", read before the start, or a "stream": as they come
+        "table": "places"})
 
     c.objective = config_dict.ConfigDict()
     # DINO's head, narrow; one per sensor and one for the fused map, shared by the three granularities (the paper's

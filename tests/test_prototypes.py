@@ -10,16 +10,17 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skysense_jax import embed, import_torch, sensors, verify
+from skysense_jax import embed, import_torch, sensors, train, verify
 from skysense_jax.convert import tensor_files, torch_export
 from skysense_jax.core import fields
 from skysense_jax.core import mesh as meshes
-from skysense_jax.data import spec
+from skysense_jax.data import sources, spec
 from skysense_jax.models.skysense import empty_bank, make_model, module_names, with_bank, without_bank
 from skysense_jax.objectives.skysense import make_objective
 from skysense_jax.ops import prototypes, regions
-from skysense_jax.run import optim, state
+from skysense_jax.run import checkpoint, init_from, optim, state
 from skysense_jax.run import step as run_step
+from tests import tiny as tiny_data
 from tests import tiny_model as tiny
 from tests.test_ops import np_sinkhorn
 
@@ -344,3 +345,48 @@ def test_a_step_moves_the_bank_and_one_that_is_not_finite_does_not():
         assert bank[name][3].tobytes() == bank[name][2].tobytes(), name
     moved = np.asarray(second.params["encoder"]["geo"]["query"]["kernel"]) - first.params["encoder"]["geo"]["query"]["kernel"]
     assert np.abs(moved).max() > 1e-4  # asked from the second step on: before, no region had been visited
+
+
+def test_the_table_of_a_fresh_bank_holds_the_training_places(tmp_path):
+    dataset = tiny_data.write_dataset(tmp_path / "data", places=4)
+    lon, lat = sources.locations(dataset, "train")
+    assert lon.tolist() == [3, 4, 5, 6] and lat.dtype == np.float32 and (lat == 48).all()
+    c = runpy.run_path(str(ROOT / "configs" / "skysense_tiny.py"))["get_config"]("series")
+    c.data.dir, c.model.geo_context.cell = dataset, 65_536.0
+    bank = prototypes.empty_bank(jax.random.key(0), c.model.geo_context.regions, 4, 8, 65_536.0)
+    filled = train.with_regions(c, state.TrainState(0, {}, {}, {}, {"bank": bank}, 0)).memory["bank"]["cells"]
+    assert filled[:4].tolist() == np.unique(cells(lon, lat)).tolist() and (filled[4:] == regions.NOWHERE).all()
+    c.model.geo_context.regions = 3
+    with pytest.raises(ValueError, match="4 cells of the grid, model.geo_context.regions=3"):
+        train.with_regions(c, state.TrainState(0, {}, {}, {}, {"bank": bank}, 0))
+
+
+def test_a_second_stage_starts_from_a_run_without_a_bank(tmp_path):
+    def made(seed, width, **memory):
+        rng = np.random.default_rng(seed)
+        leaf = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+        params = {"encoder": {"s2": {"kernel": leaf(3, 3)}}, "heads": {"fused": {"mlp0": {"kernel": leaf(width, 5)}}}}
+        return state.TrainState(jnp.int32(seed), params, optim.init(params), jax.tree.map(lambda x: x + 1, params),
+                                {"centre": {"s2": leaf(4)}, **memory}, jnp.int32(0))
+
+    old = made(7, 4, unused=jnp.zeros(2))
+    saver = checkpoint.Saver(tmp_path, keep=1)
+    saver.save(old, {}, {"config": {}, "contract": {"ratio": 4}})
+    saver.wait()
+    fresh = made(0, 6, bank={"visits": jnp.zeros(3, jnp.int32)})
+    fresh.params["encoder"]["geo"] = {"query": {"kernel": jnp.ones((2, 2))}}
+    begun, report = init_from.init_from(tmp_path, fresh, {"ratio": 4})
+    assert report["new"] == ["params/encoder/geo/query/kernel", "memory/bank/visits"]
+    assert report["left"] == ["memory/unused"] and begun.step == 0
+    assert report["widened"] == [f"{part}/heads/fused/mlp0/kernel" for part in ("params", "teacher")]
+    widened = begun.params["heads"]["fused"]["mlp0"]["kernel"]
+    np.testing.assert_array_equal(widened[:4], old.params["heads"]["fused"]["mlp0"]["kernel"])
+    assert widened.shape == (6, 5) and (widened[4:] == 0).all()  # the head begins where it stood
+    np.testing.assert_array_equal(begun.teacher["encoder"]["s2"]["kernel"], old.teacher["encoder"]["s2"]["kernel"])
+    np.testing.assert_array_equal(begun.memory["centre"]["s2"], old.memory["centre"]["s2"])
+    assert (begun.params["encoder"]["geo"]["query"]["kernel"] == 1).all()
+    with pytest.raises(ValueError, match="input contract"):
+        init_from.init_from(tmp_path, fresh, {"ratio": 8})
+    fresh.params["encoder"]["s2"]["kernel"] = jnp.zeros((3, 4))
+    with pytest.raises(ValueError, match=r"params/encoder/s2/kernel is float32\[3, 3\] there, float32\[3, 4\] here"):
+        init_from.init_from(tmp_path, fresh, {"ratio": 4})

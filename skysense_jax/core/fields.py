@@ -25,7 +25,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "model.s2": _VIT,
     "model.s1": _VIT,
     "model.fusion": ("embed_dims", "depth", "num_heads", "mlp_ratio", "drop_path", "eps"),
-    "model.geo_context": ("bank", "regions", "prototypes", "width", "cell"),
+    "model.geo_context": ("bank", "regions", "prototypes", "width", "cell", "table"),
     "objective": ("prototype_momentum", "student_temp", "centre_momentum", "clusters", "sinkhorn_eps", "sinkhorn_iters", "alpha", "beta",
                   "align_dim", "align_temp", "align_grid", "chunk"),
     "objective.head": ("hidden", "bottleneck", "layers", "prototypes"),
