@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from skysense_jax import embed, import_torch, sensors, train, verify
 from skysense_jax.convert import tensor_files, torch_export
-from skysense_jax.core import fields
+from skysense_jax.core import fields, flops, rngs
 from skysense_jax.core import mesh as meshes
 from skysense_jax.data import sources, spec
 from skysense_jax.models.skysense import empty_bank, make_model, module_names, with_bank, without_bank
@@ -20,6 +20,7 @@ from skysense_jax.objectives.skysense import make_objective
 from skysense_jax.ops import prototypes, regions
 from skysense_jax.run import checkpoint, init_from, optim, state
 from skysense_jax.run import step as run_step
+from tests import test_objective
 from tests import tiny as tiny_data
 from tests import tiny_model as tiny
 from tests.test_ops import np_sinkhorn
@@ -243,6 +244,8 @@ def test_fused_features_ask_their_region(width):
     assert (fused[1, ..., 8:] == 0).all() and fused.shape[-1] == 8 + width  # nobody knows where it is
     for without in (model.apply(params, inputs), model.apply(with_bank(params, None), {**inputs, "place": {}})):
         assert (without["fused"][..., 8:] == 0).all() and without["fused"].shape == fused.shape
+    with pytest.raises(ValueError, match="one location per place"):
+        model.apply(params, {**inputs, "place": {"lon": LON[:1], "lat": LAT[:1]}})
     with pytest.raises(ValueError, match="prototypes of width 12.*geo_context.width is 9"):
         wrong = tiny.config(geo_context=cfg.geo_context.to_dict() | {"width": 9})
         make_model(wrong, CONTRACT).apply(geo_model(12)[1], {**inputs, "place": {"lon": LON, "lat": LAT}})
@@ -310,6 +313,26 @@ def test_partial_weights_with_and_without_the_bank(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------ pretraining
+def test_flops_with_a_bank_are_the_products_of_the_traced_step():
+    c = test_objective.tiny()
+    c.model.geo_context.update({"bank": "on", "regions": 4, "prototypes": 200, "width": 64})
+    contract = test_objective.contract_of(c)
+    objective = make_objective(c, contract)
+
+    def made():
+        batch = test_objective.make_batch(c, contract, places=2)
+        return batch | {"place": {"lon": np.zeros(2, np.float32), "lat": np.zeros(2, np.float32)}}
+
+    batch = jax.eval_shape(made)
+    values = jax.eval_shape(lambda key: objective.init(key, batch), jax.random.key(0))
+    schedule = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in objective.schedule_keys}
+    keys = jax.eval_shape(lambda: rngs.keys(0, objective.streams, 0))
+    traced = jax.make_jaxpr(jax.value_and_grad(objective.loss, has_aux=True))(*values, batch, keys, schedule)
+    parts = flops.skysense_parts(c, contract, batch)
+    assert abs(objective.flops(batch) / test_objective.count_products(traced.jaxpr) - 1) < 0.02, parts
+    assert parts["geo"] > 0.05 * objective.flops(batch)  # enough of it to be missed
+
+
 def test_a_step_moves_the_bank_and_one_that_is_not_finite_does_not():
     """The real objective and step, batch and bank split over eight devices."""
     c = runpy.run_path(str(ROOT / "configs" / "skysense_tiny.py"))["get_config"]("series")

@@ -11,6 +11,7 @@ from typing import Any, Callable, Mapping, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from skysense_jax.core.rngs import name_hash
 from skysense_jax.nn.attention import trunc_normal, wide
@@ -238,6 +239,8 @@ def check_inputs(inputs: Mapping[str, Mapping[str, Any]], contract: Mapping[str,
         if shape[2] % cell or shape[3] % cell:
             raise ValueError(f"{name}: {shape[2]}x{shape[3]} pixels are not multiples of the ratio {cell}")
         grids[name] = (shape[2] // cell, shape[3] // cell)
+        if any(np.shape(where) != shape[:1] for where in inputs.get(PLACE, {}).values()):
+            raise ValueError(f"{PLACE}: lon and lat must have shape {shape[:1]}, one location per place")
     if not grids:
         raise ValueError("no sensor given; a place needs at least one")
     if len(set(grids.values())) > 1:

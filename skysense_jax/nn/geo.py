@@ -19,7 +19,7 @@ class GeoQuery(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         return x if x.shape[-1] == self.width else dense(self.width, "query", self.dtype)(x)
 
 
