@@ -217,7 +217,8 @@ LON, LAT = np.float32([3.0, np.nan]), np.float32([48.0, 48.0])
 
 def geo_model(width=12, regions_=3, seed=0):
     """A tiny model of two time series, its parameters, and a bank that knows the cell of the first place."""
-    cfg = tiny.config(geo_context={"bank": "frozen", "regions": regions_, "prototypes": 4, "width": width, "cell": 65_536.0})
+    cfg = tiny.config(geo_context={"bank": "frozen", "regions": regions_, "prototypes": 4, "width": width, "cell": 65_536.0,
+                                   "table": "stream"})
     bank = jax.device_get(empty_bank(cfg, jax.random.key(seed)))
     bank["cells"] = regions.occupied(cells(LON[:1], LAT[:1]), regions_)
     bank["visits"] = np.int32([5] + [0] * (regions_ - 1))
@@ -255,11 +256,13 @@ def test_modules_with_and_without_geo():
     cfg, _ = geo_model()
     assert module_names(cfg, CONTRACT)[-2:] == ("fusion", "geo")
     assert module_names(without_bank(cfg, CONTRACT), CONTRACT)[-1] == "fusion"
+    geo = cfg.geo_context.to_dict()
     for change, words in (({"modules": ("s2", "s1", "geo")}, "lacks.*head_s2.*geo needs the fusion"),
-                          ({"geo_context": cfg.geo_context.to_dict() | {"bank": "off"}}, "bank must be one of")):
+                          ({"geo_context": geo | {"bank": "off"}}, "bank must be one of"),
+                          ({"geo_context": geo | {"table": "hash"}}, "table must be one of"),
+                          ({"geo_context": geo | {"prototypes": 1}}, "regions of 1 prototypes")):
         with pytest.raises(ValueError, match=words):
-            module_names(tiny.config(**change) if "geo_context" in change else
-                         tiny.config(geo_context=cfg.geo_context.to_dict(), **change), CONTRACT)
+            module_names(tiny.config(**{"geo_context": geo, **change}), CONTRACT)
 
 
 @pytest.mark.parametrize("width, per_module", [(12, True), (8, False)])

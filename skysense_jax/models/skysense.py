@@ -31,6 +31,9 @@ CALENDARS = ("s2", "dated", "none")
 BANKS = ("none", "on", "frozen")
 """model.geo_context.bank: no geo-context; a bank that pretraining updates; a bank as it is."""
 
+TABLES = ("places", "stream")
+"""model.geo_context.table: regions are the cells of the training places, or cells as they come."""
+
 PLACE = "place"
 """Entry of a PlaceInput beside its sensors: where the places are."""
 
@@ -133,6 +136,8 @@ def _has_bank(cfg: Any) -> bool:
         return False
     if geo.bank not in BANKS:
         raise ValueError(f"model.geo_context.bank must be one of {BANKS}, got {geo.bank!r}")
+    if geo.table not in TABLES:
+        raise ValueError(f"model.geo_context.table must be one of {TABLES}, got {geo.table!r}")
     if geo.regions < 1 or geo.prototypes < 2:
         raise ValueError(f"model.geo_context: {geo.regions} regions of {geo.prototypes} prototypes; at least 1 and 2")
     return geo.bank != "none"
