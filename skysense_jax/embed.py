@@ -59,8 +59,8 @@ class Description(NamedTuple):
 
 class Network(NamedTuple):
     """A network with its weights. encoder: parameters of `models.skysense.make_model(model, contract)`, the teacher's
-    in a run, with the prototype bank of geo-context. features: (encoder, PlaceInput with batch axis) -> {"image", "pixel",
-    "<sensor>_image", "<sensor>_pixel"}; jit it."""
+    in a run, with the prototype bank of geo-context. features: (encoder, PlaceInput with batch axis) -> {"image",
+    "pixel", "<sensor>_image", "<sensor>_pixel"}; jit it."""
 
     description: Description
     encoder: Any
@@ -118,10 +118,10 @@ def load(path: str | pathlib.Path, bank: str = OWN_BANK) -> Loaded:
       "pixel" [B, h, w, E]       the fused map, one vector per base pixel
       "<sensor>_image" [B, D]    mean of one sensor's map over valid cells and dates
       "<sensor>_pixel" [B, h, w, D]   one sensor's map, mean over valid dates
-    A network with geo-context also needs "place": {"lon", "lat"} (degrees, one each or [B]; nan where it is not known): the
-    last channels of the fused map are the context of the region, 0 where there is none. bank: as :func:`open_network`.
-    Every new combination of shapes is compiled once. Raises ValueError for a folder that holds no network, and, naming
-    sensor and rule, for input that does not fit the contract (`skysense_jax.prepare`).
+    A network with geo-context also needs "place": {"lon", "lat"} (degrees, one each or [B]; nan where it is not known):
+    the last channels of the fused map are the context of the region, 0 where there is none. bank: as
+    :func:`open_network`. Every new combination of shapes is compiled once. Raises ValueError for a folder that holds no
+    network, and, naming sensor and rule, for input that does not fit the contract (`skysense_jax.prepare`).
     """
     network = open_network(path, bank)
     forward = jax.jit(network.features)
@@ -133,8 +133,8 @@ def load(path: str | pathlib.Path, bank: str = OWN_BANK) -> Loaded:
         inputs, batched = prepare.prepare(contract, given)
         if "geo" in network.encoder:
             if place is None:
-                raise ValueError('this network uses geo-context: give "place": {"lon": degrees, "lat": degrees}, nan where '
-                                 "it is not known, or open it with bank=\"none\"")
+                raise ValueError('this network uses geo-context: give "place": {"lon": degrees, "lat": degrees}, nan '
+                                 'where it is not known, or open it with bank="none"')
             count = len(next(iter(inputs.values()))["image"])
             inputs[models.PLACE] = {
                 name: np.asarray(place[name], np.float32).reshape(count) for name in ("lon", "lat")}
@@ -191,7 +191,8 @@ def open_network(path: str | pathlib.Path, bank: str | pathlib.Path = OWN_BANK) 
     """A network with its weights. Errors as :func:`read_description`.
 
     bank: which prototype bank a network with geo-context asks: "own" (frozen, as its training left it), "none" (no
-    geo-context: the features are the fusion's alone), or a folder with a network whose bank has the same width: that one.
+    geo-context: the features are the fusion's alone), or a folder with a network whose bank has the same width: that
+    one.
     """
     if bank not in (OWN_BANK, NO_BANK):
         return _with_other_bank(open_network(path), bank)
@@ -234,8 +235,8 @@ def _with_other_bank(network: Network, path: str | pathlib.Path) -> Network:
 
 
 def untrained(found: Description) -> Any:
-    """Freshly drawn encoder parameters of the same network, from the run's seed (0 where it is not known); its prototype
-    bank is empty."""
+    """Freshly drawn encoder parameters of the same network, from the run's seed (0 where it is not known); its
+    prototype bank is empty."""
     model = models.make_model(found.model, found.contract)
     params = jax.jit(model.init)(jax.random.key(found.config.seed if found.config is not None else 0))
     if "geo" not in models.module_names(found.model, found.contract):

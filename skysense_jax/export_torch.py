@@ -1,5 +1,5 @@
-"""`skysense-jax export-torch`: the teacher of a run, or imported weights, as a folder PyTorch reads, with where they come
-from written into it."""
+"""`skysense-jax export-torch`: the teacher of a run, or imported weights, as a folder PyTorch reads, with where they
+come from written into it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bank",
         default=embed.OWN_BANK,
-        help="prototype bank of a network with geo-context: own, none (the model without it), or another network's folder",
+        help="prototype bank of a network with geo-context: own, none (without it), or another network's folder",
     )
     parser.add_argument(
         "--per-module", action="store_true", help="one file of weights per module with an index, instead of one for all"

@@ -76,7 +76,8 @@ def parse(argv: Sequence[str]) -> Options:
     config_flags.DEFINE_config_file("config", None, "configuration file; fields: --config.section.field=value",
                                     flag_values=values, sys_argv=argv, lock_config=True)
     flags.DEFINE_string("workdir", None, "folder of this run; continued where it has begun", flag_values=values)
-    flags.DEFINE_string("init_from", None, "workdir or checkpoint whose weights a new run starts from", flag_values=values)
+    flags.DEFINE_string("init_from", None, "workdir or checkpoint whose weights a new run starts from",
+                        flag_values=values)
     flags.DEFINE_bool("help", False, "show this text", flag_values=values, short_name="h")
     if "--help" in argv or "-h" in argv:
         print(f"{__doc__}\n{values.module_help('skysense_jax.train')}")
@@ -175,8 +176,8 @@ def where_to_start(
         fresh = with_regions(cfg, fresh)
     if given is None:
         if geo is not None and geo.bank == "frozen":
-            raise ValueError("config.model.geo_context.bank='frozen': a bank that nothing has learnt; start from a run that "
-                             "has one (--init_from), or take 'on'")
+            raise ValueError("config.model.geo_context.bank='frozen': a bank that nothing has learnt; start from a run "
+                             "that has one (--init_from), or take 'on'")
         say("starting from scratch")
         return Start(fresh, 0, {})
     begun, report = init_from.init_from(given, fresh, json.loads(json.dumps(plan.contract)))

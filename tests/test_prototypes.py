@@ -1,4 +1,5 @@
-"""Regions and the prototype bank: the grid, the table, the update against a float64 numpy twin, one device and eight."""
+"""Regions and the prototype bank: the grid, the table, the update against a float64 numpy twin, one device and
+eight."""
 import pathlib
 import runpy
 
@@ -34,7 +35,7 @@ def cells(lon, lat):
     return regions.cell_ids(np.float32(np.atleast_1d(lon)), np.float32(np.atleast_1d(lat)), *EDGES)
 
 
-# --------------------------------------------------------------------------------------------------------------- regions
+# -------------------------------------------------------------------------------- regions
 def test_the_grid_is_the_equal_area_one():
     """65,536 m squares of X = R lon, Y = R sin lat, against the formula in float64, away from the edges."""
     rng = np.random.default_rng(0)
@@ -92,7 +93,7 @@ def test_streaming_claims_in_order_and_never_moves_a_region(batches, capacity, r
         assert table.tolist() == known + [regions.NOWHERE] * (capacity - len(known))
 
 
-# ---------------------------------------------------------------------------------------------------------------- update
+# -------------------------------------------------------------------------------- update
 def np_unit(x):
     x = np.asarray(x, np.float64)
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
@@ -209,7 +210,7 @@ def test_a_region_without_a_visit_gives_no_context():
     assert 0 < known.sum() < len(known) and own.shape == (16, 5, 12)
 
 
-# -------------------------------------------------------------------------------------------------- the model with a bank
+# -------------------------------------------------------------------------------- the model with a bank
 BANDS = {"s2": ("B02", "B03", "B08"), "s1": ("VV", "VH")}
 CONTRACT = tiny.contract(BANDS)
 LON, LAT = np.float32([3.0, np.nan]), np.float32([48.0, 48.0])
@@ -217,8 +218,8 @@ LON, LAT = np.float32([3.0, np.nan]), np.float32([48.0, 48.0])
 
 def geo_model(width=12, regions_=3, seed=0):
     """A tiny model of two time series, its parameters, and a bank that knows the cell of the first place."""
-    cfg = tiny.config(geo_context={"bank": "frozen", "regions": regions_, "prototypes": 4, "width": width, "cell": 65_536.0,
-                                   "table": "stream"})
+    cfg = tiny.config(geo_context={"bank": "frozen", "regions": regions_, "prototypes": 4, "width": width,
+                                   "cell": 65_536.0, "table": "stream"})
     bank = jax.device_get(empty_bank(cfg, jax.random.key(seed)))
     bank["cells"] = regions.occupied(cells(LON[:1], LAT[:1]), regions_)
     bank["visits"] = np.int32([5] + [0] * (regions_ - 1))
@@ -315,7 +316,7 @@ def test_partial_weights_with_and_without_the_bank(tmp_path):
         import_torch.import_files([files["glbank"], files["backbone_s2"]], cfg, BANDS, tmp_path / "bad")
 
 
-# ------------------------------------------------------------------------------------------------------------ pretraining
+# -------------------------------------------------------------------------------- pretraining
 def test_flops_with_a_bank_are_the_products_of_the_traced_step():
     c = test_objective.tiny()
     c.model.geo_context.update({"bank": "on", "regions": 4, "prototypes": 200, "width": 64})
@@ -369,8 +370,8 @@ def test_a_step_moves_the_bank_and_one_that_is_not_finite_does_not():
     assert later["geo/fit"] > seen["geo/fit"] and lost["finite"] == 0
     for name in BANK:
         assert bank[name][3].tobytes() == bank[name][2].tobytes(), name
-    moved = np.asarray(second.params["encoder"]["geo"]["query"]["kernel"]) - first.params["encoder"]["geo"]["query"]["kernel"]
-    assert np.abs(moved).max() > 1e-4  # asked from the second step on: before, no region had been visited
+    kernels = [np.asarray(one.params["encoder"]["geo"]["query"]["kernel"]) for one in (first, second)]
+    assert np.abs(kernels[1] - kernels[0]).max() > 1e-4  # asked from the second step on: no region was visited before
 
 
 def test_the_table_of_a_fresh_bank_holds_the_training_places(tmp_path):

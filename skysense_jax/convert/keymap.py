@@ -2,8 +2,9 @@
 configuration.
 
 One table serves both directions (torch_import, torch_export) and gradients. Names are those of the SkySense release:
-backbone_hr., backbone_s2., backbone_s1., head_s2., head_s1., fusion. (with its `porj_linear`), ctpe. The release holds no
-prototype bank; `glbank.` is what its training code called one (SkySense++, the trainer's freeze list), the rest is ours.
+backbone_hr., backbone_s2., backbone_s1., head_s2., head_s1., fusion. (with its `porj_linear`), ctpe. The release holds
+no prototype bank; `glbank.` is what its training code called one (SkySense++, the trainer's freeze list), the rest is
+ours.
 """
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ torch and safetensors; where `transformers` is installed, SkySenseModel is a Pre
 Inputs are raw physical units as `input_contract` in config.json declares them (bands and their order, unit,
 statistics); the model normalises. Per sensor: image [B,T,C,H,W]; optional valid [B,T,H,W] (1 = measured), bands
 [B,T,C] (1 = measured), dates [B,T] day of year 0..364 (-1 = unknown). HR images have `ratio` pixels along one
-Sentinel-2 pixel. Any subset of the sensors will do. With geo-context: "place": {"lon", "lat"} [B] degrees, nan = unknown.
+Sentinel-2 pixel. Any subset of the sensors will do. With geo-context: "place": {"lon", "lat"} [B] in degrees or nan.
 """
 import importlib.util
 import json
@@ -70,7 +70,7 @@ class WindowAttention(nn.Module):
         coords = torch.sign(coords) * torch.log2(coords.abs() + 1) / 3  # log2(8) = 3
         y, x = torch.arange(w * w, device=device) // w, torch.arange(w * w, device=device) % w
         index = (y[:, None] - y + w - 1) * (2 * w - 1) + (x[:, None] - x + w - 1)
-        return (16 * torch.sigmoid(self.cpb_mlp(coords.to(self.q_bias.dtype))))[index].permute(2, 0, 1)  # [heads,w*w,w*w]
+        return (16 * torch.sigmoid(self.cpb_mlp(coords.to(self.q_bias.dtype))))[index].permute(2, 0, 1)  # [heads,n,n]
 
     def forward(self, x, mask):  # [B, windows, w*w, C], [windows, w*w, w*w] or None
         qkv = F.linear(x, self.qkv.weight, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
@@ -231,7 +231,7 @@ class Fusion(nn.Module):
 
 
 class GeoContext(nn.Module):
-    """[B,h,w,E] -> [B,h,w,D]: attention over the prototypes of the place's region; 0 where the bank does not know it."""
+    """[B,h,w,E] -> [B,h,w,D]: attention over the prototypes of the place's region; 0 where the bank has none."""
 
     def __init__(self, width, geo):
         super().__init__()
@@ -302,7 +302,7 @@ class SkySenseParts:
         if not inputs or set(inputs) - set(self.contract["sensors"]):
             raise ValueError(f"sensors {list(inputs)} given; the model takes any of {list(self.contract['sensors'])}")
         if place is None and hasattr(self, "glbank"):
-            raise ValueError("a model with geo-context needs inputs['place']: lon and lat [B] in degrees, nan = unknown")
+            raise ValueError("geo-context needs inputs['place']: lon and lat [B] in degrees, nan = unknown")
         out, parts, masks = {"maps": {}, "mask": {}}, [], []
         for name in sorted(inputs, key=SENSOR_ORDER.index):
             image, valid, dates = self.prepare(name, inputs[name])

@@ -27,8 +27,8 @@ PARITY_REL_L2 = 3e-5
 
 
 def state_from_params(params: Any, entries: Sequence[keymap.Entry]) -> dict[str, np.ndarray]:
-    """Torch tensors (contiguous numpy, float32; tables of integers int32) of a module's parameters, or of their gradients,
-    by its entries.
+    """Torch tensors (contiguous numpy, float32; tables of integers int32) of a module's parameters, or of their
+    gradients, by its entries.
 
     Raises ValueError where the tree and the entries do not name the same leaves.
     """
@@ -166,8 +166,8 @@ def record_parity(folder: pathlib.Path, figures: Mapping[str, float]) -> float:
 
 
 def by_module(entries: Sequence[keymap.Entry]) -> dict[str, list[keymap.Entry]]:
-    """Entries by the file of a release they belong to: backbone_hr, backbone_s2 (with the calendar, where there is one),
-    backbone_s1, head_s2, head_s1, fusion, glbank (geo-context and its bank, readable alone)."""
+    """Entries by the file of a release they belong to: backbone_hr, backbone_s2 (with the calendar, where there is
+    one), backbone_s1, head_s2, head_s1, fusion, glbank (geo-context and its bank, readable alone)."""
     files: dict[str, list[keymap.Entry]] = {}
     for entry in entries:
         module = entry.name.split("/")[0]
@@ -221,7 +221,8 @@ def model_card(config: Mapping[str, Any]) -> str:
         "bands are declared by masks.", "",
         "## Use (PyTorch, this folder only)", "",
         "```python", "from modeling_skysense import load", "", "model = load('.')",
-        f"outputs = model({{'{sensor}': {{'image': image, 'dates': day_of_year}}{where}}})  # [B,T,C,H,W] raw units, [B,T]",
+        f"outputs = model({{'{sensor}': {{'image': image, 'dates': day_of_year}}{where}}})",
+        "# image: [B,T,C,H,W] in raw units, dates: [B,T]",
         outputs, "```", "",
         "`python modeling_skysense.py` runs the frozen batch in `parity.safetensors` and prints the differences.",
         f"Measured at export: {measured}.", "",

@@ -85,8 +85,9 @@ def params_from_torch(state: Mapping[str, np.ndarray], cfg: Any, contract: Mappi
 def import_module(
     state: Mapping[str, np.ndarray], module: str, cfg: Any, contract: Mapping[str, Any],
 ) -> Imported:
-    """One top-level parameter ("hr", "s2", "s1", "head_s2", "head_s1", "fusion", "geo", "ctpe") from tensors in the module's
-    official names without prefix (`released.modules_in` brings files to them). params is the module's own tree.
+    """One top-level parameter ("hr", "s2", "s1", "head_s2", "head_s1", "fusion", "geo", "ctpe") from tensors in the
+    module's official names without prefix (`released.modules_in` brings files to them). params is the module's own
+    tree.
     """
     entries = [keymap.Entry("ctpe", "ctpe")] if module == "ctpe" else keymap.module_entries(module, cfg)
     shapes = param_shapes(cfg, contract)[module]

@@ -107,8 +107,8 @@ def geo_query(cfg: Any, cells: float) -> float:
 
 
 def geo_context(cfg: Any, places: int, cells: float, local_cells: float) -> float:
-    """The geo-context in a step. cells, local_cells: of all global and of all local views. The prototypes have no gradient:
-    forward + backward of the attention is 2 x forward. Student, teacher, and the bank's own products.
+    """The geo-context in a step. cells, local_cells: of all global and of all local views. The prototypes have no
+    gradient: forward + backward of the attention is 2 x forward. Student, teacher, and the bank's own products.
     """
     geo = cfg.geo_context
     query = TRAINED * geo_query(cfg, cells + local_cells) + 2 * geo_query(cfg, cells)

@@ -68,8 +68,8 @@ def open_places(folder: str | pathlib.Path, split: str) -> Places:
 
 
 def locations(folder: str | pathlib.Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """(longitudes, latitudes) of every place of a split, float32 degrees as batches have them, nan where unknown. Reads every
-    record once, decodes no image. Errors as :func:`open_places`.
+    """(longitudes, latitudes) of every place of a split, float32 degrees as batches have them, nan where unknown. Reads
+    every record once, decodes no image. Errors as :func:`open_places`.
     """
     open_places(folder, split)
     builder = tfds.builder_from_directory(str(folder))

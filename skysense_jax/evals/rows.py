@@ -95,9 +95,9 @@ def collect(
 ) -> dict[str, Rows]:
     """One pass over the batches, all methods and tasks: {task: Rows} of the labelled rows only.
 
-    batches: eval batches {"sensors", "label" [B, K], "label_map" [B, N, N], "place": {"name": [B] texts, "lon", "lat" [B]},
-    "weight": [B], 0 = padding}. patch: base pixels of a patch. needs: leave out the places where this sensor measured nothing.
-    Raises ValueError when a task has no labelled row.
+    batches: eval batches {"sensors", "label" [B, K], "label_map" [B, N, N], "place": {"name": [B] texts, "lon", "lat"
+    [B]}, "weight": [B], 0 = padding}. patch: base pixels of a patch. needs: leave out the places where this sensor
+    measured nothing. Raises ValueError when a task has no labelled row.
     """
     features: dict[str, dict[str, list[np.ndarray]]] = {task: {name: [] for name in methods} for task in tasks}
     targets: dict[str, list[np.ndarray]] = {task: [] for task in tasks}

@@ -1,5 +1,5 @@
-"""SkySense: three spatial encoders on one grid, a calendar, a fusion transformer per grid cell, the context of its region.
-Wired here, trained elsewhere.
+"""SkySense: three spatial encoders on one grid, a calendar, a fusion transformer per grid cell, the context of its
+region. Wired here, trained elsewhere.
 
 Facts follow the SkySense release (models/*.py) and SkySense++ (skysense_pp_pipeline.py); what they leave open is said
 at the choice.
@@ -258,8 +258,8 @@ def make_model(cfg: Any, contract: Mapping[str, Any]) -> Model:
 
     init(rng, inputs=None) -> params {"hr","s2","s1","head_s2","head_s1","fusion","geo","ctpe"}: those of the contract's
     sensors (:func:`module_names`), whatever subset `inputs` has; float32. inputs: a PlaceInput (arrays or
-    ShapeDtypeStructs) for the door check, or None to skip it. The prototype bank is not among them: nothing is optimised
-    in it (:func:`with_bank`); "geo" is absent where the bank is as wide as the fused map.
+    ShapeDtypeStructs) for the door check, or None to skip it. The prototype bank is not among them: nothing is
+    optimised in it (:func:`with_bank`); "geo" is absent where the bank is as wide as the fused map.
 
     apply(params, inputs, *, train=False, rng=None) with inputs {sensor: {"image" [B,T,H,W,C] raw units, "valid"
     [B,T,H,W], "bands" [B,T,C], "dates" int [B,T] day of year, -1 unknown}}, any subset of the sensors, any T, returns

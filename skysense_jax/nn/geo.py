@@ -11,8 +11,8 @@ from skysense_jax.nn.attention import attend, dense, l2_normalise
 
 
 class GeoQuery(nn.Module):
-    """Fused features in the space of the bank: [..., E] -> [..., width]. A learned projection where E is not `width`, and
-    otherwise the features themselves (no parameters).
+    """Fused features in the space of the bank: [..., E] -> [..., width]. A learned projection where E is not `width`,
+    and otherwise the features themselves (no parameters).
     """
 
     width: int

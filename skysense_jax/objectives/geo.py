@@ -1,4 +1,5 @@
-"""The prototype bank in pretraining: where a batch's views lie, what they say about the bank, how its leaves are sharded."""
+"""The prototype bank in pretraining: where a batch's views lie, what they say about the bank, how its leaves are
+sharded."""
 
 from __future__ import annotations
 
@@ -38,5 +39,7 @@ def observe(
 def rules(cfg: Any) -> tuple[tuple[str, str], ...]:
     """Sharding of the query projection, where config.model has one, and of the bank (by region where they are
     more than a prototype is wide, as at full size)."""
-    query = (("(params|teacher)/encoder/geo/query/.+", "fsdp"),) if cfg.geo_context.width != cfg.fusion.embed_dims else ()
-    return (*query, ("memory/bank/(prototypes|usage)", "fsdp"), ("memory/bank/(visits|cells|l(on|at)_edges)", "replicate"))
+    bank = (("memory/bank/(prototypes|usage)", "fsdp"), ("memory/bank/(visits|cells|l(on|at)_edges)", "replicate"))
+    if cfg.geo_context.width == cfg.fusion.embed_dims:
+        return bank
+    return (("(params|teacher)/encoder/geo/query/.+", "fsdp"), *bank)

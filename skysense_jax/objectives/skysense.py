@@ -22,10 +22,10 @@ Metrics (float32 scalars; i = head: a sensor or "fused"). A collapse is seen at 
   student/std/<i>                    std over views of the L2-normalised image features, x sqrt(width).
                                      0 = constant features, 1 = isotropic
   views/overlap_<global|local>       share of a view's cells with a match in the (other) global view
-  geo/located, geo/regions           places of the batch with a region; regions of the bank that were ever visited. Falling
-                                     and 1: the bank is full, raise model.geo_context.regions or .cell
+  geo/located, geo/regions           places of the batch with a region; regions of the bank that were ever visited.
+                                     Falling and 1: the bank is full, raise model.geo_context.regions or .cell
   geo/fit                            mean cosine of a cell and its nearest prototype. Rises as the bank learns
-  geo/entropy                        entropy of the attention over prototypes / log P. 1 = the context is the region's mean
+  geo/entropy                        entropy of the attention over prototypes / log P. 1 = the context is their mean
   geo/similarity                     mean cosine of two prototypes of a region. 1 = collapse: all learnt the same; lower
                                      sinkhorn_eps or prototype_momentum
   geo/dead                           share of prototypes that are (almost) never nearest. Rising: fewer prototypes
@@ -60,7 +60,8 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
     """The objective of a whole configuration and an input contract. See objectives.base for the functions' contracts.
 
     params = {"encoder", "heads": {i: DINO head}, "align": {sensor: {"kernel" [D, align_dim]}}}; teacher = {"encoder",
-    "heads"}; memory = {"centre": {i: [K]}}, with geo-context "bank" (ops.prototypes). Raises ValueError where the configuration contradicts itself.
+    "heads"}; memory = {"centre": {i: [K]}}, with geo-context "bank" (ops.prototypes). Raises ValueError where the
+    configuration contradicts itself.
     """
     model, o = make_model(cfg.model, contract), cfg.objective
     if cfg.model.get("modules"):
@@ -199,8 +200,8 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
         student = {"encoder": params["encoder"], "heads": params["heads"]}
         centre = {}
         for name in heads:
-            seen = settle_inputs[name]
-            centre[name] = contrast.update_centre(memory["centre"][name], seen["logits"], seen["seen"], o.centre_momentum)
+            logits, seen = settle_inputs[name]["logits"], settle_inputs[name]["seen"]
+            centre[name] = contrast.update_centre(memory["centre"][name], logits, seen, o.centre_momentum)
         memory = {**memory, "centre": centre}
         if learns:
             memory["bank"] = prototypes.update(memory["bank"], settle_inputs["bank"], o.prototype_momentum)
@@ -225,10 +226,10 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
 
 
 def encoder_features(model: Model, encoder: Tree, inputs: Tree) -> dict[str, jax.Array]:
-    """Float32 features of a PlaceInput: "image" [B, E], "pixel" [B, h, w, E] (with a fusion; E + D with geo-context, whose
-    bank is part of `encoder` and whose location is inputs["place"]) and, for each sensor given,
-    "<sensor>_image" [B, D], "<sensor>_pixel" [B, h, w, D] on the grid of its map. Needs the model only, so that weights
-    without a training configuration have them too.
+    """Float32 features of a PlaceInput: "image" [B, E], "pixel" [B, h, w, E] (with a fusion; E + D with geo-context,
+    whose bank is part of `encoder` and whose location is inputs["place"]) and, for each sensor given, "<sensor>_image"
+    [B, D], "<sensor>_pixel" [B, h, w, D] on the grid of its map. Needs the model only, so that weights without a
+    training configuration have them too.
     """
     out, result = model.apply(encoder, inputs), {}
     if "fused" in out:

@@ -7,11 +7,11 @@ A bank is a tree, all of it exported and checkpointed:
   cells [R] int32                the grid cell of every region (ops.regions)
   lon_edges, lat_edges float32   the grid
 
-The update (SkySense paper; scales and constants open): for one view in region r with features F [N, D], M = cosine(F, P_r),
-S = Sinkhorn(M / epsilon), P' = S^T F with unit rows of F, each row of it divided by its mass (a plain S^T F would shrink the
-prototypes); P' averaged over all views of r in the global batch; P_r <- m P_r + (1 - m) P'. Everything in float32 at full
-matmul precision, and every sum over places one product with a matrix of weights: the order of the places, the devices they
-lie on and their number change rounding only.
+The update (SkySense paper; scales and constants open): for one view in region r with features F [N, D], M = cosine(F,
+P_r), S = Sinkhorn(M / epsilon), P' = S^T F with unit rows of F, each row of it divided by its mass (a plain S^T F would
+shrink the prototypes); P' averaged over all views of r in the global batch; P_r <- m P_r + (1 - m) P'. Everything in
+float32 at full matmul precision, and every sum over places one product with a matrix of weights: the order of the
+places, the devices they lie on and their number change rounding only.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ def observe(
 ) -> tuple[Observed, dict[str, jax.Array]]:
     """Assigns the cells of every view to the prototypes of its place's region; new cells of the grid take free regions.
 
-    place: {"lon", "lat"} [B]; queries: [B, V, N, D] features of V views in the bank's space; mask: [B, V, N], 0 = no valid
-    input. Views without a valid cell and places without a region do not count. Returns (Observed, monitors: scalars
-    "located", "regions", "fit", "entropy", "similarity", "dead", see objectives.skysense).
+    place: {"lon", "lat"} [B]; queries: [B, V, N, D] features of V views in the bank's space; mask: [B, V, N], 0 = no
+    valid input. Views without a valid cell and places without a region do not count. Returns (Observed, monitors:
+    scalars "located", "regions", "fit", "entropy", "similarity", "dead", see objectives.skysense).
     """
     ids = place_cells(bank, place)
     table = regions.claim(bank["cells"], ids)

@@ -1,11 +1,11 @@
 """Regions of the Earth: the occupied cells of an equal-area grid, and the table that gives each of them an index.
 
-The grid is Lambert's cylindrical equal-area one on the authalic sphere, X = R * longitude, Y = R * sin(latitude), cut into
-squares of `cell` metres from the meridian 0 and the equator (SkySense: 4096 regions of about 4294 km2, that is squares of
-65,536 m; which ones is open, so: those with a place in them). A grid is its inner edges in degrees, float32, and a location
-is compared with them: no rounding of a product or a sine decides on which side of an edge a place lies, so that numpy, every
-device and torch agree bit for bit. The first and the last column end at the antimeridian, the first and the last row at the
-poles; these cells are smaller than the others.
+The grid is Lambert's cylindrical equal-area one on the authalic sphere, X = R * longitude, Y = R * sin(latitude), cut
+into squares of `cell` metres from the meridian 0 and the equator (SkySense: 4096 regions of about 4294 km2, that is
+squares of 65,536 m; which ones is open, so: those with a place in them). A grid is its inner edges in degrees, float32,
+and a location is compared with them: no rounding of a product or a sine decides on which side of an edge a place lies,
+so that numpy, every device and torch agree bit for bit. The first and the last column end at the antimeridian, the
+first and the last row at the poles; these cells are smaller than the others.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def occupied(ids: np.ndarray, capacity: int) -> np.ndarray:
     """
     cells = np.unique(ids[ids != NOWHERE])
     if len(cells) > capacity:
-        raise ValueError(f"the places lie in {len(cells)} cells of the grid, model.geo_context.regions={capacity} is the "
-                         "room for them; raise it, or model.geo_context.cell")
+        raise ValueError(f"the places lie in {len(cells)} cells of the grid, model.geo_context.regions={capacity} is "
+                         "the room for them; raise it, or model.geo_context.cell")
     return np.concatenate([cells, np.full(capacity - len(cells), NOWHERE)]).astype(np.int32)
 
 
@@ -73,7 +73,8 @@ def lookup(cells: jax.Array, ids: jax.Array) -> jax.Array:
 def claim(cells: jax.Array, ids: jax.Array) -> jax.Array:
     """The table after the new cells in `ids` took its free rows, in ascending order: int32 [R].
 
-    Rows that are taken never change; cells that find no room stay out. The order of `ids` does not matter.
+    Rows that are taken never change; cells that find no room stay out. The order of `ids` does not matter. This is how
+    a stream of unknown places fills a bank; hashing the cell instead would let distant places share a region.
     """
     new = jnp.sort(jnp.where(lookup(cells, ids) == NOWHERE, ids, NOWHERE))
     first = (new != NOWHERE) & (new != jnp.roll(new, 1).at[0].set(NOWHERE))

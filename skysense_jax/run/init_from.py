@@ -1,4 +1,5 @@
-"""A new run from the weights of another one: what is the same is taken, what is new is named, what contradicts is refused."""
+"""A new run from the weights of another one: what is the same is taken, what is new is named, what contradicts is
+refused."""
 from __future__ import annotations
 
 import pathlib
@@ -14,8 +15,8 @@ from skysense_jax.run.state import TrainState
 TAKEN = ("params", "teacher", "memory")
 
 WIDENED = "heads/fused/mlp0/kernel"
-"""The fused head's first layer, [channels, hidden]: geo-context adds channels behind those it had. Their rows start at 0, so
-that the head begins where it stood."""
+"""The fused head's first layer, [channels, hidden]: geo-context adds channels behind those it had. Their rows start at
+0, so that the head begins where it stood."""
 
 
 def init_from(
@@ -23,9 +24,9 @@ def init_from(
 ) -> tuple[TrainState, dict[str, list[str]]]:
     """A fresh state with the parameters, teacher and memory of a workdir or checkpoint; optimiser and step stay fresh.
 
-    Returns (state, {"taken", "new", "widened", "left": names of leaves}): "new" keep their fresh values, "left" are those of
-    the checkpoint this run has no use for. Raises ValueError where the input contract is another one or a leaf has another
-    shape; errors of checkpoint.load_tree.
+    Returns (state, {"taken", "new", "widened", "left": names of leaves}): "new" keep their fresh values, "left" are
+    those of the checkpoint this run has no use for. Raises ValueError where the input contract is another one or a leaf
+    has another shape; errors of checkpoint.load_tree.
     """
     meta = checkpoint.load_meta(path)
     if meta["contract"] != contract:
@@ -49,7 +50,8 @@ def _leaf(part: str, name: str, fresh: jax.Array, old: Mapping[str, np.ndarray],
         report["widened"].append(full)
         value = np.concatenate([value, np.zeros((fresh.shape[0] - value.shape[0], *value.shape[1:]), value.dtype)])
     elif (value.shape, value.dtype) != (fresh.shape, fresh.dtype):
-        raise ValueError(f"--init_from: {full} is {value.dtype}{list(value.shape)} there, {fresh.dtype}{list(fresh.shape)} here")
+        there, here = (f"{x.dtype}{list(x.shape)}" for x in (value, fresh))
+        raise ValueError(f"--init_from: {full} is {there} there, {here} here")
     else:
         report["taken"].append(full)
     return jax.device_put(value, fresh.sharding)
