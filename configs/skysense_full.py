@@ -50,7 +50,10 @@ def get_config() -> config_dict.ConfigDict:
     c.model.s1 = config_dict.ConfigDict(vit)
     c.model.fusion = config_dict.ConfigDict({
         "embed_dims": 1024, "depth": 24, "num_heads": 16, "mlp_ratio": 4, "drop_path": 0.3, "eps": 1e-5})
+    c.model.geo_context = config_dict.ConfigDict({
+        "bank": "on", "regions": 4096, "prototypes": 100, "width": 512, "cell": 65536.0, "table": "stream"})
 
+    c.objective.prototype_momentum = 0.99
     c.objective.head = config_dict.ConfigDict({"hidden": 2048, "bottleneck": 256, "layers": 3, "prototypes": 65536})
     c.objective.clusters = 16
     c.objective.align_dim = 256

@@ -68,6 +68,14 @@ def get_config() -> config_dict.ConfigDict:
     c.model.s1 = config_dict.ConfigDict(vit)
     c.model.fusion = config_dict.ConfigDict({
         "embed_dims": 64, "depth": 3, "num_heads": 4, "mlp_ratio": 4, "drop_path": 0.0, "eps": 1e-5})
+    # Geo-context. bank: "none" = without; "on" = a bank of prototypes per region is learnt and asked; "frozen" = only
+    # asked.
+    c.model.geo_context = config_dict.ConfigDict({
+        "bank": "none", "regions": 96, "prototypes": 16, "width": 64,
+        # Side of a region's grid cell in metres. The paper's 65,536 would give nearly every synthetic place its own.
+        "cell": 1e6,
+        # Which cells are regions: those of the training "places", read before the start, or a "stream": as they come
+        "table": "places"})
 
     c.objective = config_dict.ConfigDict()
     # DINO's head, narrow; one per sensor and one for the fused map, shared by the three granularities (the paper's
@@ -76,8 +84,9 @@ def get_config() -> config_dict.ConfigDict:
     c.objective.student_temp = 0.1  # DINO
     c.objective.centre_momentum = 0.9  # DINO's centring: unlike Sinkhorn it never needs all logits at once
     c.objective.clusters = 8  # N_C of the object granularity: a regular grid of seeds, about 8 cells each (paper: open)
-    c.objective.sinkhorn_eps = 0.05  # temperature on the cosine, and iterations: SwAV's
+    c.objective.sinkhorn_eps = 0.05  # temperature on the cosine, and iterations: SwAV's; also of the prototype bank
     c.objective.sinkhorn_iters = 3
+    c.objective.prototype_momentum = 0.9  # of the bank, if any; a region is visited a few times (full size: 0.99)
     c.objective.alpha = 1.0  # weight of the multi-granularity term (paper: open)
     c.objective.beta = 1.0  # weight of the cross-modal alignment (paper: open)
     c.objective.align_dim = 64  # width of the space the sensors meet in

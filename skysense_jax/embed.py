@@ -24,6 +24,9 @@ from skysense_jax.models import skysense as models
 from skysense_jax.objectives import skysense as objectives
 from skysense_jax.run import checkpoint
 
+OWN_BANK, NO_BANK = "own", "none"
+"""Prototype banks of :func:`open_network` beside those of other folders."""
+
 MODEL_FILE, PARTS = "model.json", "parts"
 """Description and folder of modules of imported weights."""
 
@@ -56,8 +59,8 @@ class Description(NamedTuple):
 
 class Network(NamedTuple):
     """A network with its weights. encoder: parameters of `models.skysense.make_model(model, contract)`, the teacher's
-    in a run. features: (encoder, PlaceInput with batch axis) -> {"image", "pixel", "<sensor>_image",
-    "<sensor>_pixel"}; jit it."""
+    in a run, with the prototype bank of geo-context. features: (encoder, PlaceInput with batch axis) -> {"image",
+    "pixel", "<sensor>_image", "<sensor>_pixel"}; jit it."""
 
     description: Description
     encoder: Any
@@ -104,7 +107,7 @@ def read_config(path: str | pathlib.Path) -> config_dict.ConfigDict:
     return names["get_config"]()
 
 
-def load(path: str | pathlib.Path) -> Loaded:
+def load(path: str | pathlib.Path, bank: str = OWN_BANK) -> Loaded:
     """Loads a workdir, a checkpoint or an exported folder: (features, contract, config).
 
     features({sensor: {"image" [T, H, W, C] or [B, T, H, W, C] in the contract's unit and band order, "dates" one per
@@ -115,15 +118,26 @@ def load(path: str | pathlib.Path) -> Loaded:
       "pixel" [B, h, w, E]       the fused map, one vector per base pixel
       "<sensor>_image" [B, D]    mean of one sensor's map over valid cells and dates
       "<sensor>_pixel" [B, h, w, D]   one sensor's map, mean over valid dates
-    Every new combination of shapes is compiled once. Raises ValueError for a folder that holds no network, and, naming
-    sensor and rule, for input that does not fit the contract (`skysense_jax.prepare`).
+    A network with geo-context also needs "place": {"lon", "lat"} (degrees, one each or [B]; nan where it is not known):
+    the last channels of the fused map are the context of the region, 0 where there is none. bank: as
+    :func:`open_network`. Every new combination of shapes is compiled once. Raises ValueError for a folder that holds no
+    network, and, naming sensor and rule, for input that does not fit the contract (`skysense_jax.prepare`).
     """
-    network = open_network(path)
+    network = open_network(path, bank)
     forward = jax.jit(network.features)
     contract = network.description.contract
 
     def features(given: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        given = dict(given)
+        place = given.pop(models.PLACE, None)
         inputs, batched = prepare.prepare(contract, given)
+        if "geo" in network.encoder:
+            if place is None:
+                raise ValueError('this network uses geo-context: give "place": {"lon": degrees, "lat": degrees}, nan '
+                                 'where it is not known, or open it with bank="none"')
+            count = len(next(iter(inputs.values()))["image"])
+            inputs[models.PLACE] = {
+                name: np.asarray(place[name], np.float32).reshape(count) for name in ("lon", "lat")}
         out = {name: np.asarray(value) for name, value in forward(network.encoder, inputs).items()}
         return out if batched else {name: value[0] for name, value in out.items()}
 
@@ -173,8 +187,15 @@ def read_description(path: str | pathlib.Path) -> Description:
     return Description(kind, folder, config, config.model, meta["contract"], meta["step"], provenance)
 
 
-def open_network(path: str | pathlib.Path) -> Network:
-    """A network with its weights. Errors as :func:`read_description`."""
+def open_network(path: str | pathlib.Path, bank: str | pathlib.Path = OWN_BANK) -> Network:
+    """A network with its weights. Errors as :func:`read_description`.
+
+    bank: which prototype bank a network with geo-context asks: "own" (frozen, as its training left it), "none" (no
+    geo-context: the features are the fusion's alone), or a folder with a network whose bank has the same width: that
+    one.
+    """
+    if bank not in (OWN_BANK, NO_BANK):
+        return _with_other_bank(open_network(path), bank)
     found = read_description(path)
     if found.kind == "export":
         encoder = torch_import.load_folder(found.path)[0]
@@ -185,6 +206,11 @@ def open_network(path: str | pathlib.Path) -> Network:
     else:
         # the step that was described and no other: a damaged one is an error here, not a silent step back
         encoder = checkpoint.load_tree(found.path, "teacher", found.step)["encoder"]
+        if "geo" in models.module_names(found.model, found.contract):
+            encoder = models.with_bank(encoder, checkpoint.load_tree(found.path, "memory", found.step)["bank"])
+    if bank == NO_BANK:
+        found = found._replace(model=models.without_bank(found.model, found.contract))
+        encoder = {name: part for name, part in encoder.items() if name != "geo"}
     model = models.make_model(found.model, found.contract)
     return Network(found, encoder, functools.partial(objectives.encoder_features, model))
 
@@ -194,10 +220,28 @@ def _config(values: Mapping[str, Any]) -> config_dict.ConfigDict:
     return config_dict.ConfigDict(torch_import.tuples(dict(values)))
 
 
+def _with_other_bank(network: Network, path: str | pathlib.Path) -> Network:
+    other, found = open_network(path), network.description
+    for one in (network, other):
+        if "geo" not in one.encoder:
+            raise ValueError(f"{one.description.path} has no prototype bank: its model has no geo-context")
+    ours, theirs = found.model.geo_context, other.description.model.geo_context
+    if ours.width != theirs.width:
+        raise ValueError(f"the bank of {path} has prototypes of width {theirs.width}, this network needs {ours.width}")
+    model = found.model.copy_and_resolve_references()
+    model.geo_context = theirs
+    return Network(found._replace(model=model), models.with_bank(network.encoder, other.encoder["geo"]["bank"]),
+                   functools.partial(objectives.encoder_features, models.make_model(model, found.contract)))
+
+
 def untrained(found: Description) -> Any:
-    """Freshly drawn encoder parameters of the same network, from the run's seed (0 where it is not known)."""
+    """Freshly drawn encoder parameters of the same network, from the run's seed (0 where it is not known); its
+    prototype bank is empty."""
     model = models.make_model(found.model, found.contract)
-    return jax.jit(model.init)(jax.random.key(found.config.seed if found.config is not None else 0))
+    params = jax.jit(model.init)(jax.random.key(found.config.seed if found.config is not None else 0))
+    if "geo" not in models.module_names(found.model, found.contract):
+        return params
+    return models.with_bank(params, models.empty_bank(found.model, jax.random.key(0)))
 
 
 def abstract(config: Any, contract: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from skysense_jax import embed
 from skysense_jax.data import pipeline, sources
 from skysense_jax.evals import baselines, compare, rows
+from skysense_jax.models.skysense import PLACE
 
 Arrays = Mapping[str, Any]
 
@@ -49,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="configuration whose data.eval_dates and eval section are used instead of the run's; needed "
         "for weights that were not trained here",
     )
+    parser.add_argument(
+        "--bank",
+        default=embed.OWN_BANK,
+        help="prototype bank of a network with geo-context: own (frozen), none (features without it), or a folder with "
+        "another network whose bank is as wide",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
     parser.add_argument("--out", help="JSON file to write")
 
@@ -63,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
         task=args.task,
         features=args.features,
         seed=args.seed,
+        bank=args.bank,
         config=None if args.config is None else embed.read_config(args.config),
     )
     report["command"] = shlex.join(["skysense-jax", *sys.argv[1:]])
@@ -96,11 +104,12 @@ def text(report: Mapping[str, Any]) -> str:
 
 
 def evaluate(
-    path: str, data: str, *, task: str = "all", features: str = "fused", seed: int = 0, config: Any = None
+    path: str, data: str, *, task: str = "all", features: str = "fused", seed: int = 0, config: Any = None,
+    bank: str = embed.OWN_BANK,
 ) -> dict[str, Any]:
     """The evaluation as a JSON-able dict; see `evals.compare.compare` for "tasks".
 
-    path: workdir, checkpoint or export. data: dataset folder. task, features, seed: as the command's options.
+    path: workdir, checkpoint or export. data: dataset folder. task, features, seed, bank: as the command's options.
     Raises ValueError where network and dataset do not fit, or the dataset has no labels for the task.
     """
     started = time.monotonic()
@@ -110,7 +119,7 @@ def evaluate(
     sources.check_dataset(meta, contract, cfg)
     tasks, sensor = _tasks(meta, task), _sensor(contract, features)
     methods = network_methods(
-        embed.open_network(path), tasks, sensor, tile=int(meta["tile"]), patch=int(cfg.eval.patch)
+        embed.open_network(path, bank), tasks, sensor, tile=int(meta["tile"]), patch=int(cfg.eval.patch)
     )
     methods["statistics"] = _statistics(tasks, sensor, tile=int(meta["tile"]), patch=int(cfg.eval.patch))
     labelled = {split: _collect(cfg, contract, split, methods, tasks, sensor) for split in ("train", "test")}
@@ -129,6 +138,7 @@ def evaluate(
         "network": {"path": str(path), "kind": found.kind, "step": found.step},
         "dataset": {"dir": str(data), "dataset_id": meta.get("dataset_id"), "synthetic": bool(meta.get("synthetic"))},
         "features": features,
+        "bank": bank,
         "seed": seed,
         "commit": commit(),
         "eval": cfg.eval.to_dict(),
@@ -209,7 +219,7 @@ def _statistics(tasks: tuple[str, ...], sensor: str | None, *, tile: int, patch:
     """The baseline of per-band statistics; of one sensor where only its features are scored."""
 
     def features(inputs: Arrays) -> dict[str, np.ndarray]:
-        seen = inputs if sensor is None else {sensor: inputs[sensor]}
+        seen = {name: one for name, one in inputs.items() if name == sensor or (sensor is None and name != PLACE)}
         return {
             task: baselines.image_statistics(seen, tile=tile, patch=patch if task == "patch" else None)
             for task in tasks

@@ -1,5 +1,5 @@
-"""`skysense-jax export-torch`: the teacher of a run, or imported weights, as a folder PyTorch reads, with where they come
-from written into it."""
+"""`skysense-jax export-torch`: the teacher of a run, or imported weights, as a folder PyTorch reads, with where they
+come from written into it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", help="workdir (its newest checkpoint), checkpoint or imported weights")
     parser.add_argument("--out", required=True, help="folder to write; must not hold exported weights yet")
     parser.add_argument(
+        "--bank",
+        default=embed.OWN_BANK,
+        help="prototype bank of a network with geo-context: own, none (without it), or another network's folder",
+    )
+    parser.add_argument(
         "--per-module", action="store_true", help="one file of weights per module with an index, instead of one for all"
     )
 
@@ -26,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     found = embed.read_description(args.path)
     if found.kind == "export":
         raise ValueError(f"{args.path} is exported already")
-    network = embed.open_network(args.path)
+    network = embed.open_network(args.path, args.bank)
     provenance = {"commit": commit(), "exported_with": __version__}
     if found.kind == "imported":
         provenance = found.provenance | provenance
@@ -38,7 +43,11 @@ def run(args: argparse.Namespace) -> int:
             "trained_with": found.provenance["code"],
             "config": json.loads(found.config.to_json()),
         }
-    out = torch_export.export(network.encoder, found.contract, found.model, args.out, provenance, args.per_module)
+    if args.bank not in (embed.OWN_BANK, embed.NO_BANK):
+        other = embed.read_description(args.bank)
+        provenance["bank"] = {"from": other.kind, "step": other.step}
+    model = network.description.model
+    out = torch_export.export(network.encoder, found.contract, model, args.out, provenance, args.per_module)
     del network  # a full-size model in plain torch needs the room
     if torch_is_there():
         worst = torch_export.record_parity(out, verify.in_torch(out))

@@ -158,6 +158,12 @@ def describe(
         if side is not None:
             cfg[name].img_size = side * cfg[name].patch
     contract = sensors.input_contract({name: bands[name] for name in encoders}, cfg.ratio)
+    if "geo" in parts and "geo_context" not in cfg:
+        raise ValueError(f"{parts['geo'].path} holds a prototype bank, the configuration has no model.geo_context")
+    if "geo" in parts:
+        cfg.geo_context.bank = "frozen"
+        if len(shape := parts["geo"].tensors.shapes.get("prototypes", ())) == 3:
+            cfg.geo_context.regions, cfg.geo_context.prototypes, cfg.geo_context.width = shape
     held = [name for name in parts if name != released.CALENDAR]
     with cfg.unlocked():
         cfg.modules = tuple(held)

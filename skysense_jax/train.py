@@ -1,6 +1,6 @@
 """Pretraining, the one loop for every model.
 
-    python -m skysense_jax.train --config FILE --workdir DIR [--config.field=value ...]
+    python -m skysense_jax.train --config FILE --workdir DIR [--init_from RUN] [--config.field=value ...]
 
 A workdir that has begun is continued from its newest sound checkpoint; a finished one says so. The run is a function of
 the configuration, the seed and the data: kill it anywhere, start it again, and it ends in the same state.
@@ -30,7 +30,8 @@ from skysense_jax.core import mesh as meshes
 from skysense_jax.data import pipeline, sources
 from skysense_jax.data import spec as specs
 from skysense_jax.objectives import skysense
-from skysense_jax.run import checkpoint, metrics, optim, profiler, state, step, watchdog
+from skysense_jax.ops import regions
+from skysense_jax.run import checkpoint, init_from, metrics, optim, profiler, state, step, watchdog
 from skysense_jax.run.preempt import EXIT_PREEMPTED, Preemption
 
 EXIT_DONE, EXIT_NOT_FINITE, EXIT_NOT_WRITTEN, EXIT_BAD_INPUT = 0, 65, 74, 78
@@ -48,6 +49,7 @@ class Options(NamedTuple):
     config: config_dict.ConfigDict
     workdir: pathlib.Path
     profile: str = ""
+    init_from: pathlib.Path | None = None
 
 
 class Plan(NamedTuple):
@@ -100,12 +102,15 @@ def parse(argv: Sequence[str]) -> Options:
     """Command line (without the program's name) to options. ValueError as :func:`read_flags`."""
     def define(values: flags.FlagValues) -> None:
         flags.DEFINE_string("workdir", None, "folder of this run; continued where it has begun", flag_values=values)
+        flags.DEFINE_string("init_from", None, "workdir or checkpoint whose weights a new run starts from",
+                            flag_values=values)
         flags.DEFINE_string("profile", "", "trace these steps, as 100:105, into WORKDIR/profile", flag_values=values)
 
     values = read_flags("train", argv, define, __doc__)
     if values.config is None or values.workdir is None:
         raise ValueError("both --config FILE and --workdir DIR are needed")
-    return Options(values.config, pathlib.Path(values.workdir).resolve(), values.profile)
+    given = None if values.init_from is None else pathlib.Path(values.init_from).resolve()
+    return Options(values.config, pathlib.Path(values.workdir).resolve(), values.profile, given)
 
 
 def check_config(cfg: config_dict.ConfigDict) -> None:
@@ -180,8 +185,11 @@ def check_same_run(
                          "Use another --workdir.")
 
 
-def where_to_start(cfg: config_dict.ConfigDict, workdir: pathlib.Path, plan: Plan, meta: Mapping[str, Any]) -> Start:
-    """1. the newest sound checkpoint of this workdir; 2. scratch."""
+def where_to_start(
+    cfg: config_dict.ConfigDict, workdir: pathlib.Path, plan: Plan, meta: Mapping[str, Any],
+    given: pathlib.Path | None = None,
+) -> Start:
+    """1. the newest sound checkpoint of this workdir; 2. the weights of --init_from; 3. scratch."""
     found = checkpoint.restore_latest_valid(
         workdir, plan.state, lambda found: check_same_run(cfg, plan.contract, meta["dataset_id"], found))
     if found is not None:
@@ -193,8 +201,30 @@ def where_to_start(cfg: config_dict.ConfigDict, workdir: pathlib.Path, plan: Pla
         if changed:
             say(f"note: other code wrote it ({', '.join(changed)}); the bits may differ from those of an unbroken run")
         return Start(found.state, found.step, found.meta["seconds"])
-    say("starting from scratch")
-    return Start(state.create(plan.objective, plan.batch, cfg.seed, plan.state), 0, {})
+    geo, fresh = cfg.model.get("geo_context"), state.create(plan.objective, plan.batch, cfg.seed, plan.state)
+    if geo is not None and geo.bank == "on" and geo.table == "places":
+        fresh = with_regions(cfg, fresh)
+    if given is None:
+        if geo is not None and geo.bank == "frozen":
+            raise ValueError("config.model.geo_context.bank='frozen': a bank that nothing has learnt; start from a run "
+                             "that has one (--init_from), or take 'on'")
+        say("starting from scratch")
+        return Start(fresh, 0, {})
+    begun, report = init_from.init_from(given, fresh, json.loads(json.dumps(plan.contract)))
+    say(f"starting from the weights of {given}: {len(report['taken'])} leaves")
+    for kind in ("new", "widened", "left"):
+        if report[kind]:
+            say(f"  {kind}: {', '.join(report[kind])}")
+    return Start(begun, 0, {})
+
+
+def with_regions(cfg: config_dict.ConfigDict, fresh: state.TrainState) -> state.TrainState:
+    """A fresh state whose prototype bank knows the grid cells of the training places. ValueError: too many of them."""
+    bank = fresh.memory["bank"]
+    edges = jax.device_get((bank["lon_edges"], bank["lat_edges"]))
+    ids = regions.cell_ids(*sources.locations(cfg.data.dir, cfg.data.split), *edges)
+    cells = jax.device_put(regions.occupied(ids, cfg.model.geo_context.regions), bank["cells"].sharding)
+    return fresh._replace(memory={**fresh.memory, "bank": {**bank, "cells": cells}})
 
 
 def data_position(cfg: config_dict.ConfigDict, done: int) -> dict[str, int]:
@@ -285,7 +315,7 @@ def run(options: Options, process: int, processes: int, preemption: Preemption) 
 
         # 4. Where do we start from?
         with timers("restore"):
-            start = where_to_start(cfg, workdir, plan, meta)
+            start = where_to_start(cfg, workdir, plan, meta, options.init_from)
         for name, seconds in start.seconds.items():
             timers.add(name, seconds)
         now, done = start.state, start.step

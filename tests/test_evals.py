@@ -312,7 +312,7 @@ def batches_of(names, labels, maps, size=3):
             },
             "label": labels[index],
             "label_map": maps[index],
-            "place": {"name": [names[i] for i in index]},
+            "place": {"name": [names[i] for i in index], "lon": index * 1.0, "lat": index * 2.0},
             "weight": (np.arange(start, start + size) < len(names)).astype(np.float32),
         }
 
@@ -328,7 +328,10 @@ def test_collect_keeps_rows_aligned_and_drops_padding_and_the_unlabelled():
             "scene": s["s2"]["value"][:, None],
             "patch": np.broadcast_to(s["s2"]["value"][:, None, None, None], (3, 2, 2, 1)),
         },
-        "second": lambda s: {"scene": -s["s2"]["value"][:, None], "patch": np.zeros((3, 2, 2, 5))},
+        "second": lambda s: {
+            "scene": s["place"]["lon"][:, None] - s["place"]["lat"][:, None],
+            "patch": np.zeros((3, 2, 2, 5)),
+        },
     }
     found = rows.collect(batches_of(names, labels, maps), methods, ("scene", "patch"), patch=2)
     np.testing.assert_array_equal(found["scene"].features["first"][:, 0], [0, 1, 3, 4, 5, 6])

@@ -3,7 +3,8 @@ configuration.
 
 One table serves both directions (torch_import, torch_export) and gradients. Names are those of the SkySense release:
 backbone_hr., backbone_s2., backbone_s1., head_s2., head_s1., fusion. (with its `porj_linear`), ctpe; and, for msGFM,
-those of SimMIM and GFM checkpoints: encoder., decoder.
+those of SimMIM and GFM checkpoints: encoder., decoder. The release holds no prototype bank; `glbank.` is what its
+training code called one (SkySense++, the trainer's freeze list), the rest is ours.
 """
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ BUFFERS = ("relative_coords_table", "relative_position_index", "attn_mask")
 """Last parts of the names of recomputed quantities: ignored on import wherever they occur."""
 
 PREFIXES = {"hr": "backbone_hr.", "s2": "backbone_s2.", "s1": "backbone_s1.",
-            "head_s2": "head_s2.", "head_s1": "head_s1.", "fusion": "fusion."}
+            "head_s2": "head_s2.", "head_s1": "head_s1.", "fusion": "fusion.", "geo": "glbank."}
 """Our top-level parameter name -> prefix of the official names in a whole-model file. `ctpe` has none."""
 
 
@@ -130,6 +131,13 @@ def uphead_entries() -> list[Entry]:
     return _affine("decoder.0", "proj", None, "conv1x1")
 
 
+def geo_entries(cfg: Any) -> list[Entry]:
+    """Geo-context: the query projection where there is one, and the bank with its grid and its table of regions."""
+    query = _affine("query", "query", None) if cfg.geo_context.width != cfg.fusion.embed_dims else []
+    names = ("prototypes", "usage", "visits", "cells", "lon_edges", "lat_edges")
+    return query + [Entry(name, f"bank/{name}") for name in names]
+
+
 def dino_head_entries(layers: int, gain: bool) -> list[Entry]:
     """DINOHead in facebookresearch/dino's names; its gain (weight_g) only where the module has it as a parameter."""
     layers = max(layers, 1)
@@ -149,6 +157,8 @@ def module_entries(module: str, cfg: Any) -> list[Entry]:
         return swin_entries(cfg.hr.depths, cfg.hr.extra_norm_every, range(len(cfg.hr.depths)))
     if module == "fusion":
         return fusion_entries(cfg.fusion.depth)
+    if module == "geo":
+        return geo_entries(cfg)
     return uphead_entries() if module.startswith("head_") else vit_entries(cfg[module].depth)
 
 

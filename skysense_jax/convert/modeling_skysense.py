@@ -4,13 +4,13 @@
     model = load("FOLDER")                      # strict: every tensor must fit
     outputs = model({"s2": {"image": image, "dates": days}})
 
-Needs torch and safetensors. `python modeling_skysense.py [FOLDER]` runs the frozen batch of parity.safetensors and
-prints the differences. Where `transformers` is installed, SkySenseModel is a PreTrainedModel with the same forward.
+`python modeling_skysense.py [FOLDER]` runs the frozen batch of parity.safetensors and prints the differences. Needs
+torch and safetensors; where `transformers` is installed, SkySenseModel is a PreTrainedModel with the same forward.
 
 Inputs are raw physical units as `input_contract` in config.json declares them (bands and their order, unit,
 statistics); the model normalises. Per sensor: image [B,T,C,H,W]; optional valid [B,T,H,W] (1 = measured), bands
 [B,T,C] (1 = measured), dates [B,T] day of year 0..364 (-1 = unknown). HR images have `ratio` pixels along one
-Sentinel-2 pixel. Any subset of the sensors will do.
+Sentinel-2 pixel. Any subset of the sensors will do. With geo-context: "place": {"lon", "lat"} [B] in degrees or nan.
 """
 import importlib.util
 import json
@@ -35,8 +35,7 @@ def pad_corner(x, multiple):
 class PatchEmbed(nn.Module):
     def __init__(self, channels, width, patch, norm):
         super().__init__()
-        self.patch = patch
-        self.projection = nn.Conv2d(channels, width, patch, patch)
+        self.patch, self.projection = patch, nn.Conv2d(channels, width, patch, patch)
         self.norm = nn.LayerNorm(width) if norm else nn.Identity()
 
     def forward(self, x):  # [B,C,H,W] -> [B,h,w,width]
@@ -61,30 +60,24 @@ class WindowAttention(nn.Module):
         self.heads, self.window, self.pretrained_window = heads, window, pretrained_window
         self.logit_scale = nn.Parameter(torch.log(10 * torch.ones(heads, 1, 1)))
         self.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, heads, bias=False))
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_bias = nn.Parameter(torch.zeros(width))
-        self.v_bias = nn.Parameter(torch.zeros(width))
-        self.proj = nn.Linear(width, width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
+        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
 
     def position_bias(self):
         w, device = self.window, self.q_bias.device
         steps = torch.arange(-(w - 1), w, dtype=torch.float32, device=device)
-        coords = torch.cartesian_prod(steps, steps)
-        coords = coords / ((self.pretrained_window or w) - 1) * 8
+        coords = torch.cartesian_prod(steps, steps) / ((self.pretrained_window or w) - 1) * 8
         coords = torch.sign(coords) * torch.log2(coords.abs() + 1) / 3  # log2(8) = 3
-        table = 16 * torch.sigmoid(self.cpb_mlp(coords.to(self.q_bias.dtype)))
         y, x = torch.arange(w * w, device=device) // w, torch.arange(w * w, device=device) % w
         index = (y[:, None] - y + w - 1) * (2 * w - 1) + (x[:, None] - x + w - 1)
-        return table[index].permute(2, 0, 1)  # [heads, w*w, w*w]
+        return (16 * torch.sigmoid(self.cpb_mlp(coords.to(self.q_bias.dtype))))[index].permute(2, 0, 1)  # [heads,n,n]
 
     def forward(self, x, mask):  # [B, windows, w*w, C], [windows, w*w, w*w] or None
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias)
+        qkv = F.linear(x, self.qkv.weight, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5)
         logits = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
         logits = logits * self.logit_scale.clamp(max=math.log(100)).exp() + self.position_bias()
-        if mask is not None:
-            logits = logits + mask[:, None]
+        logits = logits if mask is None else logits + mask[:, None]
         return self.proj((logits.softmax(-1) @ v).transpose(2, 3).flatten(3))
 
 
@@ -103,25 +96,18 @@ class ShiftedWindows(nn.Module):
             raise ValueError(f"a {height}x{width} map is smaller than the window {w}; use a larger input")
         shift = w // 2 if self.shifted and (smaller != w or self.pad_small_map) else 0
         x = F.pad(x, (0, 0, 0, -width % w, 0, -height % w))
-        rows, columns, mask = x.shape[1] // w, x.shape[2] // w, None
-        if shift:
-            x = torch.roll(x, (-shift, -shift), (1, 2))
-            mask = self.mask(x.shape[1], x.shape[2], shift, x)
+        rows, columns = x.shape[1] // w, x.shape[2] // w
+        mask = self.mask(x.shape[1], x.shape[2], shift, x) if shift else None
+        x = torch.roll(x, (-shift, -shift), (1, 2))
         x = x.unflatten(2, (columns, w)).unflatten(1, (rows, w)).transpose(2, 3).reshape(len(x), -1, w * w, channels)
         x = self.w_msa(x, mask)
         x = x.reshape(len(x), rows, columns, w, w, channels).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        if shift:
-            x = torch.roll(x, (shift, shift), (1, 2))
-        return x[:, :height, :width]
+        return torch.roll(x, (shift, shift), (1, 2))[:, :height, :width]
 
     def mask(self, height, width, shift, like):
-        w = self.window
-
-        def region(length):
-            at = torch.arange(length, device=like.device)
-            return (at >= length - w).long() + (at >= length - shift).long()
-
-        ids = 3 * region(height)[:, None] + region(width)
+        w, axes = self.window, (torch.arange(-n, 0, device=like.device) for n in (height, width))
+        y, x = ((at >= -w).long() + (at >= -shift).long() for at in axes)
+        ids = 3 * y[:, None] + x
         ids = ids.unflatten(1, (-1, w)).unflatten(0, (-1, w)).transpose(1, 2).reshape(-1, w * w)
         return (ids[:, :, None] != ids[:, None, :]).to(like.dtype) * -100.0
 
@@ -177,9 +163,7 @@ class SwinTransformerV2(nn.Module):
         return maps
 
 
-class SelfAttention(nn.Module):
-    """Parameters as in torch.nn.MultiheadAttention."""
-
+class SelfAttention(nn.Module):  # parameters as in torch.nn.MultiheadAttention
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
@@ -190,17 +174,16 @@ class SelfAttention(nn.Module):
     def forward(self, x, seen):  # [N,n,C], seen [N,n] bool or None
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mask = None if seen is None else seen[:, None, None, :]
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+        seen = None if seen is None else seen[:, None, None, :]
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2))
 
 
 class Layer(nn.Module):
-    def __init__(self, width, heads, ratio, eps):
+    def __init__(self, cfg):
         super().__init__()
-        self.ln1 = nn.LayerNorm(width, eps)
+        width, heads, ratio, eps = (cfg[key] for key in ("embed_dims", "num_heads", "mlp_ratio", "eps"))
         self.attn = nn.ModuleDict({"attn": SelfAttention(width, heads)})  # the official names have attn.attn
-        self.ln2 = nn.LayerNorm(width, eps)
-        self.ffn = FFN(width, ratio)
+        self.ln1, self.ln2, self.ffn = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps), FFN(width, ratio)
 
     def forward(self, x, seen=None):
         x = x + self.attn["attn"](self.ln1(x), seen)
@@ -212,27 +195,21 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, channels, vit):
         super().__init__()
-        self.grid, self.with_cls = vit["img_size"] // vit["patch"], vit["cls_token"]
-        width = vit["embed_dims"]
+        self.grid, self.with_cls, width = vit["img_size"] // vit["patch"], vit["cls_token"], vit["embed_dims"]
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, width))
         self.patch_embed = PatchEmbed(channels, width, vit["patch"], norm=False)
-        shape = width, vit["num_heads"], vit["mlp_ratio"], vit["eps"]
-        self.layers = nn.ModuleList(Layer(*shape) for _ in range(vit["depth"]))
+        self.layers = nn.Sequential(*(Layer(vit) for _ in range(vit["depth"])))
 
     def forward(self, x):
-        x = self.patch_embed(x)
+        x, positions = self.patch_embed(x), self.pos_embed
         height, width = x.shape[1:3]
-        positions = self.pos_embed
         if height * width != self.grid**2:  # resized where the token count differs, as the release does
             rows = positions[:, 1:].unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
             rows = F.interpolate(rows, size=(height, width), mode="bicubic", align_corners=False)
             positions = torch.cat([positions[:, :1], rows.flatten(2).transpose(1, 2)], 1)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], 1) + positions
-        x = x if self.with_cls else x[:, 1:]
-        for layer in self.layers:
-            x = layer(x)
-        x = x[:, 1:] if self.with_cls else x
+        x = self.layers(x if self.with_cls else x[:, 1:])[:, int(self.with_cls):]
         return x.transpose(1, 2).unflatten(2, (height, width))
 
 
@@ -241,11 +218,9 @@ class Fusion(nn.Module):
 
     def __init__(self, channels, fusion):
         super().__init__()
-        width = fusion["embed_dims"]
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.porj_linear = nn.Linear(channels, width)
-        shape = width, fusion["num_heads"], fusion["mlp_ratio"], fusion["eps"]
-        self.layers = nn.ModuleList(Layer(*shape) for _ in range(fusion["depth"]))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, fusion["embed_dims"]))
+        self.porj_linear = nn.Linear(channels, fusion["embed_dims"])
+        self.layers = nn.ModuleList(Layer(fusion) for _ in range(fusion["depth"]))
 
     def forward(self, x, seen):
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.porj_linear(x)], 1)
@@ -253,6 +228,30 @@ class Fusion(nn.Module):
         for layer in self.layers:
             x = layer(x, seen)
         return x[:, 0]
+
+
+class GeoContext(nn.Module):
+    """[B,h,w,E] -> [B,h,w,D]: attention over the prototypes of the place's region; 0 where the bank has none."""
+
+    def __init__(self, width, geo):
+        super().__init__()
+        self.query = nn.Identity() if geo["width"] == width else nn.Linear(width, geo["width"])
+        rows, half = (geo["regions"], geo["prototypes"]), 6371007.1809 / geo["cell"]
+        columns = {"lon_edges": 2 * math.ceil(math.pi * half) - 1, "lat_edges": 2 * math.ceil(half) - 1}
+        for name, shape in {"prototypes": (*rows, geo["width"]), "usage": rows, **columns}.items():
+            self.register_buffer(name, torch.zeros(shape))
+        for name in ("visits", "cells"):
+            self.register_buffer(name, torch.zeros(rows[0], dtype=torch.int32))
+
+    def forward(self, x, place):
+        lon, lat = (torch.as_tensor(place[name]).to(self.lon_edges)[:, None] for name in ("lon", "lat"))
+        there = (lon.abs() <= 360) & (lat.abs() <= 90)
+        lon = torch.where(lon >= 180, lon - 360, torch.where(lon < -180, lon + 360, lon))
+        cell = (lat >= self.lat_edges).sum(1) * (len(self.lon_edges) + 1) + (lon >= self.lon_edges).sum(1)
+        hit = (self.cells == cell[:, None]) & there & (self.visits > 0)
+        own = F.normalize(self.prototypes[hit.int().argmax(1)], dim=-1)
+        logits = F.normalize(self.query(x), dim=-1).flatten(1, 2) @ own.transpose(1, 2) * own.shape[-1] ** 0.5
+        return (logits.softmax(-1) @ own * own.shape[-1] ** 0.5 * hit.any(1)[:, None, None]).unflatten(1, x.shape[1:3])
 
 
 class SkySenseParts:
@@ -265,10 +264,9 @@ class SkySenseParts:
             if name == "hr":
                 self.backbone_hr = SwinTransformerV2(len(rule["bands"]), architecture["hr"])
                 continue
-            vit = architecture[name]
+            vit, scale = architecture[name], architecture[name]["patch"]
             self.add_module(f"backbone_{name}", VisionTransformer(len(rule["bands"]), vit))
             if not modules or f"head_{name}" in modules:
-                scale = vit["patch"]
                 up = nn.Sequential(nn.Conv2d(vit["embed_dims"], width * scale**2, 1), nn.PixelShuffle(scale))
                 self.add_module(f"head_{name}", nn.Sequential(OrderedDict(decoder=up)))
         if modules and "fusion" not in modules:
@@ -276,6 +274,9 @@ class SkySenseParts:
         self.fusion = Fusion(width, architecture["fusion"])
         if architecture["calendar"] != "none":
             self.ctpe = nn.Parameter(torch.zeros(1, 365, width))
+        geo = architecture.get("geo_context") or {"bank": "none"}
+        if geo["bank"] != "none" and (not modules or "geo" in modules):
+            self.glbank = GeoContext(architecture["fusion"]["embed_dims"], geo)
 
     def prepare(self, name, sensor):
         """Fill in absent masks, check the shapes, normalise. Returns image, valid, dates."""
@@ -297,8 +298,11 @@ class SkySenseParts:
         """inputs: see the top of the file. Returns maps {sensor: [B,T,D,h,w]}, mask {sensor: [B,T,h,w]}; with the
         fusion fused [B,E,h,w], fused_mask [B,h,w]; with HR hr_stages: [B,T,C_i,H_i,W_i] at strides patch * 2^i (4, 8,
         16, 32). Without its UP head the map of a sensor stays on the ViT's grid."""
+        place, inputs = inputs.get("place"), {name: sensor for name, sensor in inputs.items() if name != "place"}
         if not inputs or set(inputs) - set(self.contract["sensors"]):
             raise ValueError(f"sensors {list(inputs)} given; the model takes any of {list(self.contract['sensors'])}")
+        if place is None and hasattr(self, "glbank"):
+            raise ValueError("geo-context needs inputs['place']: lon and lat [B] in degrees, nan = unknown")
         out, parts, masks = {"maps": {}, "mask": {}}, [], []
         for name in sorted(inputs, key=SENSOR_ORDER.index):
             image, valid, dates = self.prepare(name, inputs[name])
@@ -325,16 +329,15 @@ class SkySenseParts:
         if not parts:
             return out
         sequence, seen = torch.cat(parts, 3), torch.cat(masks, 3)
-        fused = self.fusion(sequence.flatten(0, 2), seen.flatten(0, 2))
-        out["fused"] = fused.unflatten(0, sequence.shape[:3]).permute(0, 3, 1, 2)
-        out["fused_mask"] = seen.any(-1).to(fused.dtype)
+        fused = self.fusion(sequence.flatten(0, 2), seen.flatten(0, 2)).unflatten(0, sequence.shape[:3])
+        if hasattr(self, "glbank"):
+            fused = torch.cat([fused, self.glbank(fused, place)], -1)
+        out["fused"], out["fused_mask"] = fused.permute(0, 3, 1, 2), seen.any(-1).to(fused.dtype)
         return out
 
 
 class SkySense(SkySenseParts, nn.Module):
-    """The model as a plain torch module; `config` is the content of config.json."""
-
-    def __init__(self, config):
+    def __init__(self, config):  # the content of config.json
         super().__init__()
         self.build(config["architecture"], config["input_contract"])
 
@@ -350,8 +353,7 @@ if importlib.util.find_spec("transformers") is not None:
             super().__init__(**kwargs)
 
     class SkySenseModel(SkySenseParts, PreTrainedModel):
-        config_class = SkySenseConfig
-        main_input_name = "inputs"
+        config_class, main_input_name = SkySenseConfig, "inputs"
 
         def __init__(self, config):
             super().__init__(config)
@@ -373,16 +375,14 @@ def load(folder="."):
     return model.eval()
 
 
+@torch.no_grad()
 def check(folder="."):
     """Run the frozen batch; returns {output: relative L2 against the stored one}."""
     stored, inputs = load_file(pathlib.Path(folder) / "parity.safetensors"), {}
-    for key, value in stored.items():
-        kind, *path = key.split(".")
+    for kind, *path in (key.split(".") for key in stored):
         if kind == "input":
-            inputs.setdefault(path[0], {})[path[1]] = value
-    with torch.no_grad():
-        outputs = load(folder)(inputs)
-    differences = {}
+            inputs.setdefault(path[0], {})[path[1]] = stored[".".join((kind, *path))]
+    differences, outputs = {}, load(folder)(inputs)
     for key in (k for k in stored if k.startswith("output.")):
         got, value = outputs, stored[key]
         for step in key.split(".")[1:]:

@@ -18,7 +18,7 @@ OUTER_PREFIXES = ("module.", "model.")
 MODULE_PREFIXES = {
     "hr": ("backbone_gep.", "backbone_hr.", "visual.", "backbone."), "s2": ("backbone_s2.", "backbone."),
     "s1": ("backbone_s1.", "backbone."), "fusion": ("fusion.", "backbone."), "head_s2": ("head_s2.", "backbone."),
-    "head_s1": ("head_s1.", "backbone."),
+    "head_s1": ("head_s1.", "backbone."), "geo": ("glbank.", "backbone."),
 }
 """Prefixes the tensors of a module may carry, in the order they are tried (SkySense ckpt_convert, README, SkySense-O)."""
 
@@ -69,7 +69,7 @@ def official_names(names: Sequence[str], module: str) -> dict[str, str]:
 def modules_in(
     path: pathlib.Path, tensors: Tensors, told: str | None = None, leave_out: Sequence[str] = ()
 ) -> dict[str, Part]:
-    """The modules of a file: {"hr", "s2", "s1", "head_s2", "head_s1", "fusion", "ctpe": Part}.
+    """The modules of a file: {"hr", "s2", "s1", "head_s2", "head_s1", "fusion", "geo", "ctpe": Part}.
 
     A file with the prefixes of several modules is a whole checkpoint, any other one module, recognised by its prefix or
     its tensors; UP heads without a prefix look alike and are told apart by the file's name, or by `told`. leave_out:
@@ -115,6 +115,8 @@ def _single(path: pathlib.Path, tensors: Tensors) -> str:
         return "hr"
     if "porj_linear.weight" in names["fusion"]:
         return "fusion"
+    if "prototypes" in names["geo"] and "cells" in names["geo"]:
+        return "geo"
     if "pos_embed" in names["s2"] and "patch_embed.projection.weight" in names["s2"]:
         return "s1" if tensors.shapes[names["s2"]["patch_embed.projection.weight"]][1] == 2 else "s2"
     if "decoder.0.weight" in names["head_s2"]:

@@ -15,7 +15,8 @@ from ml_collections import config_dict
 
 from skysense_jax.convert import keymap
 from skysense_jax.core import trees
-from skysense_jax.models.skysense import Params, make_model, per_stage
+from skysense_jax.models.skysense import PLACE, Params, make_model, per_stage
+from skysense_jax.ops import regions
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 """Hugging Face's names of the weights in one file, and of the index of several."""
@@ -26,7 +27,8 @@ PARITY_REL_L2 = 3e-5
 
 
 def state_from_params(params: Any, entries: Sequence[keymap.Entry]) -> dict[str, np.ndarray]:
-    """Torch tensors (contiguous numpy, float32) of a module's parameters, or of their gradients, by its entries.
+    """Torch tensors (contiguous numpy, float32; tables of integers int32) of a module's parameters, or of their
+    gradients, by its entries.
 
     Raises ValueError where the tree and the entries do not name the same leaves.
     """
@@ -34,7 +36,8 @@ def state_from_params(params: Any, entries: Sequence[keymap.Entry]) -> dict[str,
     stray = set(leaves) ^ {e.name for e in entries}
     if stray:
         raise ValueError(f"the key table and the parameters disagree about {sorted(stray)}")
-    host = {name: np.asarray(leaf, np.float32) for name, leaf in leaves.items()}
+    whole = {name: np.issubdtype(leaf.dtype, np.integer) for name, leaf in leaves.items()}
+    host = {name: np.asarray(leaf, np.int32 if whole[name] else np.float32) for name, leaf in leaves.items()}
     state = {}
     for entry in entries:
         leaf = host[entry.name]
@@ -69,6 +72,13 @@ def frozen_inputs(cfg: Any, contract: Mapping[str, Any], seed: int = 0) -> dict[
             "image": (np.asarray(rule["mean"]) + np.asarray(rule["std"]) * noise).astype(np.float32),
             "valid": valid, "bands": measured, "dates": np.sort(days, axis=1).astype(np.int32)}
     return inputs
+
+
+def frozen_place(bank: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Where the two frozen places are: in the first region of the bank that was visited, and nowhere."""
+    cells = np.asarray(bank["cells"])[np.asarray(bank["visits"]) > 0]
+    here = regions.cell_centre(cells[0], bank["lon_edges"], bank["lat_edges"]) if len(cells) else (0.0, 0.0)
+    return {name: np.array([value, np.nan], np.float32) for name, value in zip(("lon", "lat"), here)}
 
 
 def frozen_outputs(
@@ -110,6 +120,8 @@ def export(
         raise ValueError(f"{out} already holds exported weights; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     inputs = frozen_inputs(cfg, contract)
+    if "geo" in params:
+        inputs[PLACE] = frozen_place(params["geo"]["bank"])
     frozen = {f"input.{name}.{key}": _channels_first(x) if key == "image" else x
               for name, sensor in inputs.items() for key, x in sensor.items()}
     frozen |= {f"output.{k}": v for k, v in frozen_outputs(params, cfg, contract, inputs).items()}
@@ -154,8 +166,8 @@ def record_parity(folder: pathlib.Path, figures: Mapping[str, float]) -> float:
 
 
 def by_module(entries: Sequence[keymap.Entry]) -> dict[str, list[keymap.Entry]]:
-    """Entries by the file of a release they belong to: backbone_hr, backbone_s2 (with the calendar, where there is one),
-    backbone_s1, head_s2, head_s1, fusion."""
+    """Entries by the file of a release they belong to: backbone_hr, backbone_s2 (with the calendar, where there is
+    one), backbone_s1, head_s2, head_s1, fusion, glbank (geo-context and its bank, readable alone)."""
     files: dict[str, list[keymap.Entry]] = {}
     for entry in entries:
         module = entry.name.split("/")[0]
@@ -198,6 +210,7 @@ def model_card(config: Mapping[str, Any]) -> str:
     if "fusion" in config["parameters"]:
         outputs = f"outputs['fused'], {outputs}"
     sensor = next(iter(contract["sensors"]))
+    where = ", 'place': {'lon': degrees, 'lat': degrees}" if "geo" in config["parameters"] else ""
     return "\n".join([
         "# SkySense weights exported by skysense_jax", "",
         "Encoders per sensor on one grid, a fusion transformer per cell. Parameter names are the SkySense release's.",
@@ -208,7 +221,8 @@ def model_card(config: Mapping[str, Any]) -> str:
         "bands are declared by masks.", "",
         "## Use (PyTorch, this folder only)", "",
         "```python", "from modeling_skysense import load", "", "model = load('.')",
-        f"outputs = model({{'{sensor}': {{'image': image, 'dates': day_of_year}}}})  # [B,T,C,H,W] raw units, [B,T]",
+        f"outputs = model({{'{sensor}': {{'image': image, 'dates': day_of_year}}{where}}})",
+        "# image: [B,T,C,H,W] in raw units, dates: [B,T]",
         outputs, "```", "",
         "`python modeling_skysense.py` runs the frozen batch in `parity.safetensors` and prints the differences.",
         f"Measured at export: {measured}.", "",

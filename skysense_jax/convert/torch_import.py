@@ -34,7 +34,8 @@ def fill(
     """The tree of `shapes` (arrays or ShapeDtypeStructs) from torch tensors, by the entries of a module.
 
     Every tensor must be expected and every expected one present with the right shape; recomputed buffers
-    (keymap.BUFFERS) and the names in `ignore` may be there. float16, bfloat16 and float64 become float32. Raises
+    (keymap.BUFFERS) and the names in `ignore` may be there. float16, bfloat16 and float64 become float32; a table of
+    integers (int32, int64) stays one. Raises
     ValueError naming every missing, unexpected and wrongly shaped tensor at once.
     """
     leaves = trees.flatten(shapes)
@@ -60,11 +61,12 @@ def fill(
         if tuple(value.shape) != wanted:
             problems.append(f"wrong shape: {entry.torch} is {tuple(value.shape)}, the model needs {wanted}")
             continue
-        if value.dtype.kind in "iub?":
-            problems.append(f"wrong type: {entry.torch} is {value.dtype}, a float is needed")
+        whole = np.issubdtype(leaf.dtype, np.integer)
+        if (value.dtype.kind in "iub?") != whole or value.dtype.kind in "ub?":
+            problems.append(f"wrong type: {entry.torch} is {value.dtype}, {'an int' if whole else 'a float'} is needed")
             continue
         if entry.name not in arrays:
-            arrays[entry.name] = np.empty(leaf.shape, np.float32)
+            arrays[entry.name] = np.empty(leaf.shape, np.int32 if whole else np.float32)
         arrays[entry.name][... if entry.index is None else entry.index] = keymap.TRANSFORMS[entry.kind][0](value)
     if problems:
         raise ValueError(f"{len(problems)} tensors do not fit the model:\n  " + "\n  ".join(problems))
@@ -88,8 +90,9 @@ def params_from_torch(state: Mapping[str, np.ndarray], cfg: Any, contract: Mappi
 def import_module(
     state: Mapping[str, np.ndarray], module: str, cfg: Any, contract: Mapping[str, Any],
 ) -> Imported:
-    """One top-level parameter ("hr", "s2", "s1", "head_s2", "head_s1", "fusion", "ctpe") from tensors in the module's
-    official names without prefix (`released.modules_in` brings files to them). params is the module's own tree.
+    """One top-level parameter ("hr", "s2", "s1", "head_s2", "head_s1", "fusion", "geo", "ctpe") from tensors in the
+    module's official names without prefix (`released.modules_in` brings files to them). params is the module's own
+    tree.
     """
     entries = [keymap.Entry("ctpe", "ctpe")] if module == "ctpe" else keymap.module_entries(module, cfg)
     shapes = param_shapes(cfg, contract)[module]

@@ -101,6 +101,23 @@ def skysense_encoder(cfg: Any, shapes: Mapping[str, tuple[int, ...]], ratio: int
     return {**parts, "fusion": fusion(cfg.fusion, cells, dates, cfg.width)}
 
 
+def geo_query(cfg: Any, cells: float) -> float:
+    """The projection of the geo-context's queries (fields of config.model), where it has one."""
+    width, own = cfg.fusion.embed_dims, cfg.geo_context.width
+    return linear(cells, width, own) if width != own else 0.0
+
+
+def geo_context(cfg: Any, places: int, cells: float, local_cells: float) -> float:
+    """The geo-context in a step. cells, local_cells: of all global and of all local views. The prototypes have no
+    gradient: forward + backward of the attention is 2 x forward. Student, teacher, and the bank's own products.
+    """
+    geo = cfg.geo_context
+    query = TRAINED * geo_query(cfg, cells + local_cells) + 2 * geo_query(cfg, cells)
+    context = attention(2 * (cells + local_cells) + cells, geo.prototypes, geo.width)
+    assigned = attention(cells, geo.prototypes, geo.width) + linear(places, places, geo.prototypes * (geo.width + 1))
+    return query + context + (assigned if geo.bank == "on" else linear(cells, geo.width, geo.prototypes))
+
+
 def dino_trunk(cfg: Any, rows: float, width: float) -> float:
     """The MLP of a DINO head (fields of config.objective.head) up to the bottleneck."""
     widths = [width] + [cfg.hidden] * (cfg.layers - 1) + [cfg.bottleneck]
@@ -189,7 +206,11 @@ def skysense_parts(cfg: Any, contract: Mapping[str, Any], spec: Mapping[str, Any
     dates = {name: shape[1] for name, shape in shapes("global").items()}
     for name, t in dates.items():
         add(distillation(cfg.objective, cfg.model.width, places, t, h * w, locals_, local_cells))
-    add(distillation(cfg.objective, cfg.model.fusion.embed_dims, places, 1, h * w, locals_, local_cells))
+    fused, geo = cfg.model.fusion.embed_dims, cfg.model.get("geo_context")
+    if geo is not None and geo.bank != "none":
+        fused += geo.width
+        add({"geo": geo_context(cfg.model, places, places * views * h * w, places * locals_ * local_cells)})
+    add(distillation(cfg.objective, fused, places, 1, h * w, locals_, local_cells))
     regions, n = places * views * cfg.objective.align_grid**2, len(dates)
     projected = n * linear(regions, cfg.model.width, cfg.objective.align_dim)
     compared = n * (n - 1) / 2 * linear(regions, cfg.objective.align_dim, regions)

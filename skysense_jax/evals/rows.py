@@ -13,6 +13,7 @@ from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 import numpy as np
 
 from skysense_jax import sensors
+from skysense_jax.models.skysense import PLACE
 
 TASKS = ("scene", "patch")
 MIN_COVER = 0.5  # share of a patch's labelled pixels its majority class must cover
@@ -20,7 +21,7 @@ MIN_COVER = 0.5  # share of a patch's labelled pixels its majority class must co
 _TILE = re.compile(r"@-?\d+_-?\d+$")
 
 Method = Callable[[Mapping[str, Any]], Mapping[str, np.ndarray]]
-"""PlaceInput -> {"scene": [B, F], "patch": [B, g, g, F]} (the tasks asked for)."""
+"""PlaceInput, with its "place" -> {"scene": [B, F], "patch": [B, g, g, F]} (the tasks asked for)."""
 
 
 class Rows(NamedTuple):
@@ -94,9 +95,9 @@ def collect(
 ) -> dict[str, Rows]:
     """One pass over the batches, all methods and tasks: {task: Rows} of the labelled rows only.
 
-    batches: eval batches {"sensors", "label" [B, K], "label_map" [B, N, N], "place": {"name": [B] texts}, "weight":
-    [B], 0 = padding}. patch: base pixels of a patch. needs: leave out the places where this sensor measured nothing.
-    Raises ValueError when a task has no labelled row.
+    batches: eval batches {"sensors", "label" [B, K], "label_map" [B, N, N], "place": {"name": [B] texts, "lon", "lat"
+    [B]}, "weight": [B], 0 = padding}. patch: base pixels of a patch. needs: leave out the places where this sensor
+    measured nothing. Raises ValueError when a task has no labelled row.
     """
     features: dict[str, dict[str, list[np.ndarray]]] = {task: {name: [] for name in methods} for task in tasks}
     targets: dict[str, list[np.ndarray]] = {task: [] for task in tasks}
@@ -106,7 +107,8 @@ def collect(
         if needs is not None:
             measured = batch["sensors"].get(needs)
             real &= np.zeros(len(real), bool) if measured is None else np.asarray(measured["valid"]).any(axis=(1, 2, 3))
-        outputs = {name: method(batch["sensors"]) for name, method in methods.items()}
+        place = {name: batch["place"][name] for name in ("lon", "lat")}
+        outputs = {name: method({**batch["sensors"], PLACE: place}) for name, method in methods.items()}
         names = np.array([place_of(str(name)) for name in batch["place"]["name"]])
         for task in tasks:
             target = _targets(batch, task, patch)

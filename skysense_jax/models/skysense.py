@@ -1,29 +1,42 @@
-"""SkySense: three spatial encoders on one grid, a calendar, a fusion transformer per grid cell. Wired here, trained
-elsewhere.
+"""SkySense: three spatial encoders on one grid, a calendar, a fusion transformer per grid cell, the context of its
+region. Wired here, trained elsewhere.
 
 Facts follow the SkySense release (models/*.py) and SkySense++ (skysense_pp_pipeline.py); what they leave open is said
 at the choice.
 """
 from __future__ import annotations
 
+import copy
 from typing import Any, Callable, Mapping, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from skysense_jax.core.rngs import name_hash
 from skysense_jax.core.sharding import gathered
 from skysense_jax.nn.attention import trunc_normal, wide
 from skysense_jax.nn.fusion import Fusion
+from skysense_jax.nn.geo import GeoQuery, geo_context
 from skysense_jax.nn.heads import UPHead
 from skysense_jax.nn.position import CALENDAR_DAYS, calendar_rows
 from skysense_jax.nn.swin import SwinTransformerV2
 from skysense_jax.nn.vit import VisionTransformer
+from skysense_jax.ops import prototypes
 
 SENSOR_ORDER = ("hr", "s2", "s1")
 """Sensors a SkySense model can take, in the order of the fusion sequence."""
 
 CALENDARS = ("s2", "dated", "none")
+
+BANKS = ("none", "on", "frozen")
+"""model.geo_context.bank: no geo-context; a bank that pretraining updates; a bank as it is."""
+
+TABLES = ("places", "stream")
+"""model.geo_context.table: regions are the cells of the training places, or cells as they come."""
+
+PLACE = "place"
+"""Entry of a PlaceInput beside its sensors: where the places are."""
 
 HEADS = {"s2": "head_s2", "s1": "head_s1"}
 """The UP head that brings a ViT's map to the common grid."""
@@ -32,12 +45,13 @@ Params = dict[str, Any]
 
 
 class Model(NamedTuple):
-    """init(rng, inputs=None) -> params; apply(params, inputs, *, train=False, rng=None) -> outputs. See
-    :func:`make_model`.
+    """init(rng, inputs=None) -> params; apply(params, inputs, *, train=False, rng=None) -> outputs; query(params, fused
+    [..., E]) -> [..., D], what of a fused map the prototype bank learns from. See :func:`make_model`.
     """
 
     init: Callable[..., Params]
     apply: Callable[..., dict[str, Any]]
+    query: Callable[[Params, jax.Array], jax.Array]
 
 
 def per_stage(value: Any, stages: int, name: str) -> tuple[int, ...]:
@@ -49,8 +63,8 @@ def per_stage(value: Any, stages: int, name: str) -> tuple[int, ...]:
 
 
 def module_names(cfg: Any, contract: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the modules a model has: the contract's encoders, their UP heads, fusion; or those of them that
-    `cfg.modules` lists.
+    """Names of the modules a model has: the contract's encoders, their UP heads, fusion, geo (the context, with its
+    bank) where model.geo_context.bank is not "none"; or those of them that `cfg.modules` lists.
 
     Raises ValueError for a sensor without an encoder, an unknown module, an encoder or a head that is missing where
     the listed modules need it.
@@ -60,14 +74,15 @@ def module_names(cfg: Any, contract: Mapping[str, Any]) -> tuple[str, ...]:
     if unknown or not sensors:
         raise ValueError(
             f"SkySense encodes {', '.join(SENSOR_ORDER)}; the input contract asks for {unknown or 'nothing'}")
-    whole = [part for name in SENSOR_ORDER if name in sensors for part in (name, HEADS.get(name)) if part] + ["fusion"]
+    mapped = [part for name in SENSOR_ORDER if name in sensors for part in (name, HEADS.get(name)) if part] + ["fusion"]
+    whole = mapped + ["geo"] * _has_bank(cfg)
     listed = cfg.get("modules") or whole
     if stray := [name for name in listed if name not in whole]:
         raise ValueError(f"model.modules lists {stray}; a model of {', '.join(sensors)} has {', '.join(whole)}")
-    needed = whole if "fusion" in listed else sensors
+    needed = mapped if "fusion" in listed or "geo" in listed else sensors
     if missing := [name for name in needed if name not in listed]:
         raise ValueError(f"model.modules = {tuple(listed)} lacks {missing}: the fusion needs every sensor's encoder and "
-                         "head, and every sensor of the input contract its encoder")
+                         "head, geo needs the fusion, and every sensor of the input contract its encoder")
     return tuple(name for name in whole if name in listed)
 
 
@@ -110,7 +125,51 @@ def build_modules(cfg: Any, contract: Mapping[str, Any]) -> dict[str, Any]:
         modules["fusion"] = Fusion(
             fusion.embed_dims, fusion.depth, fusion.num_heads, mlp_ratio=fusion.mlp_ratio, eps=fusion.eps,
             drop=fusion.drop_path, remat=cfg.remat, dtype=dtype)
+    if "geo" in names:
+        modules["geo"] = GeoQuery(cfg.geo_context.width, dtype)
     return modules
+
+
+def _has_bank(cfg: Any) -> bool:
+    """Whether config.model asks for geo-context; ValueError where its fields make no sense."""
+    geo = cfg.get("geo_context")
+    if geo is None:
+        return False
+    if geo.bank not in BANKS:
+        raise ValueError(f"model.geo_context.bank must be one of {BANKS}, got {geo.bank!r}")
+    if geo.table not in TABLES:
+        raise ValueError(f"model.geo_context.table must be one of {TABLES}, got {geo.table!r}")
+    if geo.regions < 1 or geo.prototypes < 2:
+        raise ValueError(f"model.geo_context: {geo.regions} regions of {geo.prototypes} prototypes; at least 1 and 2")
+    return geo.bank != "none"
+
+
+def fused_width(cfg: Any, contract: Mapping[str, Any]) -> int:
+    """Channels of the fused map: the fusion's width E, with the geo-context's behind it where the model has it."""
+    return cfg.fusion.embed_dims + (cfg.geo_context.width if "geo" in module_names(cfg, contract) else 0)
+
+
+def empty_bank(cfg: Any, rng: jax.Array) -> Params:
+    """The prototype bank of config.model.geo_context before anything was learnt (:mod:`ops.prototypes`)."""
+    geo = cfg.geo_context
+    return prototypes.empty_bank(rng, geo.regions, geo.prototypes, geo.width, geo.cell)
+
+
+def without_bank(cfg: Any, contract: Mapping[str, Any]) -> Any:
+    """config.model of the same model without its geo-context."""
+    cfg = copy.deepcopy(cfg)
+    with cfg.unlocked():
+        cfg.modules = tuple(name for name in module_names(cfg, contract) if name != "geo")
+    return cfg
+
+
+def with_bank(params: Params, bank: Params | None) -> Params:
+    """A model's parameters with a prototype bank in their module geo; None: without one. Any bank of the model's width
+    will do, whatever its regions and its grid.
+    """
+    rest = {name: part for name, part in params.get("geo", {}).items() if name != "bank"}
+    geo = rest if bank is None else {**rest, "bank": bank}
+    return {name: part for name, part in params.items() if name != "geo"} | ({"geo": geo} if geo else {})
 
 
 def normalise(sensor: Mapping[str, jax.Array], contract: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
@@ -170,6 +229,8 @@ def check_inputs(inputs: Mapping[str, Mapping[str, Any]], contract: Mapping[str,
     """
     grids = {}
     for name, sensor in inputs.items():
+        if name == PLACE:
+            continue
         if name not in contract["sensors"]:
             raise ValueError(f"the model takes no {name!r}; its input contract has {', '.join(contract['sensors'])}")
         rule, shape = contract["sensors"][name], tuple(sensor["image"].shape)
@@ -184,6 +245,8 @@ def check_inputs(inputs: Mapping[str, Mapping[str, Any]], contract: Mapping[str,
         if shape[2] % cell or shape[3] % cell:
             raise ValueError(f"{name}: {shape[2]}x{shape[3]} pixels are not multiples of the ratio {cell}")
         grids[name] = (shape[2] // cell, shape[3] // cell)
+        if any(np.shape(where) != shape[:1] for where in inputs.get(PLACE, {}).values()):
+            raise ValueError(f"{PLACE}: lon and lat must have shape {shape[:1]}, one location per place")
     if not grids:
         raise ValueError("no sensor given; a place needs at least one")
     if len(set(grids.values())) > 1:
@@ -194,14 +257,17 @@ def check_inputs(inputs: Mapping[str, Mapping[str, Any]], contract: Mapping[str,
 def make_model(cfg: Any, contract: Mapping[str, Any]) -> Model:
     """A SkySense model from `config.model` and an input contract (sensors.input_contract).
 
-    init(rng, inputs=None) -> params {"hr","s2","s1","head_s2","head_s1","fusion","ctpe"}: those of the contract's
+    init(rng, inputs=None) -> params {"hr","s2","s1","head_s2","head_s1","fusion","geo","ctpe"}: those of the contract's
     sensors (:func:`module_names`), whatever subset `inputs` has; float32. inputs: a PlaceInput (arrays or
-    ShapeDtypeStructs) for the door check, or None to skip it.
+    ShapeDtypeStructs) for the door check, or None to skip it. The prototype bank is not among them: nothing is
+    optimised in it (:func:`with_bank`); "geo" is absent where the bank is as wide as the fused map.
 
     apply(params, inputs, *, train=False, rng=None) with inputs {sensor: {"image" [B,T,H,W,C] raw units, "valid"
     [B,T,H,W], "bands" [B,T,C], "dates" int [B,T] day of year, -1 unknown}}, any subset of the sensors, any T, returns
       "maps": {sensor: [B,T,h,w,D]}, "mask": {sensor: [B,T,h,w]} float32 cell validity, "fused": [B,h,w,E],
       "fused_mask": [B,h,w] (1 where any input is valid), "vit": {sensor: [B,T,h/p,w/p,C]} before the UP head,
+      with geo-context "fused": [B,h,w,E+D], the last D the context, 0 where there is none: no bank in params["geo"], no
+      inputs["place"] {"lon","lat"} [B] degrees, or a place the bank does not know (prototypes.at_places),
       "hr_stages": tuple of [B,T,H_i,W_i,C_i] at strides patch*2^i (only with hr).
     Without the fusion (`cfg.modules`) there are no "fused" and "fused_mask"; without its UP head a sensor's map and
     mask stay on the ViT's own grid [B,T,ceil(h/p),ceil(w/p)]. Masked cells and dates are not seen by the fusion. rng is
@@ -215,7 +281,9 @@ def make_model(cfg: Any, contract: Mapping[str, Any]) -> Model:
         params: Params = {}
         for name, module in modules.items():
             key = jax.random.fold_in(rng, name_hash(name))
-            params[name] = module.init(key, jnp.zeros(_smallest(name, cfg, contract)))["params"]
+            made = module.init(key, jnp.zeros(_smallest(name, cfg, contract)))
+            if made:
+                params[name] = made["params"]
         if has_calendar(cfg, modules):
             key = jax.random.fold_in(rng, name_hash("ctpe"))
             params["ctpe"] = trunc_normal(key, (1, CALENDAR_DAYS, cfg.width), jnp.float32)
@@ -225,6 +293,7 @@ def make_model(cfg: Any, contract: Mapping[str, Any]) -> Model:
         params: Params, inputs: Mapping[str, Any], *, train: bool = False, rng: jax.Array | None = None,
     ) -> dict[str, Any]:
         h, w = check_inputs(inputs, contract)
+        place, inputs = inputs.get(PLACE), {name: sensor for name, sensor in inputs.items() if name != PLACE}
 
         def run(name: str, *args: Any, **options: bool) -> Any:
             rngs = {}
@@ -257,14 +326,31 @@ def make_model(cfg: Any, contract: Mapping[str, Any]) -> Model:
         tokens, _ = run("fusion", sequence.reshape(b * h * w, n, -1), seen.reshape(b * h * w, n), token_only=True)
         outputs["fused"] = tokens[:, 0].reshape(b, h, w, -1)
         outputs["fused_mask"] = jnp.any(seen, axis=-1).astype(jnp.float32)
+        if "geo" in modules:
+            outputs["fused"] = jnp.concatenate([outputs["fused"], context(params, outputs["fused"], place)], axis=-1)
         return outputs
 
-    return Model(init, apply)
+    def query(params: Params, fused: jax.Array) -> jax.Array:
+        return modules["geo"].apply({"params": params.get("geo", {})}, fused)
+
+    def context(params: Params, fused: jax.Array, place: Mapping[str, jax.Array] | None) -> jax.Array:
+        bank = params.get("geo", {}).get("bank")
+        if bank is None or place is None:
+            return jnp.zeros((*fused.shape[:-1], cfg.geo_context.width), fused.dtype)
+        if bank["prototypes"].shape[-1] != cfg.geo_context.width:
+            raise ValueError(f"the bank has prototypes of width {bank['prototypes'].shape[-1]}, "
+                             f"model.geo_context.width is {cfg.geo_context.width}")
+        return geo_context(query(params, fused), *prototypes.at_places(bank, place))
+
+    return Model(init, apply, query)
 
 
 def param_shapes(cfg: Any, contract: Mapping[str, Any]) -> Params:
-    """The parameter tree of a model as ShapeDtypeStructs; nothing is allocated."""
-    return jax.eval_shape(make_model(cfg, contract).init, jax.random.key(0))
+    """The parameter tree of a model, its prototype bank in it, as ShapeDtypeStructs; nothing is allocated."""
+    shapes = jax.eval_shape(make_model(cfg, contract).init, jax.random.key(0))
+    if "geo" not in module_names(cfg, contract):
+        return shapes
+    return with_bank(shapes, jax.eval_shape(lambda: empty_bank(cfg, jax.random.key(0))))
 
 
 def _smallest(name: str, cfg: Any, contract: Mapping[str, Any]) -> tuple[int, ...]:
@@ -273,8 +359,8 @@ def _smallest(name: str, cfg: Any, contract: Mapping[str, Any]) -> tuple[int, ..
         windows = per_stage(cfg.hr.window, len(cfg.hr.depths), "window")
         side = max(window * cfg.hr.patch * 2**stage for stage, window in enumerate(windows))
         return (1, side, side, len(contract["sensors"]["hr"]["bands"]))
-    if name == "fusion":
-        return (1, 1, cfg.width)
+    if name in ("fusion", "geo"):
+        return (1, 1, cfg.width if name == "fusion" else cfg.fusion.embed_dims)
     if name.startswith("head_"):
         return (1, 1, 1, cfg[name[len("head_"):]].embed_dims)
     return (1, cfg[name].patch, cfg[name].patch, len(contract["sensors"][name]["bands"]))

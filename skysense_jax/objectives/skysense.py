@@ -22,6 +22,13 @@ Metrics (float32 scalars; i = head: a sensor or "fused"). A collapse is seen at 
   student/std/<i>                    std over views of the L2-normalised image features, x sqrt(width).
                                      0 = constant features, 1 = isotropic
   views/overlap_<global|local>       share of a view's cells with a match in the (other) global view
+  geo/located, geo/regions           places of the batch with a region; regions of the bank that were ever visited.
+                                     Falling and 1: the bank is full, raise model.geo_context.regions or .cell
+  geo/fit                            mean cosine of a cell and its nearest prototype. Rises as the bank learns
+  geo/entropy                        entropy of the attention over prototypes / log P. 1 = the context is their mean
+  geo/similarity                     mean cosine of two prototypes of a region. 1 = collapse: all learnt the same; lower
+                                     sinkhorn_eps or prototype_momentum
+  geo/dead                           share of prototypes that are (almost) never nearest. Rising: fewer prototypes
 A head none of whose rows is valid in the batch reports 0 for all of its own.
 """
 
@@ -34,13 +41,14 @@ import jax
 import jax.numpy as jnp
 
 from skysense_jax.core import flops as count
+from skysense_jax.core.rngs import name_hash
 from skysense_jax.core.sharding import gathered
-from skysense_jax.models.skysense import Model, SENSOR_ORDER, make_model
+from skysense_jax.models.skysense import SENSOR_ORDER, Model, empty_bank, fused_width, make_model, with_bank
 from skysense_jax.nn.heads import DINOHead
-from skysense_jax.objectives import distillation
+from skysense_jax.objectives import distillation, geo
 from skysense_jax.objectives import granularity as gr
 from skysense_jax.objectives.base import Objective
-from skysense_jax.ops import clusters, contrast
+from skysense_jax.ops import clusters, contrast, prototypes
 from skysense_jax.ops.ema import ema
 
 FUSED = "fused"
@@ -53,7 +61,8 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
     """The objective of a whole configuration and an input contract. See objectives.base for the functions' contracts.
 
     params = {"encoder", "heads": {i: DINO head}, "align": {sensor: {"kernel" [D, align_dim]}}}; teacher = {"encoder",
-    "heads"}; memory = {"centre": {i: [K]}}. Raises ValueError where the configuration contradicts itself.
+    "heads"}; memory = {"centre": {i: [K]}}, with geo-context "bank" (ops.prototypes). Raises ValueError where the
+    configuration contradicts itself.
     """
     model, o = make_model(cfg.model, contract), cfg.objective
     if cfg.model.get("modules"):
@@ -64,7 +73,9 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
     dtype = jnp.dtype(cfg.model.dtype)
     head = DINOHead(
         o.head.hidden, o.head.bottleneck, o.head.prototypes, o.head.layers, remat=cfg.model.remat, dtype=dtype)
-    widths = {**{name: cfg.model.width for name in sensors}, FUSED: cfg.model.fusion.embed_dims}
+    widths = {**{name: cfg.model.width for name in sensors}, FUSED: fused_width(cfg.model, contract)}
+    has_bank = widths[FUSED] > cfg.model.fusion.embed_dims
+    learns = has_bank and cfg.model.geo_context.bank == "on"
     families = [heads] if widths[FUSED] == cfg.model.width else [sensors, (FUSED,)]
     size = int(cfg.data.global_size)
     if size % o.align_grid:
@@ -97,7 +108,10 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
             },
         }
         teacher = jax.tree.map(jnp.copy, {"encoder": params["encoder"], "heads": params["heads"]})
-        return params, teacher, {"centre": {name: jnp.zeros(o.head.prototypes, jnp.float32) for name in heads}}
+        memory = {"centre": {name: jnp.zeros(o.head.prototypes, jnp.float32) for name in heads}}
+        if has_bank:
+            memory["bank"] = empty_bank(cfg.model, jax.random.fold_in(rng, name_hash("bank")))
+        return params, teacher, memory
 
     def encode(encoder: Tree, views: Tree, train: bool, rng: jax.Array | None) -> dict[str, gr.Cells]:
         """All views of a scope through the encoder at once, folded into the batch axis: {head: Cells}."""
@@ -140,14 +154,19 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
     ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Tree]]:
         teacher = jax.lax.stop_gradient(teacher)
         views, local_views = batch["global"], batch.get("local")
+        student_encoder, teacher_encoder = params["encoder"], teacher["encoder"]
+        if has_bank:
+            student_encoder, teacher_encoder = (
+                with_bank(encoder, memory["bank"]) for encoder in (student_encoder, teacher_encoder))
+            views, local_views = (scope and geo.located(scope, batch["place"]) for scope in (views, local_views))
         rng = keys["drop_path"]
-        mine = encode(params["encoder"], views, True, jax.random.fold_in(rng, 0))
-        theirs = jax.lax.stop_gradient(encode(teacher["encoder"], views, False, None))
+        mine = encode(student_encoder, views, True, jax.random.fold_in(rng, 0))
+        theirs = jax.lax.stop_gradient(encode(teacher_encoder, views, False, None))
         coords, cell = views["coords"], views["cell"]
         matches = {"global": gr.overlap(coords, coords[:, ::-1], cell, cell[:, ::-1])}
         local: dict[str, gr.Cells] = {}
         if local_views is not None:
-            local = encode(params["encoder"], local_views, True, jax.random.fold_in(rng, 1))
+            local = encode(student_encoder, local_views, True, jax.random.fold_in(rng, 1))
             matches["local"] = gr.overlap(
                 local_views["coords"][:, :, None], coords[:, None], local_views["cell"][:, :, None], cell[:, None]
             )
@@ -174,6 +193,10 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
             mgcl = mgcl + sum(losses.values())
             metrics |= {f"loss/{name}/{kind}": value for kind, value in losses.items()}
             metrics |= {f"{key}/{name}": value for key, value in monitors.items()}
+        if has_bank:
+            settle_inputs["bank"], monitors = geo.observe(
+                cfg, model, params["encoder"], memory["bank"], batch["place"], mine[FUSED])
+            metrics |= monitors
         aligned = align(params["align"], mine)
         metrics |= {f"loss/align/{pair}": value for pair, value in aligned.items()}
         alignment = sum(aligned.values(), start=jnp.float32(0))
@@ -185,11 +208,14 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
         params: Tree, teacher: Tree, memory: Tree, settle_inputs: Tree, schedule: Mapping[str, jax.Array]
     ) -> tuple[Tree, Tree]:
         student = {"encoder": params["encoder"], "heads": params["heads"]}
-        centre = {
-            name: contrast.update_centre(memory["centre"][name], seen["logits"], seen["seen"], o.centre_momentum)
-            for name, seen in settle_inputs.items()
-        }
-        return ema(teacher, student, schedule["teacher_momentum"]), {"centre": centre}
+        centre = {}
+        for name in heads:
+            logits, seen = settle_inputs[name]["logits"], settle_inputs[name]["seen"]
+            centre[name] = contrast.update_centre(memory["centre"][name], logits, seen, o.centre_momentum)
+        memory = {**memory, "centre": centre}
+        if learns:
+            memory["bank"] = prototypes.update(memory["bank"], settle_inputs["bank"], o.prototype_momentum)
+        return ema(teacher, student, schedule["teacher_momentum"]), memory
 
     def features(params: Tree, inputs: Tree) -> dict[str, jax.Array]:
         return encoder_features(model, params["encoder"], inputs)
@@ -202,7 +228,7 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
         loss,
         settle,
         features,
-        sharding_rules(cfg, sensors),
+        sharding_rules(cfg, sensors) + (geo.rules(cfg.model) if has_bank else ()),
         model_flops,
         ("drop_path",),
         ("teacher_temp", "last_layer_frozen", "teacher_momentum"),
@@ -231,9 +257,10 @@ def in_pieces(function: Callable[..., Tree], pieces: int, places: Tree, rng: jax
 
 
 def encoder_features(model: Model, encoder: Tree, inputs: Tree) -> dict[str, jax.Array]:
-    """Float32 features of a PlaceInput: "image" [B, E], "pixel" [B, h, w, E] (with a fusion) and, for each sensor given,
-    "<sensor>_image" [B, D], "<sensor>_pixel" [B, h, w, D] on the grid of its map. Needs the model only, so that weights
-    without a training configuration have them too.
+    """Float32 features of a PlaceInput: "image" [B, E], "pixel" [B, h, w, E] (with a fusion; E + D with geo-context,
+    whose bank is part of `encoder` and whose location is inputs["place"]) and, for each sensor given, "<sensor>_image"
+    [B, D], "<sensor>_pixel" [B, h, w, D] on the grid of its map. Needs the model only, so that weights without a
+    training configuration have them too.
     """
     out, result = model.apply(encoder, inputs), {}
     if "fused" in out:

@@ -1,0 +1,136 @@
+"""The prototype bank of SkySense's geo-context: N_p prototypes per region, learnt without gradient.
+
+A bank is a tree, all of it exported and checkpointed:
+  prototypes [R, P, D] float32   moving averages of unit features; only their directions are used
+  usage [R, P] float32           moving average of the share of cells that are nearest to a prototype; 1/P at the start
+  visits [R] int32               updates a region has had; a region without one gives no context
+  cells [R] int32                the grid cell of every region (ops.regions)
+  lon_edges, lat_edges float32   the grid
+
+The update (SkySense paper; scales and constants open): for one view in region r with features F [N, D], M = cosine(F,
+P_r), S = Sinkhorn(M / epsilon), P' = S^T F with unit rows of F, each row of it divided by its mass (a plain S^T F would
+shrink the prototypes); P' averaged over all views of r in the global batch; P_r <- m P_r + (1 - m) P'. Everything in
+float32 at full matmul precision, and every sum over places one product with a matrix of weights: the order of the
+places, the devices they lie on and their number change rounding only.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Mapping, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from skysense_jax.ops import clusters, regions
+from skysense_jax.ops.contrast import normalise, safe_mean
+from skysense_jax.ops.ema import ema
+from skysense_jax.ops.sinkhorn import sinkhorn
+
+Bank = Mapping[str, jax.Array]
+
+DEAD = 0.1
+"""A prototype is dead where fewer cells are nearest to it than this share of an equal part."""
+
+
+class Observed(NamedTuple):
+    """What a batch says about the bank, per place. region: int32 [B], NOWHERE without one; cells: the table with the
+    batch's new cells, int32 [R]; means [B, P, D], usage [B, P]: sums over the place's views; views [B]: their number.
+    """
+
+    region: jax.Array
+    cells: jax.Array
+    means: jax.Array
+    usage: jax.Array
+    views: jax.Array
+
+
+def empty_bank(rng: jax.Array, count: int, prototypes: int, width: int, cell: float) -> dict[str, jax.Array]:
+    """A bank of `count` regions nobody has visited: prototypes drawn from the sphere, no cell taken. cell: metres."""
+    lon_edges, lat_edges = regions.grid_edges(cell)
+    return {
+        "prototypes": normalise(jax.random.normal(rng, (count, prototypes, width), jnp.float32)),
+        "usage": jnp.full((count, prototypes), 1 / prototypes, jnp.float32),
+        "visits": jnp.zeros(count, jnp.int32),
+        "cells": jnp.full(count, regions.NOWHERE, jnp.int32),
+        "lon_edges": jnp.asarray(lon_edges),
+        "lat_edges": jnp.asarray(lat_edges),
+    }
+
+
+def place_cells(bank: Bank, place: Mapping[str, jax.Array]) -> jax.Array:
+    """Cell of the bank's grid of every place; place: {"lon", "lat"} [B] degrees -> int32 [B]."""
+    return regions.cell_ids(place["lon"], place["lat"], bank["lon_edges"], bank["lat_edges"])
+
+
+def at_places(bank: Bank, place: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The prototypes of the places' regions [B, P, D], and whether they may be used [B] bool: not where the location is
+    missing, its cell is none of the bank's, or its region has never been visited.
+    """
+    region = regions.lookup(bank["cells"], place_cells(bank, place))
+    row = jnp.maximum(region, 0)
+    return bank["prototypes"][row], (region != regions.NOWHERE) & (bank["visits"][row] > 0)
+
+
+@jax.default_matmul_precision("highest")
+def observe(
+    bank: Bank, place: Mapping[str, jax.Array], queries: jax.Array, mask: jax.Array, epsilon: float, iterations: int
+) -> tuple[Observed, dict[str, jax.Array]]:
+    """Assigns the cells of every view to the prototypes of its place's region; new cells of the grid take free regions.
+
+    place: {"lon", "lat"} [B]; queries: [B, V, N, D] features of V views in the bank's space; mask: [B, V, N], 0 = no
+    valid input. Views without a valid cell and places without a region do not count. Returns (Observed, monitors:
+    scalars "located", "regions", "fit", "entropy", "similarity", "dead", see objectives.skysense).
+    """
+    ids = place_cells(bank, place)
+    table = regions.claim(bank["cells"], ids)
+    region = regions.lookup(table, ids)
+    row = jnp.maximum(region, 0)
+    unit, own = normalise(queries), normalise(bank["prototypes"][row])
+    cosine = jnp.einsum("bvnd,bpd->bvnp", unit, own)
+    mask = (mask != 0) & (region != regions.NOWHERE)[:, None, None]
+    means, _ = clusters.centres(unit, sinkhorn(cosine / epsilon, iterations, mask))
+
+    seen = mask.any(-1).astype(jnp.float32)
+    nearest = jax.nn.one_hot(cosine.argmax(-1), cosine.shape[-1]) * mask[..., None]
+    usage = nearest.sum(2) / jnp.maximum(mask.sum(-1), 1)[..., None]
+    observed = Observed(region, table, (means * seen[..., None, None]).sum(1), usage.sum(1), seen.sum(1))
+
+    count, weight = cosine.shape[-1], (region != regions.NOWHERE).astype(jnp.float32)
+    attention = jax.nn.softmax(cosine * queries.shape[-1] ** 0.5, axis=-1)
+    entropy = jax.scipy.special.entr(attention).sum(-1) / jnp.log(count)
+    pairs = (jnp.square(own.sum(1)).sum(-1) - count) / max(count * (count - 1), 1)
+    dead = (bank["usage"][row] < DEAD / count).mean(-1)
+    monitors = {
+        "located": weight.mean(),
+        "regions": (bank["visits"] > 0).mean(),
+        "fit": safe_mean((cosine.max(-1) * mask).sum(), mask.sum()),
+        "entropy": safe_mean((entropy * mask).sum(), mask.sum()),
+        "similarity": safe_mean((pairs * weight).sum(), weight.sum()),
+        "dead": safe_mean((dead * weight).sum(), weight.sum()),
+    }
+    return observed, monitors
+
+
+@jax.default_matmul_precision("highest")
+def update(bank: Bank, observed: Observed, momentum: float) -> dict[str, jax.Array]:
+    """The bank after a batch. Regions that are not in it keep every bit. momentum: m, also of the usage."""
+    region, rows = observed.region, len(observed.region)
+    same = (region[:, None] == region[None, :]) & (region != regions.NOWHERE)[:, None]
+    weight = same / jnp.maximum(jnp.where(same, observed.views, 0).sum(-1), 1)[:, None]
+    means = jnp.einsum("ij,jpd->ipd", weight, observed.means)
+    usage = weight @ observed.usage
+
+    first = (jnp.argmax(same, axis=-1) == jnp.arange(rows)) & (jnp.where(same, observed.views, 0).sum(-1) > 0)
+    target = jnp.where(first, region, len(bank["visits"]))  # each region once; the others fall outside and are dropped
+
+    def moved(name: str, new: jax.Array) -> jax.Array:
+        old = bank[name].at[target].get(mode="fill", fill_value=0)
+        return bank[name].at[target].set(ema(old, new, momentum), mode="drop")
+
+    return {
+        **bank,
+        "prototypes": moved("prototypes", means),
+        "usage": moved("usage", usage),
+        "visits": bank["visits"].at[target].add(1, mode="drop"),
+        "cells": observed.cells,
+    }

@@ -1,0 +1,92 @@
+"""Regions of the Earth: the occupied cells of an equal-area grid, and the table that gives each of them an index.
+
+The grid is Lambert's cylindrical equal-area one on the authalic sphere, X = R * longitude, Y = R * sin(latitude), cut
+into squares of `cell` metres from the meridian 0 and the equator (SkySense: 4096 regions of about 4294 km2, that is
+squares of 65,536 m; which ones is open, so: those with a place in them). A grid is its inner edges in degrees, float32,
+and a location is compared with them: no rounding of a product or a sine decides on which side of an edge a place lies,
+so that numpy, every device and torch agree bit for bit. The first and the last column end at the antimeridian, the
+first and the last row at the poles; these cells are smaller than the others.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+RADIUS = 6371007.1809
+"""Metres: the sphere with the area of the WGS 84 ellipsoid."""
+
+NOWHERE = -1
+"""Cell of a place without a location, region of a place whose cell has none, and a free row of a table."""
+
+
+def grid_edges(cell: float) -> tuple[np.ndarray, np.ndarray]:
+    """Inner edges of the grid's columns and rows in degrees, ascending: (longitudes [C-1], latitudes [R-1]) float32.
+
+    cell: side of a cell in metres at the equator. Raises ValueError where there would be no more than one cell.
+    """
+    if not 0 < cell < RADIUS:
+        raise ValueError(f"model.geo_context.cell={cell} metres: give a side between 0 and {RADIUS:.0f}")
+
+    def steps(half: float) -> np.ndarray:
+        n = int(np.ceil(half / cell)) - 1  # an edge on the boundary itself is none
+        return np.arange(-n, n + 1) * cell / RADIUS
+
+    return (np.degrees(steps(np.pi * RADIUS)).astype(np.float32),
+            np.degrees(np.arcsin(steps(RADIUS))).astype(np.float32))
+
+
+def cell_ids(lon: jax.Array, lat: jax.Array, lon_edges: jax.Array, lat_edges: jax.Array) -> jax.Array:
+    """Cell of every location, row * columns + column: int32 [B], numpy for numpy input.
+
+    lon, lat: [B] degrees; longitudes may run from -360 to 360, -180 and 180 are the same; a location that is not finite
+    or outside of the Earth gives NOWHERE. A place on an edge belongs to the cell to the east or to the north.
+    """
+    xp = np if isinstance(lon, np.ndarray) else jnp
+    lon, lat = lon.astype(np.float32), lat.astype(np.float32)  # what batches hold
+    there = (xp.abs(lon) <= 360) & (xp.abs(lat) <= 90)  # False for NaN
+    lon = xp.where(lon >= 180, lon - 360, xp.where(lon < -180, lon + 360, lon))  # exact in float32
+    column = xp.sum(lon[:, None] >= lon_edges, axis=-1, dtype=np.int32)
+    row = xp.sum(lat[:, None] >= lat_edges, axis=-1, dtype=np.int32)
+    return xp.where(there, row * (len(lon_edges) + 1) + column, NOWHERE).astype(np.int32)
+
+
+def occupied(ids: np.ndarray, capacity: int) -> np.ndarray:
+    """The table of the cells in `ids`, ascending, its free rows NOWHERE: int32 [capacity].
+
+    Raises ValueError where there are more cells than rows.
+    """
+    cells = np.unique(ids[ids != NOWHERE])
+    if len(cells) > capacity:
+        raise ValueError(f"the places lie in {len(cells)} cells of the grid, model.geo_context.regions={capacity} is "
+                         "the room for them; raise it, or model.geo_context.cell")
+    return np.concatenate([cells, np.full(capacity - len(cells), NOWHERE)]).astype(np.int32)
+
+
+def lookup(cells: jax.Array, ids: jax.Array) -> jax.Array:
+    """Row of the table that holds each cell: int32 [B], NOWHERE where none does. cells: int32 [R]; ids: int32 [B]."""
+    hit = (cells[None, :] == ids[:, None]) & (ids != NOWHERE)[:, None]
+    return jnp.where(hit.any(-1), jnp.argmax(hit, axis=-1), NOWHERE).astype(jnp.int32)
+
+
+def claim(cells: jax.Array, ids: jax.Array) -> jax.Array:
+    """The table after the new cells in `ids` took its free rows, in ascending order: int32 [R].
+
+    Rows that are taken never change; cells that find no room stay out. The order of `ids` does not matter. This is how
+    a stream of unknown places fills a bank; hashing the cell instead would let distant places share a region.
+    """
+    new = jnp.sort(jnp.where(lookup(cells, ids) == NOWHERE, ids, NOWHERE))
+    first = (new != NOWHERE) & (new != jnp.roll(new, 1).at[0].set(NOWHERE))
+    free = jnp.argsort(cells != NOWHERE, stable=True)  # free rows in front, ascending
+    rank = jnp.cumsum(first) - 1
+    room = first & (rank < jnp.sum(cells == NOWHERE))
+    row = jnp.where(room, free[jnp.minimum(rank, len(cells) - 1)], len(cells))
+    return cells.at[row].set(new, mode="drop")
+
+
+def cell_centre(cell: int, lon_edges: np.ndarray, lat_edges: np.ndarray) -> tuple[float, float]:
+    """(longitude, latitude) in the middle between a cell's edges, degrees."""
+    lon, lat = np.array([-180, *lon_edges, 180]), np.array([-90, *lat_edges, 90])
+    row, column = divmod(int(cell), len(lon) - 1)
+    return float(lon[column] + lon[column + 1]) / 2, float(lat[row] + lat[row + 1]) / 2

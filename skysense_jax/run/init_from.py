@@ -1,0 +1,57 @@
+"""A new run from the weights of another one: what is the same is taken, what is new is named, what contradicts is
+refused."""
+from __future__ import annotations
+
+import pathlib
+from typing import Any, Mapping
+
+import jax
+import numpy as np
+
+from skysense_jax.core import trees
+from skysense_jax.run import checkpoint
+from skysense_jax.run.state import TrainState
+
+TAKEN = ("params", "teacher", "memory")
+
+WIDENED = "heads/fused/mlp0/kernel"
+"""The fused head's first layer, [channels, hidden]: geo-context adds channels behind those it had. Their rows start at
+0, so that the head begins where it stood."""
+
+
+def init_from(
+    path: pathlib.Path | str, now: TrainState, contract: Mapping[str, Any]
+) -> tuple[TrainState, dict[str, list[str]]]:
+    """A fresh state with the parameters, teacher and memory of a workdir or checkpoint; optimiser and step stay fresh.
+
+    Returns (state, {"taken", "new", "widened", "left": names of leaves}): "new" keep their fresh values, "left" are
+    those of the checkpoint this run has no use for. Raises ValueError where the input contract is another one or a leaf
+    has another shape; errors of checkpoint.load_tree.
+    """
+    meta = checkpoint.load_meta(path)
+    if meta["contract"] != contract:
+        raise ValueError(f"--init_from {path}: its input contract (bands, statistics or ratio) is not that of this run")
+    report: dict[str, list[str]] = {"taken": [], "new": [], "widened": [], "left": []}
+    parts = {}
+    for part in TAKEN:
+        old = trees.flatten(checkpoint.load_tree(path, part, meta["step"])) if part in meta["digests"] else {}
+        parts[part] = trees.map_named(lambda name, leaf: _leaf(part, name, leaf, old, report), getattr(now, part))
+        report["left"] += [f"{part}/{name}" for name in old if name not in trees.flatten(parts[part])]
+    return now._replace(**parts), report
+
+
+def _leaf(part: str, name: str, fresh: jax.Array, old: Mapping[str, np.ndarray], report: dict[str, list[str]]) -> Any:
+    full = f"{part}/{name}"
+    if name not in old:
+        report["new"].append(full)
+        return fresh
+    value = old[name]
+    if name == WIDENED and value.shape[0] < fresh.shape[0] and value.shape[1:] == fresh.shape[1:]:
+        report["widened"].append(full)
+        value = np.concatenate([value, np.zeros((fresh.shape[0] - value.shape[0], *value.shape[1:]), value.dtype)])
+    elif (value.shape, value.dtype) != (fresh.shape, fresh.dtype):
+        there, here = (f"{x.dtype}{list(x.shape)}" for x in (value, fresh))
+        raise ValueError(f"--init_from: {full} is {there} there, {here} here")
+    else:
+        report["taken"].append(full)
+    return jax.device_put(value, fresh.sharding)
