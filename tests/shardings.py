@@ -14,7 +14,7 @@ from skysense_jax.core import sharding, trees
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDER = pathlib.Path(__file__).parent / "golden"
-CONFIGS = {"skysense_smoke": (1, 8), "skysense_small": (1, 8), "skysense_full": (2, 32)}
+CONFIGS = {"skysense_smoke": (1, 8), "skysense_small": (1, 8), "skysense_base": (1, 16), "skysense_full": (2, 32)}
 """Configuration -> mesh, data x fsdp. Swin's first stage, 352 = 11 x 32 wide, divides by 32 and no further: 64 chips
 are 2 x 32.
 """
