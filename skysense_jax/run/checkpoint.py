@@ -126,6 +126,7 @@ def save_part(folder: pathlib.Path | str, name: str, tree: trees.Tree) -> None:
     """Writes one tree as a checkpoint of its own, FOLDER/NAME, with a digest of every leaf: for weights that come
     module by module. An older one is replaced."""
     body = {"digests": {name: digest.tree_digests(tree)}}
+    tree = jax.tree.map(jax.device_put, tree)  # no copy on a CPU; Orbax copies numpy arrays once more before it writes
     with _context():
         ocp.save_checkpointables(
             epath.Path(folder).resolve() / name, {name: tree, "meta": {**body, "seal": _seal(body)}}, overwrite=True)
@@ -136,29 +137,32 @@ def load_part(folder: pathlib.Path | str, name: str) -> trees.Tree:
     path = epath.Path(folder).resolve() / name
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such part of the weights")
-    try:
-        meta = dict(ocp.load_checkpointables(path, {"meta": None})["meta"])
-    except UNREADABLE as error:
-        raise Damaged(f"{path}: meta cannot be read: {_first_line(error)}") from error
-    if meta.pop("seal", None) != _seal(meta):
-        raise Damaged(f"{path}: meta was altered: its seal does not fit")
+    meta = _read_sealed(path, "meta")["meta"]
     return _load(path.parent, path.name, {name: _empty_tree(meta["digests"][name])}, meta)[name]
 
 
 def read_json(folder: pathlib.Path | str, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """(data, meta) of one step, seals checked. Raises Damaged."""
     path = epath.Path(folder).resolve() / str(step)
-    try:
-        parts = ocp.load_checkpointables(path, {"data": None, "meta": None})
-    except UNREADABLE as error:
-        raise Damaged(f"data or meta cannot be read: {_first_line(error)}") from error
-    data, meta = parts["data"], dict(parts["meta"])
-    seal = meta.pop("seal", None)
-    if seal != _seal(meta):
-        raise Damaged("meta was altered: its seal does not fit")
+    parts = _read_sealed(path, "data", "meta")
+    data, meta = parts["data"], parts["meta"]
     if meta["data_seal"] != _seal(data):
         raise Damaged("data position was altered: its seal does not fit")
     return data, meta
+
+
+def _read_sealed(path: epath.Path, *names: str) -> dict[str, Any]:
+    """The JSON parts `names` of one checkpoint, "meta" among them, whose seal is checked and taken off. Raises
+    Damaged.
+    """
+    try:
+        parts = dict(ocp.load_checkpointables(path, dict.fromkeys(names)))
+    except UNREADABLE as error:
+        raise Damaged(f"{path}: {' or '.join(names)} cannot be read: {_first_line(error)}") from error
+    parts["meta"] = dict(parts["meta"])
+    if parts["meta"].pop("seal", None) != _seal(parts["meta"]):
+        raise Damaged(f"{path}: meta was altered: its seal does not fit")
+    return parts
 
 
 def _load(folder: pathlib.Path | str, step: int | str, wanted: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
