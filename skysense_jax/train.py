@@ -139,6 +139,10 @@ def make_plan(cfg: config_dict.ConfigDict, contract: Mapping[str, Any], mesh: ja
     spec = specs.batch_spec(cfg, contract)
     objective = OBJECTIVES[cfg.model.name](cfg, contract)
     batch = state.batch_shapes(spec, mesh)
+    share = int(cfg.data.batch) // meshes.batch_sharding(mesh).num_devices
+    if share % cfg.objective.microbatches:
+        raise ValueError(f"config.objective.microbatches={cfg.objective.microbatches} does not divide the {share} places "
+                         "of a device: some would wait for others")
     shapes = state.state_shapes(objective, batch, cfg.seed, mesh)
     update = step.make_step(objective, cfg, optim.decay_mask(shapes.params))
     return Plan(dict(contract), spec, objective, shapes, batch, update, float(objective.flops(batch)))
