@@ -32,6 +32,7 @@ PREFIX = {"hr": "backbone."}
 def write_released(folder: pathlib.Path, config: pathlib.Path) -> list[str]:
     """The released files with random weights, float32; returns their paths."""
     cfg = embed.read_config(config)
+    cfg.model.geo_context.bank = "none"  # the release holds none
     contract = sensors.input_contract(cfg.data.bands.to_dict(), cfg.model.ratio)
     shapes, rng, paths = param_shapes(cfg.model, contract), np.random.default_rng(0), []
     for module in module_names(cfg.model, contract):

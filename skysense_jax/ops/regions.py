@@ -45,6 +45,8 @@ def cell_ids(lon: jax.Array, lat: jax.Array, lon_edges: jax.Array, lat_edges: ja
     """
     xp = np if isinstance(lon, np.ndarray) else jnp
     lon, lat = lon.astype(np.float32), lat.astype(np.float32)  # what batches hold
+    tiny = np.finfo(np.float32).tiny  # below it devices read 0, numpy does not
+    lon, lat = (xp.where(xp.abs(x) < tiny, np.float32(0), x) for x in (lon, lat))
     there = (xp.abs(lon) <= 360) & (xp.abs(lat) <= 90)  # False for NaN
     lon = xp.where(lon >= 180, lon - 360, xp.where(lon < -180, lon + 360, lon))  # exact in float32
     column = xp.sum(lon[:, None] >= lon_edges, axis=-1, dtype=np.int32)
