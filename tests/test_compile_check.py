@@ -67,6 +67,17 @@ def test_groups_that_cross_slices_count_between_them():
     assert one.between_slices == pytest.approx(one.wire * (1 / 2) / (7 / 8))  # half of the ring's parts lie over there
 
 
+def test_what_a_tpu_hands_to_its_host_goes_between_slices():
+    text = """ENTRY %main (p: f32[8,128]) -> f32[] {
+  %p = f32[8,128]{1,0} parameter(0)
+  %after-all = token[] after-all()
+  %send = (f32[8,128]{1,0}, u32[], token[]) send(%p, %after-all), channel_id=2, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_REDUCE"}
+}"""
+    sent = hlo.collectives(hlo.read(text), [0, 1])["send"]
+    assert (sent.count, sent.wire, sent.between_slices) == (1, 4096, 4096)
+
+
 @pytest.mark.parametrize("text, groups", [
     ("x), replica_groups={{0,2},{1,3}}, dimensions={0}", [[0, 2], [1, 3]]),
     ("x), replica_groups=[2,2]<=[4], dimensions={0}", [[0, 1], [2, 3]]),
@@ -141,7 +152,7 @@ needs_libtpu = pytest.mark.skipif(
     ("v5e:2x2", 1, {"data": 1, "fsdp": 4}, 1), ("v5p:2x2x1", 2, {"data": 2, "fsdp": 4}, 1)])
 def test_the_tiny_step_compiles_for_real_chips(tmp_path, topology, slices, mesh, per_chip):
     file = tmp_path / "row.json"
-    done = compile_check("--config", "configs/skysense_tiny.py", "--topology", topology, "--slices", str(slices),
+    done = compile_check("--config", "configs/skysense_tiny.py:series", "--topology", topology, "--slices", str(slices),
                          "--json", str(file), "--config.mesh.data=-1", "--config.mesh.fsdp=4")
     assert done.returncode == 0, done.stderr[-3000:]
     r = json.loads(file.read_text())
@@ -160,7 +171,7 @@ def test_the_tiny_step_compiles_for_real_chips(tmp_path, topology, slices, mesh,
 def test_a_step_that_does_not_fit_says_by_how_much(tmp_path):
     file = tmp_path / "row.json"
     done = compile_check("--config", "configs/skysense_tiny.py", "--topology", "v5e:2x2", "--json", str(file),
-                         "--config.data.batch=4000000", "--config.mesh.fsdp=4")
+                         "--config.data.batch=100000", "--config.mesh.fsdp=4")
     r = json.loads(file.read_text())
     assert done.returncode == 1 and not r["fits"], done.stderr[-2000:]
     assert r["peak_hbm_bytes"] > r["hbm_limit_bytes"] and "DOES NOT FIT" in done.stdout

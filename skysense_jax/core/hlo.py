@@ -152,15 +152,18 @@ def collectives(program: Program, slice_of: Sequence[Any]) -> dict[str, Traffic]
     counts between them too. Raises ValueError where the devices of a collective cannot be read.
 
     Bytes on the wire per device with n devices in a group, ring or bidirectional: all-gather (n-1)/n of the result,
-    reduce-scatter (n-1)/n of the operand, all-reduce twice that, all-to-all (n-1)/n, permute the operand.
+    reduce-scatter (n-1)/n of the operand, all-reduce twice that, all-to-all (n-1)/n, permute the operand. A TPU program
+    hands what crosses slices to its host ("megascale"): kind "send", the bytes handed over.
     """
     found: dict[str, Traffic] = {}
     for kind, times, instruction, scattered in _all_collectives(program):
         shapes = [size(f"{t}[{d}]") for t, d, _ in _SHAPE.findall(instruction.result)]
-        result = max(shapes) if instruction.opcode.endswith("-start") else sum(shapes)
+        result = max(shapes) if instruction.opcode.endswith("-start") or kind == "send" else sum(shapes)
         groups = device_groups(instruction.rest) or [[]]
         n = len(groups[0])
-        if kind == "collective-permute":
+        if kind == "send":
+            wire, share = float(result), 1.0
+        elif kind == "collective-permute":
             wire, pairs = float(result), re.findall(r"\{(\d+),(\d+)\}", instruction.rest)
             share = sum(slice_of[int(a)] != slice_of[int(b)] for a, b in pairs) / max(len(pairs), 1)
         else:
@@ -182,7 +185,7 @@ def _all_collectives(program: Program) -> Iterator[tuple[str, int, Instruction, 
         scatters = name.startswith("all-reduce-scatter")
         for instruction in program.computations[name]:
             kind = instruction.opcode.removesuffix("-start")
-            if kind in COLLECTIVES:
+            if kind in COLLECTIVES or (kind == "send" and "megascale" in instruction.rest):
                 scattered = scatters and kind == "all-reduce"
                 yield ("reduce-scatter" if scattered else kind), times, instruction, scattered
 
