@@ -54,7 +54,7 @@ def describe(topology: str, slices: int) -> list[Any]:
     more = {} if slices == 1 else {"num_slices": slices}
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices)
-    except (RuntimeError, NotImplementedError) as error:  # a bare XlaRuntimeError, whatever the reason
+    except (RuntimeError, NotImplementedError) as error:  # libtpu's, for every reason
         raise ValueError(f"libtpu describes no topology {topology!r} x {slices}: {error}") from error
 
 

@@ -30,7 +30,6 @@ from skysense_jax.core import mesh as meshes
 from skysense_jax.data import pipeline, sources
 from skysense_jax.data import spec as specs
 from skysense_jax.objectives import skysense
-from skysense_jax.ops import regions
 from skysense_jax.run import checkpoint, init_from, metrics, optim, profiler, state, step, watchdog
 from skysense_jax.run.preempt import EXIT_PREEMPTED, Preemption
 
@@ -207,7 +206,7 @@ def where_to_start(
         return Start(found.state, found.step, found.meta["seconds"])
     geo, fresh = cfg.model.get("geo_context"), state.create(plan.objective, plan.batch, cfg.seed, plan.state)
     if geo is not None and geo.bank == "on" and geo.table == "places":
-        fresh = with_regions(cfg, fresh)
+        fresh = init_from.with_regions(cfg, fresh)
     if given is None:
         if geo is not None and geo.bank == "frozen":
             raise ValueError("config.model.geo_context.bank='frozen': a bank that nothing has learnt; start from a run "
@@ -220,15 +219,6 @@ def where_to_start(
         if report[kind]:
             say(f"  {kind}: {', '.join(report[kind])}")
     return Start(begun, 0, {})
-
-
-def with_regions(cfg: config_dict.ConfigDict, fresh: state.TrainState) -> state.TrainState:
-    """A fresh state whose prototype bank knows the grid cells of the training places. ValueError: too many of them."""
-    bank = fresh.memory["bank"]
-    edges = jax.device_get((bank["lon_edges"], bank["lat_edges"]))
-    ids = regions.cell_ids(*sources.locations(cfg.data.dir, cfg.data.split), *edges)
-    cells = jax.device_put(regions.occupied(ids, cfg.model.geo_context.regions), bank["cells"].sharding)
-    return fresh._replace(memory={**fresh.memory, "bank": {**bank, "cells": cells}})
 
 
 def data_position(cfg: config_dict.ConfigDict, done: int) -> dict[str, int]:

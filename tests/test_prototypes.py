@@ -11,7 +11,7 @@ import safetensors.numpy
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from skysense_jax import embed, import_torch, sensors, train, verify
+from skysense_jax import embed, import_torch, sensors, verify
 from skysense_jax.convert import tensor_files, torch_export
 from skysense_jax.core import fields, flops, rngs
 from skysense_jax.core import mesh as meshes
@@ -382,11 +382,11 @@ def test_the_table_of_a_fresh_bank_holds_the_training_places(tmp_path):
     c = runpy.run_path(str(ROOT / "configs" / "skysense_tiny.py"))["get_config"]("series")
     c.data.dir, c.model.geo_context.cell = dataset, 65_536.0
     bank = prototypes.empty_bank(jax.random.key(0), c.model.geo_context.regions, 4, 8, 65_536.0)
-    filled = train.with_regions(c, state.TrainState(0, {}, {}, {}, {"bank": bank}, 0)).memory["bank"]["cells"]
+    filled = init_from.with_regions(c, state.TrainState(0, {}, {}, {}, {"bank": bank}, 0)).memory["bank"]["cells"]
     assert filled[:4].tolist() == np.unique(cells(lon, lat)).tolist() and (filled[4:] == regions.NOWHERE).all()
     c.model.geo_context.regions = 3
     with pytest.raises(ValueError, match="4 cells of the grid, model.geo_context.regions=3"):
-        train.with_regions(c, state.TrainState(0, {}, {}, {}, {"bank": bank}, 0))
+        init_from.with_regions(c, state.TrainState(0, {}, {}, {}, {"bank": bank}, 0))
 
 
 def test_a_second_stage_starts_from_a_run_without_a_bank(tmp_path):

@@ -1,5 +1,6 @@
-"""A new run from the weights of another one: what is the same is taken, what is new is named, what contradicts is
-refused."""
+"""What a new run begins with: the weights of another one (what is the same is taken, what is new is named, what
+contradicts is refused), and the regions of its training places.
+"""
 from __future__ import annotations
 
 import pathlib
@@ -9,6 +10,8 @@ import jax
 import numpy as np
 
 from skysense_jax.core import trees
+from skysense_jax.data import sources
+from skysense_jax.ops import regions
 from skysense_jax.run import checkpoint
 from skysense_jax.run.state import TrainState
 
@@ -55,3 +58,14 @@ def _leaf(part: str, name: str, fresh: jax.Array, old: Mapping[str, np.ndarray],
     else:
         report["taken"].append(full)
     return jax.device_put(value, fresh.sharding)
+
+
+def with_regions(cfg: Any, fresh: TrainState) -> TrainState:
+    """A fresh state whose prototype bank knows the grid cells of the training places. cfg: the whole configuration.
+    ValueError: too many of them.
+    """
+    bank = fresh.memory["bank"]
+    edges = jax.device_get((bank["lon_edges"], bank["lat_edges"]))
+    ids = regions.cell_ids(*sources.locations(cfg.data.dir, cfg.data.split), *edges)
+    cells = jax.device_put(regions.occupied(ids, cfg.model.geo_context.regions), bank["cells"].sharding)
+    return fresh._replace(memory={**fresh.memory, "bank": {**bank, "cells": cells}})
