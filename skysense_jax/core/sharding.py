@@ -28,10 +28,10 @@ def gathered(weight: jax.Array, user: jax.Array | None = None) -> jax.Array:
     Left to itself the partitioner keeps the weights split and gathers the activations, which are a hundred times larger
     here. user: the array it is multiplied with, in a layer that is scanned over: the gather then waits for it. Without
     that, differentiation moves the gathers of all layers in front of the loop, and the whole model is held at once.
-    The cotangent is not constrained: it is reduced straight into the parts of the parameter. Outside `jax.set_mesh` the
-    identity. Cast to the computing dtype first: half the bytes travel.
+    The cotangent is not constrained: it is reduced straight into the parts of the parameter. Where nothing is
+    split (no `jax.set_mesh`, or an fsdp axis of 1) the identity. Cast to the computing dtype first: half the bytes travel.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
         return weight
     if user is not None:
         weight, _ = jax.lax.optimization_barrier((weight, jax.lax.stop_gradient(user[(0,) * user.ndim])))
