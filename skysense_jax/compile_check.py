@@ -31,10 +31,11 @@ from ml_collections import config_dict
 from skysense_jax import train
 from skysense_jax.core import chips, flops, hlo, sharding, trees, xla_flags
 from skysense_jax.core import mesh as meshes
+from skysense_jax.core.chips import GIB
+from skysense_jax.run import checkpoint
 
 EXIT_FITS, EXIT_TOO_LARGE, EXIT_BAD_INPUT = 0, 1, 78
 EFFORT = "exec_time_optimization_effort"
-GIB = 2**30
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -59,16 +60,14 @@ def describe(topology: str, slices: int) -> list[Any]:
 
 
 def prepare_environment(topology: str) -> list[str]:
-    """Environment for a compiler without a TPU, before libtpu is loaded; returns the flags a pod of this generation
-    gets.
+    """Environment for a compiler without a TPU, before libtpu is loaded; returns the compiler's flags: those a pod of
+    this generation gets, behind those that were set.
     """
     jax.config.update("jax_platforms", "cpu")
     os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-                      TPU_ACCELERATOR_TYPE=topology.split(":")[0] + "-" + "1")
-    generation = xla_flags.generation(os.environ)
-    ours = xla_flags.flags("tpu", generation)
-    os.environ["LIBTPU_INIT_ARGS"] = " ".join([os.environ.get("LIBTPU_INIT_ARGS", ""), *ours]).strip()
-    return ours
+                      TPU_ACCELERATOR_TYPE=topology.split(":")[0] + "-1")
+    xla_flags.apply(os.environ, "tpu")
+    return os.environ.get(xla_flags.VARIABLES["tpu"], "").split()
 
 
 def with_every_chip_fed(cfg: config_dict.ConfigDict, devices: int) -> str:
@@ -114,14 +113,14 @@ def check(cfg: config_dict.ConfigDict, topology: str, slices: int, effort: float
         "microbatches": int(cfg.objective.microbatches), "effort": effort, "compiler_flags": compiler_flags,
         "jax": jax.__version__, "hbm_limit_bytes": limit, "compile_seconds": seconds,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(plan.state.params)),
-        **{f"{name}_bytes": held(getattr(plan.state, name)) for name in ("params", "opt", "teacher", "memory")},
+        **{f"{name}_bytes": held(getattr(plan.state, name)) for name in checkpoint.TREES},
         "largest_replicated_bytes": largest_replicated(plan.state),
         "model_flops": plan.flops, "executed_flops": executed,
     }
     if compiled is None:
         needed = re.search(r"\(([\d.]+)([GM])\)", refusal)
         temporaries = int(float(needed.group(1)) * (GIB if needed.group(2) == "G" else 2**20)) if needed else None
-        state = sum(result[f"{name}_bytes"] for name in ("params", "opt", "teacher", "memory"))
+        state = sum(result[f"{name}_bytes"] for name in checkpoint.TREES)
         peak = None if temporaries is None else temporaries + state
         return {**result, "fits": False, "refusal": refusal, "peak_hbm_bytes": peak}
 

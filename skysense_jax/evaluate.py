@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from skysense_jax import embed
 from skysense_jax.data import pipeline, sources
+from skysense_jax.data.parts import write_atomically
 from skysense_jax.evals import baselines, compare, rows
 from skysense_jax.models.skysense import PLACE
 
@@ -76,9 +77,7 @@ def run(args: argparse.Namespace) -> int:
     report["command"] = shlex.join(["skysense-jax", *sys.argv[1:]])
     print(text(report))
     if args.out:
-        unfinished = pathlib.Path(f"{args.out}.tmp")  # a killed evaluation leaves no half of a report
-        unfinished.write_text(json.dumps(report, indent=1) + "\n")
-        unfinished.replace(args.out)
+        write_atomically(pathlib.Path(args.out), (json.dumps(report, indent=1) + "\n").encode())
         print(f"written: {args.out}")
     return 0
 

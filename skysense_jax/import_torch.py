@@ -21,6 +21,7 @@ from ml_collections import config_dict
 
 from skysense_jax import __version__, embed, sensors
 from skysense_jax.convert import keymap, released, tensor_files, torch_import
+from skysense_jax.data.parts import write_atomically
 from skysense_jax.models.skysense import param_shapes
 from skysense_jax.run import checkpoint
 
@@ -134,9 +135,7 @@ def import_files(
         "provenance": {"source": "imported PyTorch weights", "parts": origins, "imported_with": __version__,
                        "licence": licence},
     }
-    written = out / (embed.MODEL_FILE + ".partial")
-    written.write_text(json.dumps(description, indent=1) + "\n")
-    written.rename(out / embed.MODEL_FILE)
+    write_atomically(out / embed.MODEL_FILE, (json.dumps(description, indent=1) + "\n").encode())
     return out
 
 

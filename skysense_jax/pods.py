@@ -13,9 +13,8 @@ import subprocess
 import sys
 from typing import Any, NamedTuple
 
+from skysense_jax.core.chips import GIB
 from skysense_jax.data.parts import write_atomically
-
-GIB = 2**30
 
 
 class Row(NamedTuple):

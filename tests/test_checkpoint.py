@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import skysense_tiny
 from skysense_jax.core import mesh as meshes
 from skysense_jax.run import checkpoint, digest
-from tests import tiny
+from tests import tiny, toy
 from tests.toy import same, small_state
 
 
@@ -28,10 +27,7 @@ def dataset(tmp_path_factory) -> str:
 
 @pytest.fixture()
 def cfg(dataset):
-    """The tiny configuration with the toy objective, for eight devices."""
-    c = skysense_tiny.get_config("series")
-    c.model.name, c.data.dir, c.data.batch = "toy", dataset, 8
-    return c
+    return toy.config(dataset)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])

@@ -28,10 +28,7 @@ def dataset(tmp_path_factory) -> str:
 
 @pytest.fixture()
 def cfg(dataset):
-    """The tiny configuration with the toy objective, for eight devices."""
-    c = skysense_tiny.get_config("series")
-    c.model.name, c.data.dir, c.data.batch = "toy", dataset, 8
-    return c
+    return toy.config(dataset)
 
 
 @pytest.fixture()

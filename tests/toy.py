@@ -10,11 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from configs import skysense_tiny
 from skysense_jax import train
 from skysense_jax.core import mesh as meshes
 from skysense_jax.objectives.base import Objective
 from skysense_jax.ops.ema import ema
 from skysense_jax.run import state
+
+
+def config(dataset: str) -> Any:
+    """The tiny configuration with the toy objective, for eight devices."""
+    c = skysense_tiny.get_config("series")
+    c.model.name, c.data.dir, c.data.batch = "toy", dataset, 8
+    return c
 
 
 def make_objective(cfg: Any, contract: Mapping[str, Any], broken: bool = False, width: int = 512) -> Objective:

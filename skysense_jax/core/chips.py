@@ -7,9 +7,10 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """One chip, which may be two jax devices (:func:`devices_per_chip`). flops: dense bfloat16 products per second. hbm_bytes_per_s, ici_bytes_per_s: memory, and links to
-    other chips of a slice (all links, one direction). hbm_limit: bytes a program may use, as the TPU compiler states it
-    in its out-of-memory error (less than is built in: the runtime keeps some). 0: not needed here.
+    """One chip, which may be two jax devices (:func:`devices_per_chip`). flops: dense bfloat16 products per second.
+    hbm_bytes_per_s, ici_bytes_per_s: memory, and links to other chips of a slice (all links, one direction). hbm_limit:
+    bytes a program may use, as the TPU compiler states it in its out-of-memory error (less than is built in: the runtime
+    keeps some). 0: not needed here.
     """
 
     flops: float

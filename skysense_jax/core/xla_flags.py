@@ -108,9 +108,11 @@ def flags(platform: str, generation: str | None = None) -> list[str]:
     return [flag.text for flag in FLAGS.get(platform, ()) if not flag.generations or generation in flag.generations]
 
 
-def apply(env: MutableMapping[str, str]) -> list[str]:
-    """Add the flags of the platform and TPU generation to `env` (normally os.environ); returns the flags added."""
-    here = platform(env)
+def apply(env: MutableMapping[str, str], target: str | None = None) -> list[str]:
+    """Add the flags of the platform and TPU generation to `env` (normally os.environ); returns the flags added. target:
+    the platform that is compiled for, where it is not the one the program runs on.
+    """
+    here = target or platform(env)
     variable = VARIABLES.get(here, "XLA_FLAGS")
     present = env.get(variable, "")
     names_present = {flag.split("=")[0] for flag in present.split()}

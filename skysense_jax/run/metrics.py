@@ -144,7 +144,8 @@ class Log:
         rate = steps * self._places / wall
         spent = sum(self._timers.seconds.values())
         speed = {"places_per_s": rate, "imgs_per_s": rate * self._images / self._places,
-                 "goodput": self._timers.seconds.get("step", 0.0) / max(spent, 1e-9), "step_s": wall / steps, "input_wait": (data - self._mark_data) / wall,
+                 "goodput": self._timers.seconds.get("step", 0.0) / max(spent, 1e-9), "step_s": wall / steps,
+                 "input_wait": (data - self._mark_data) / wall,
                  "peak_bytes": peak_memory()}
         if self._peak is not None:
             speed["mfu"] = self._flops * steps / wall / self._peak
