@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
 # The whole test suite in its own environments.   ./tests/run.sh [pytest arguments]
-# With arguments only what they ask for runs, in the first environment. Without, two more are made, for what must not lie in the first one:
-# Apache Beam, which holds other packages back, and the TPU compiler (no TPU is needed). Their folders: VENV (.venv), BEAM_VENV (.venv-beam),
-# TPU_VENV (.venv-tpu). PYTHON as in launch/setup.sh. Tests that need what this machine lacks are skipped and say what they need.
+# With arguments only what they ask for runs, in the first environment. Without, every file runs, two at a time (TEST_PROCESSES),
+# and two more environments are made, for what must not lie in the first one: Apache Beam, which holds other packages back, and the
+# TPU compiler (no TPU is needed). Their folders: VENV (.venv), BEAM_VENV (.venv-beam), TPU_VENV (.venv-tpu). PYTHON as in
+# launch/setup.sh. Tests that need what this machine lacks are skipped and say what they need.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 "$root/launch/setup.sh" test
 cd "$root"
-"${VENV:-$root/.venv}/bin/python" -m pytest "$@"
-[ $# -eq 0 ] || exit 0
+python=${VENV:-$root/.venv}/bin/python
+if [ $# -gt 0 ]; then
+    exec "$python" -m pytest "$@"
+fi
+"$python" -m pytest --numprocesses "${TEST_PROCESSES:-2}" --dist loadfile
 
-version=$("${VENV:-$root/.venv}/bin/python" -c 'import sys; print("%d%d" % sys.version_info[:2])')
+version=$("$python" -c 'import sys; print("%d%d" % sys.version_info[:2])')
 if [ -f "constraints-beam-py$version.txt" ]; then
     beam=${BEAM_VENV:-$root/.venv-beam}
     VENV=$beam "$root/launch/setup.sh" beam,pytest
