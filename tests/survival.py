@@ -130,19 +130,28 @@ def _kill(
     evaluation = aim == "eval"
     goal = draw.randrange(last + 1, max(min(last + SAVE_EVERY + 2, STEPS), last + 2))
     recorded = jobs.reached(workdir, goal)
+    left = {path.name for path in jobs.saving(workdir)}  # by the kills before, until the process to come removes them
+
+    def saving() -> bool:
+        now = {path.name for path in jobs.saving(workdir)}
+        left.intersection_update(now)
+        return bool(now - left)
+
     begun = time.monotonic()
     process = start_evaluation(dataset, workdir) if evaluation else jobs.start(arguments(dataset, workdir))
     if aim in spans:
         moment: Callable[[], bool] = lambda: True
         delay = draw.uniform(0, spans[aim])
     else:
-        moment = recorded if aim == "step" else lambda: bool(jobs.saving(workdir))
+        moment = recorded if aim == "step" else saving
         delay = draw.uniform(0, 0.03)
     while process.poll() is None and not moment():
         assert time.monotonic() < begun + jobs.PATIENCE_S, "the run did not get there"
+        saving()
         time.sleep(0.0005)
     until = time.monotonic() + delay
     while process.poll() is None and time.monotonic() < until:
+        saving()
         time.sleep(0.0005)
     process.kill()
     after = time.monotonic() - begun
@@ -159,7 +168,7 @@ def _kill(
     if "starting from" not in said and "resuming from" not in said:
         seen = "compile"
     else:
-        seen = "save" if jobs.saving(workdir) else "step"
+        seen = "save" if saving() else "step"
         spans["compile"] = min(after, spans["compile"])
     return Kill(aim, seen, step, after)
 
