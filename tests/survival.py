@@ -4,7 +4,7 @@
 
 Real processes of the real command with the real SkySense objective, SIGKILL. What is compared: every array of the last
 checkpoint, the records of metrics.jsonl (losses and the digest of the places of every batch, each step once), and the
-evaluation of the result. A run lives through as many kills as come before it ends; then a new one begins.
+evaluation of the result. A run lives through a few kills and ends; then a new one begins.
 """
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from skysense_jax.run import checkpoint
 from tests import jobs, tiny
 
 STEPS, SAVE_EVERY = 12, 3
+KILLS_PER_RUN = 8  # then it may end, and is compared
 PHASES = ("compile", "step", "save", "eval")
 
 
@@ -98,7 +99,8 @@ def survive(
     while aims:
         workdir = folder / f"run-{lives}"
         lives += 1
-        while aims and not (workdir / train.COMPLETE).exists():
+        enough = len(done) + KILLS_PER_RUN
+        while aims and len(done) < enough and not (workdir / train.COMPLETE).exists():
             if aims[0] == "eval" and not checkpoint.steps(workdir / checkpoint.FOLDER):
                 later = next((n for n, aim in enumerate(aims) if aim != "eval"), None)
                 if later is None:  # nothing to evaluate yet, nothing else to aim at
@@ -113,7 +115,8 @@ def survive(
             print(f"kill {len(done)}, {len(aims)} to come: {kill}", file=sys.stderr, flush=True)
         if not (workdir / train.COMPLETE).exists():
             jobs.finish(jobs.start(arguments(dataset, workdir)))
-        while aims and aims[0] == "eval":
+        enough = len(done) + KILLS_PER_RUN
+        while aims and aims[0] == "eval" and len(done) < enough:
             if (kill := _kill(dataset, workdir, aims[0], draw, spans)) is not None:
                 aims.pop(0)
                 done.append(kill)
@@ -131,19 +134,22 @@ def _kill(
     goal = draw.randrange(last + 1, max(min(last + SAVE_EVERY + 2, STEPS), last + 2))
     recorded = jobs.reached(workdir, goal)
     left = {path.name for path in jobs.saving(workdir)}  # by the kills before, until the process to come removes them
+    begun_saves: set[str] = set()
 
     def saving() -> bool:
         now = {path.name for path in jobs.saving(workdir)}
         left.intersection_update(now)
+        begun_saves.update(now - left)
         return bool(now - left)
 
+    which = draw.randrange(2)  # the first save of the process, or the second: a run gets on between its kills
     begun = time.monotonic()
     process = start_evaluation(dataset, workdir) if evaluation else jobs.start(arguments(dataset, workdir))
     if aim in spans:
         moment: Callable[[], bool] = lambda: True
         delay = draw.uniform(0, spans[aim])
     else:
-        moment = recorded if aim == "step" else saving
+        moment = recorded if aim == "step" else lambda: saving() and len(begun_saves) > which
         delay = draw.uniform(0, 0.03)
     while process.poll() is None and not moment():
         assert time.monotonic() < begun + jobs.PATIENCE_S, "the run did not get there"
@@ -181,7 +187,7 @@ def report(kills: list[Kill], lives: int, asked: int, seed: int, seconds: float)
         f"`python -m tests.survival --kills {asked} --seed {seed} --out docs/survival.md`, commit "
         f"{evaluate.commit()}, jax {jax.__version__}, Python {platform.python_version()}, CPU, {os.cpu_count()} cores, "
         f"{seconds / 60:.0f} minutes.", "",
-        f"{len(kills)} SIGKILLs were spread over {lives} runs of {STEPS} steps of `configs/skysense_tiny.py:series` "
+        f"{len(kills)} SIGKILLs were spread over {lives} run{'s' * (lives > 1)} of {STEPS} steps of `configs/skysense_tiny.py:series` "
         f"(the real objective on noise, float32, a checkpoint every {SAVE_EVERY} steps). Each run was started again "
         "after every kill until it ended. All of them ended bitwise equal to the run left alone: every array of the "
         "last checkpoint, every record of metrics.jsonl (each step once), and the evaluation.", "",
