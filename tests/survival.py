@@ -23,8 +23,9 @@ from typing import Any, Callable, NamedTuple
 import jax
 import numpy as np
 
-from skysense_jax import evaluate, train
+from skysense_jax import evaluate
 from skysense_jax.run import checkpoint
+from skysense_jax.run.folder import COMPLETE
 from tests import jobs, tiny
 
 STEPS, SAVE_EVERY = 12, 3
@@ -98,7 +99,7 @@ def survive(
     while aims:
         workdir = folder / f"run-{lives}"
         lives += 1
-        while aims and not (workdir / train.COMPLETE).exists():
+        while aims and not (workdir / COMPLETE).exists():
             if aims[0] == "eval" and not checkpoint.steps(workdir / checkpoint.FOLDER):
                 later = next((n for n, aim in enumerate(aims) if aim != "eval"), None)
                 if later is None:  # nothing to evaluate yet, nothing else to aim at
@@ -111,7 +112,7 @@ def survive(
             if kill.seen == aims[0]:
                 aims.pop(0)
             print(f"kill {len(done)}, {len(aims)} to come: {kill}", file=sys.stderr, flush=True)
-        if not (workdir / train.COMPLETE).exists():
+        if not (workdir / COMPLETE).exists():
             jobs.finish(jobs.start(arguments(dataset, workdir)))
         while aims and aims[0] == "eval":
             if (kill := _kill(dataset, workdir, aims[0], draw, spans)) is not None:

@@ -15,6 +15,7 @@ from skysense_jax import train
 from skysense_jax.core import mesh as meshes
 from skysense_jax.core import trees
 from skysense_jax.run import checkpoint, metrics, optim, step
+from skysense_jax.run.folder import COMPLETE
 from tests import tiny, toy
 from tests.toy import same, small_state
 
@@ -185,7 +186,7 @@ def test_a_run_ends_once_and_says_so(cfg, toys, tmp_path, capfd):
     records = [json.loads(line) for line in (tmp_path / metrics.FILE).read_text().splitlines()]
     assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
     assert checkpoint.steps(tmp_path / "checkpoints") == [4, 6]
-    assert {"config.json", "contract.json", "element_spec.json", "sharding.json", "versions.json", train.COMPLETE} <= {
+    assert {"config.json", "contract.json", "element_spec.json", "sharding.json", "versions.json", COMPLETE} <= {
         p.name for p in tmp_path.iterdir()}
     said = capfd.readouterr().err
     assert all(word in said for word in ("compiled in", "model FLOPs", "replicated", "input wait", "ETA"))
