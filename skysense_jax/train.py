@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
 import sys
 import time
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 import jax
 from absl import flags
+from etils import epath
 from ml_collections import config_dict, config_flags
 
 from skysense_jax import sensors
-from skysense_jax.core import fields, trees, xla_flags
+from skysense_jax.core import fields, paths, trees, xla_flags
 from skysense_jax.core import mesh as meshes
 from skysense_jax.data import pipeline, sources
 from skysense_jax.data import spec as specs
@@ -39,9 +39,9 @@ class Options(NamedTuple):
     """What the command line says."""
 
     config: config_dict.ConfigDict
-    workdir: pathlib.Path
+    workdir: epath.Path
     profile: str = ""
-    init_from: pathlib.Path | None = None
+    init_from: epath.Path | None = None
 
 
 class Plan(NamedTuple):
@@ -101,8 +101,8 @@ def parse(argv: Sequence[str]) -> Options:
     values = read_flags("train", argv, define, __doc__)
     if values.config is None or values.workdir is None:
         raise ValueError("both --config FILE and --workdir DIR are needed")
-    given = None if values.init_from is None else pathlib.Path(values.init_from).resolve()
-    return Options(values.config, pathlib.Path(values.workdir).resolve(), values.profile, given)
+    given = None if values.init_from is None else paths.absolute(values.init_from)
+    return Options(values.config, paths.absolute(values.workdir), values.profile, given)
 
 
 def check_config(cfg: config_dict.ConfigDict) -> None:
@@ -163,8 +163,8 @@ def compile_step(plan: Plan, mesh: jax.sharding.Mesh) -> Any:
 
 
 def where_to_start(
-    cfg: config_dict.ConfigDict, workdir: pathlib.Path, plan: Plan, meta: Mapping[str, Any],
-    given: pathlib.Path | None = None,
+    cfg: config_dict.ConfigDict, workdir: epath.Path, plan: Plan, meta: Mapping[str, Any],
+    given: epath.Path | None = None,
 ) -> Start:
     """1. the newest sound checkpoint of this workdir; 2. the weights of --init_from; 3. scratch."""
     found = checkpoint.restore_latest_valid(
@@ -219,7 +219,7 @@ def run(options: Options, process: int, processes: int, preemption: Preemption) 
     # 1. A folder, and what is to be learnt from: the dataset and the input contract.
     check_config(cfg)
     window = profiler.Window(options.profile, workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    paths.make_folder(workdir)
     dataset = sources.read_metadata(cfg.data.dir)
     contract = make_contract(cfg)
     sources.check_dataset(dataset, contract, cfg)

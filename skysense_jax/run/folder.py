@@ -12,6 +12,7 @@ import sys
 from typing import Any, Mapping
 
 import jax
+from etils import epath
 from ml_collections import config_dict
 
 import skysense_jax
@@ -65,7 +66,7 @@ def check_same_run(
                          "Use another --workdir.")
 
 
-def write_reports(workdir: pathlib.Path, plan: Any, mesh: jax.sharding.Mesh, meta: Mapping[str, Any]) -> None:
+def write_reports(workdir: epath.Path, plan: Any, mesh: jax.sharding.Mesh, meta: Mapping[str, Any]) -> None:
     """What this run is, for people: config, contract, element spec, shardings, versions. Rewritten by every start.
 
     plan: the run's (contract, state and batch as shapes with shardings). meta: :func:`run_meta`.
