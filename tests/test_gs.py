@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from skysense_jax import embed, train
-from skysense_jax.core import paths
+from skysense_jax import cli, embed, train
+from skysense_jax.core import paths, trees
 from skysense_jax.data import sources
 from skysense_jax.run import checkpoint, metrics, profiler, records
 from skysense_jax.run.folder import COMPLETE
@@ -72,16 +72,12 @@ def test_a_run_in_a_bucket_that_was_killed_ends_as_the_straight_one_on_a_disk(ki
 @needs_gcsfs
 def test_commands_that_read_a_run_read_it_from_the_bucket(killed):
     workdir, straight, _ = killed
-    there, here = embed.read_description(str(workdir)), embed.read_description(straight)
-    assert there.kind == "workdir" and there.step == here.step == 6 and there.contract == here.contract
+    found, wanted = embed.read_description(str(workdir)), embed.read_description(straight)
+    assert found.kind == "workdir" and found.step == wanted.step == 6 and found.contract == wanted.contract
     one = workdir / "checkpoints" / "6"
     assert embed.identify(str(one)) == "checkpoint"
-    jobs.assert_same(toy_leaves(checkpoint.load_tree(str(one), "params")),
-                     toy_leaves(checkpoint.load_tree(straight, "params")))
-
-
-def toy_leaves(tree) -> dict[str, np.ndarray]:
-    return checkpoint.trees.flatten(tree)
+    there, here = (checkpoint.load_tree(path, "params") for path in (str(one), straight))
+    jobs.assert_same(trees.flatten(there), trees.flatten(here))
 
 
 @needs_gcsfs
@@ -91,10 +87,14 @@ def test_a_step_without_its_mark_or_with_a_flipped_byte_is_not_taken(bucket, loc
     _, _, shapes, state = toy.small_state(cfg)
     workdir = paths.path(f"{bucket}/damaged")
     saver = checkpoint.Saver(workdir, 5)
-    for step in (1, 2, 3):
+    folder = workdir / checkpoint.FOLDER
+
+    def save(step: int) -> None:
         saver.save(state._replace(step=jax.numpy.int32(step)), {"step": step}, {"seconds": {}})
         saver.wait()
-    folder = workdir / checkpoint.FOLDER
+
+    for step in (1, 2, 3):
+        save(step)
     assert checkpoint.steps(folder) == [1, 2, 3]
     (folder / "3" / checkpoint.COMMITTED).unlink()
     assert checkpoint.steps(folder) == [1, 2]
@@ -109,8 +109,13 @@ def test_a_step_without_its_mark_or_with_a_flipped_byte_is_not_taken(bucket, loc
     aside = workdir / checkpoint.REJECTED / "2-0"
     assert "params" in (aside / "REASON.txt").read_text() and (aside / "params").is_dir()
     assert checkpoint.steps(folder) == [1]
-    checkpoint.Saver(workdir, 5).close()
-    assert [path.name for path in folder.iterdir()] == ["1"]  # what the killed save left is cleared away
+
+    (folder / "3" / "params" / "left").write_text("by the save that was killed")
+    saver = checkpoint.Saver(workdir, 5)
+    save(3)
+    saver.close()
+    assert checkpoint.steps(folder) == [1, 3] and not (folder / "3" / "params" / "left").exists()
+    assert checkpoint.restore_latest_valid(workdir, shapes).step == 3
 
 
 @needs_gcsfs
@@ -165,6 +170,16 @@ def test_a_trace_and_the_stacks_of_a_hung_run_reach_the_bucket(bucket):
 ])
 def test_other_addresses_are_refused_with_78(given, said, capfd):
     assert train.main(["--config", jobs.TINY, "--workdir", given]) == 78
+    assert said in capfd.readouterr().err
+
+
+@needs_gcsfs
+@pytest.mark.parametrize("command, said", [
+    (["build", "--catalog", "c.csv", "--tile", "8", "--out", "gs://bucket/data"], "records are built on a disk"),
+    (["stats", "gs://bucket/data"], "statistics are stored on a disk"),
+])
+def test_what_writes_to_a_disk_only_says_so(command, said, capfd):
+    assert cli.main(["data", *command]) == 78
     assert said in capfd.readouterr().err
 
 

@@ -46,3 +46,9 @@ def make_folder(folder: epath.Path) -> None:
     """The folder and those above it; nothing on an object store, where a mistyped bucket would be created."""
     if not is_remote(folder):
         folder.mkdir(parents=True, exist_ok=True)
+
+
+def check_local(given: str | os.PathLike[str], why: str) -> None:
+    """ValueError with the reason where a gs:// path is given for what is written to a disk only."""
+    if is_remote(path(given)):
+        raise ValueError(f"{given}: {why}")
