@@ -1,7 +1,7 @@
 """A bucket on this machine for tests/test_gs.py: gcp-storage-emulator, and the variables by which the four libraries that
 open gs:// paths (gcsfs, google-cloud-storage, TensorStore, array_record) find it.
 
-What it does not show: credentials, Google's error and retry behaviour, preconditions of a write, namespaces with folders.
+What it does not show is listed in docs/launch.md.
 """
 from __future__ import annotations
 
