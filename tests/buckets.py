@@ -23,7 +23,7 @@ def emulated() -> Iterator[str]:
             patch.setenv(name, address)
         patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
         patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it asks a service that is not emulated
-        from gcp_storage_emulator.server import create_server  # both read the variables when they are imported
+        from gcp_storage_emulator.server import create_server  # of the extra test
 
         server = create_server("localhost", port, in_memory=True, default_bucket="bucket")
         server.start()
