@@ -19,6 +19,7 @@ from ml_collections import config_dict
 
 from skysense_jax import prepare
 from skysense_jax.convert import torch_export, torch_import
+from skysense_jax.core import paths
 from skysense_jax.data import spec
 from skysense_jax.models import skysense as models
 from skysense_jax.objectives import skysense as objectives
@@ -79,7 +80,7 @@ class Loaded(NamedTuple):
 def identify(path: str | pathlib.Path) -> str:
     """Which kind of folder `path` is, a key of KINDS. Raises FileNotFoundError, or ValueError for a folder that is
     none of them."""
-    folder = pathlib.Path(path)
+    folder = paths.path(path)
     if not folder.exists():
         raise FileNotFoundError(f"{path}: no such folder")
     if (folder / "places.json").is_file():
@@ -90,7 +91,7 @@ def identify(path: str | pathlib.Path) -> str:
         return "export"
     if (folder / "checkpoints").is_dir():
         return "workdir"
-    if folder.is_dir() and folder.resolve().parent.name == "checkpoints" and folder.resolve().name.isdigit():
+    if folder.is_dir() and (full := paths.absolute(folder)).parent.name == "checkpoints" and full.name.isdigit():
         return "checkpoint"
     raise ValueError(f"{path} is none of the folders known here: {'; '.join(KINDS.values())}")
 
@@ -153,10 +154,12 @@ def read_description(path: str | pathlib.Path) -> Description:
     Raises FileNotFoundError, ValueError for a folder without a network, Damaged (a ValueError) for an altered
     checkpoint.
     """
-    kind, folder = identify(path), pathlib.Path(path)
+    kind, folder = identify(path), paths.path(path)
     if kind == "dataset":
         raise ValueError(f"{path} is a dataset, not a network; give a workdir, a checkpoint or an exported folder")
     if kind in DESCRIBED:
+        if paths.is_remote(folder):
+            raise ValueError(f"{path}: exported and imported weights are read from a disk; copy the folder here first")
         meta = json.loads((folder / DESCRIBED[kind]).read_text())
         if "architecture" not in meta or "input_contract" not in meta:
             raise ValueError(

@@ -12,6 +12,7 @@ from typing import Any, Mapping
 import jax
 
 from skysense_jax import embed
+from skysense_jax.core import paths
 from skysense_jax.data import sources
 from skysense_jax.models import msgfm
 from skysense_jax.models import skysense as models
@@ -49,7 +50,7 @@ def describe(path: str | pathlib.Path) -> str:
     """The text for a folder; ValueError when it is none of ours."""
     kind = embed.identify(path)
     if kind == "dataset":
-        return describe_dataset(pathlib.Path(path))
+        return describe_dataset(paths.path(path))
     found = embed.read_description(path)
     lines = [f"{KIND_NAMES[kind]}  {found.path}"]
     lines += [f"  {name:<14}{value}" for name, value in found.provenance.items()]

@@ -11,44 +11,37 @@ config.run.max_skipped updates were not finite. 74 a checkpoint or the metrics c
 """
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import pathlib
-import platform
 import sys
 import time
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 import jax
 from absl import flags
+from etils import epath
 from ml_collections import config_dict, config_flags
 
-from skysense_jax import __version__, sensors
-from skysense_jax.core import fields, sharding, trees, xla_flags
+from skysense_jax import sensors
+from skysense_jax.core import fields, paths, trees, xla_flags
 from skysense_jax.core import mesh as meshes
 from skysense_jax.data import pipeline, sources
 from skysense_jax.data import spec as specs
 from skysense_jax.objectives import skysense
-from skysense_jax.run import checkpoint, init_from, metrics, optim, profiler, state, step, watchdog
+from skysense_jax.run import checkpoint, folder, init_from, metrics, optim, profiler, state, step, watchdog
+from skysense_jax.run.folder import say
 from skysense_jax.run.preempt import EXIT_PREEMPTED, Preemption
 
 EXIT_DONE, EXIT_NOT_FINITE, EXIT_NOT_WRITTEN, EXIT_BAD_INPUT = 0, 65, 74, 78
-COMPLETE = "TRAIN_COMPLETE"
 OBJECTIVES: dict[str, Callable[..., Any]] = {"skysense": skysense.make_objective}
-
-MAY_CHANGE = (
-    "run.", "mesh.", "eval.", "data.dir", "data.threads", "data.prefetch", "data.max_bad_records")
-"""Fields a resumed run may have otherwise: how it runs, not what it computes (a dataset is known by its id)."""
-
 
 class Options(NamedTuple):
     """What the command line says."""
 
     config: config_dict.ConfigDict
-    workdir: pathlib.Path
+    workdir: epath.Path
     profile: str = ""
-    init_from: pathlib.Path | None = None
+    init_from: epath.Path | None = None
 
 
 class Plan(NamedTuple):
@@ -108,8 +101,8 @@ def parse(argv: Sequence[str]) -> Options:
     values = read_flags("train", argv, define, __doc__)
     if values.config is None or values.workdir is None:
         raise ValueError("both --config FILE and --workdir DIR are needed")
-    given = None if values.init_from is None else pathlib.Path(values.init_from).resolve()
-    return Options(values.config, pathlib.Path(values.workdir).resolve(), values.profile, given)
+    given = None if values.init_from is None else paths.absolute(values.init_from)
+    return Options(values.config, paths.absolute(values.workdir), values.profile, given)
 
 
 def check_config(cfg: config_dict.ConfigDict) -> None:
@@ -169,32 +162,13 @@ def compile_step(plan: Plan, mesh: jax.sharding.Mesh) -> Any:
     return compiled
 
 
-def check_same_run(
-    cfg: config_dict.ConfigDict, contract: Mapping[str, Any], dataset_id: str, meta: Mapping[str, Any]
-) -> None:
-    """A checkpoint may be continued only by the run that wrote it: ValueError naming the fields that differ."""
-    now, before = fields.flatten(as_json(cfg)), fields.flatten(meta["config"])
-    names = [name for name in sorted(set(now) | set(before)) if not name.startswith(MAY_CHANGE)]
-    differ = [f"config.{name} was {before.get(name)!r}, is {now.get(name)!r}"
-              for name in names if now.get(name) != before.get(name)]
-    if differ:
-        raise ValueError("this workdir was begun with another configuration: " + "; ".join(differ[:8])
-                         + ". Use another --workdir.")
-    if meta["dataset_id"] != dataset_id:
-        raise ValueError(f"this workdir was begun on dataset {meta['dataset_id']}, "
-                         f"config.data.dir={cfg.data.dir} is {dataset_id}")
-    if meta["contract"] != json.loads(json.dumps(contract)):
-        raise ValueError("this workdir was begun with another input contract (bands, statistics or ratio). "
-                         "Use another --workdir.")
-
-
 def where_to_start(
-    cfg: config_dict.ConfigDict, workdir: pathlib.Path, plan: Plan, meta: Mapping[str, Any],
-    given: pathlib.Path | None = None,
+    cfg: config_dict.ConfigDict, workdir: epath.Path, plan: Plan, meta: Mapping[str, Any],
+    given: epath.Path | None = None,
 ) -> Start:
     """1. the newest sound checkpoint of this workdir; 2. the weights of --init_from; 3. scratch."""
     found = checkpoint.restore_latest_valid(
-        workdir, plan.state, lambda found: check_same_run(cfg, plan.contract, meta["dataset_id"], found))
+        workdir, plan.state, lambda found: folder.check_same_run(cfg, plan.contract, meta["dataset_id"], found))
     if found is not None:
         position = data_position(cfg, found.step)
         if found.data != position:
@@ -227,47 +201,6 @@ def data_position(cfg: config_dict.ConfigDict, done: int) -> dict[str, int]:
     return {"step": done, "seed": int(cfg.seed), "batch": batch, "places_seen": done * batch}
 
 
-def write_run_folder(options: Options, plan: Plan, mesh: jax.sharding.Mesh, meta: Mapping[str, Any]) -> None:
-    """What this run is, for people: config, contract, element spec, shardings, versions. Rewritten by every start."""
-    reports = {
-        name: sharding.report(shapes := getattr(plan.state, name), jax.tree.map(lambda leaf: leaf.sharding, shapes))
-        for name in checkpoint.TREES
-    }
-    for name, report in reports.items():
-        say(f"{name}: {report.total / 2**20:.1f} MiB, per device {report.per_device / 2**20:.1f} MiB, "
-            f"replicated {report.replicated / 2**20:.1f} MiB")
-    spec = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in trees.flatten(plan.batch).items()}
-    files = {
-        "config.json": meta["config"], "contract.json": plan.contract, "element_spec.json": spec,
-        "sharding.json": {"mesh": dict(mesh.shape), **{name: report._asdict() for name, report in reports.items()}},
-        "versions.json": {**meta["code"], "device": jax.devices()[0].device_kind, "devices": jax.device_count(),
-                          "processes": jax.process_count(), "xla_flags": os.environ.get("XLA_FLAGS", "")},
-    }
-    if jax.process_index() == 0:
-        for name, value in files.items():
-            (options.workdir / name).write_text(json.dumps(value, indent=1) + "\n")
-
-
-def run_meta(cfg: config_dict.ConfigDict, contract: Mapping[str, Any], dataset_id: str) -> dict[str, Any]:
-    """What every checkpoint of the run says about itself."""
-    package = pathlib.Path(__file__).parent
-    sources_ = b"".join(file.read_bytes() for file in sorted(package.rglob("*.py")))
-    code = {"skysense_jax": __version__, "sources_sha256": hashlib.sha256(sources_).hexdigest(), "jax": jax.__version__,
-            "python": platform.python_version()}
-    return {"format": 1, "config": as_json(cfg), "contract": dict(contract), "dataset_id": dataset_id, "code": code}
-
-
-def as_json(cfg: config_dict.ConfigDict) -> dict[str, Any]:
-    """The configuration as plain JSON values."""
-    return json.loads(cfg.to_json())
-
-
-def say(text: str) -> None:
-    """One line for the person who watches, from one process."""
-    if jax.process_index() == 0:
-        print(text, file=sys.stderr, flush=True)
-
-
 def train(options: Options) -> int:
     """Starts the processes of the job and runs; returns the exit code. SIGTERM is listened to from here on."""
     xla_flags.apply(os.environ)  # before the first device is touched
@@ -286,20 +219,20 @@ def run(options: Options, process: int, processes: int, preemption: Preemption) 
     # 1. A folder, and what is to be learnt from: the dataset and the input contract.
     check_config(cfg)
     window = profiler.Window(options.profile, workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    paths.make_folder(workdir)
     dataset = sources.read_metadata(cfg.data.dir)
     contract = make_contract(cfg)
     sources.check_dataset(dataset, contract, cfg)
-    meta = run_meta(cfg, contract, str(dataset["dataset_id"]))
+    meta = folder.run_meta(cfg, contract, str(dataset["dataset_id"]))
 
     # 2. Mesh, objective, shapes, shardings.
     mesh = meshes.make_mesh(cfg.mesh.to_dict())
     plan = make_plan(cfg, contract, mesh)
-    if (workdir / COMPLETE).exists():
-        check_same_run(cfg, contract, meta["dataset_id"], checkpoint.load_meta(workdir))
+    if (workdir / folder.COMPLETE).exists():
+        folder.check_same_run(cfg, contract, meta["dataset_id"], checkpoint.load_meta(workdir))
         say(f"{workdir} is done ({cfg.steps} steps); nothing to do")
         return EXIT_DONE
-    write_run_folder(options, plan, mesh, meta)
+    folder.write_reports(workdir, plan, mesh, meta)
 
     with jax.set_mesh(mesh):
         # 3. Compile before anything runs: out of memory and unmatched shapes show here.
@@ -367,7 +300,7 @@ def run(options: Options, process: int, processes: int, preemption: Preemption) 
             batches.close()
             saver.close()
         if process == 0:
-            (workdir / COMPLETE).write_text(f"{cfg.steps} steps\n")
+            (workdir / folder.COMPLETE).write_text(f"{cfg.steps} steps\n")
         spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in timers.seconds.items())
         say(f"done: {cfg.steps} steps in {workdir} ({spent})")
         return EXIT_DONE

@@ -23,8 +23,9 @@ from typing import Any, Callable, NamedTuple
 import jax
 import numpy as np
 
-from skysense_jax import evaluate, train
+from skysense_jax import evaluate
 from skysense_jax.run import checkpoint
+from skysense_jax.run.folder import COMPLETE
 from tests import jobs, tiny
 
 STEPS, SAVE_EVERY = 12, 3
@@ -100,7 +101,7 @@ def survive(
         workdir = folder / f"run-{lives}"
         lives += 1
         enough = len(done) + KILLS_PER_RUN
-        while aims and len(done) < enough and not (workdir / train.COMPLETE).exists():
+        while aims and len(done) < enough and not (workdir / COMPLETE).exists():
             if aims[0] == "eval" and not checkpoint.steps(workdir / checkpoint.FOLDER):
                 later = next((n for n, aim in enumerate(aims) if aim != "eval"), None)
                 if later is None:  # nothing to evaluate yet, nothing else to aim at
@@ -113,7 +114,7 @@ def survive(
             if kill.seen == aims[0]:
                 aims.pop(0)
             print(f"kill {len(done)}, {len(aims)} to come: {kill}", file=sys.stderr, flush=True)
-        if not (workdir / train.COMPLETE).exists():
+        if not (workdir / COMPLETE).exists():
             jobs.finish(jobs.start(arguments(dataset, workdir)))
         enough = len(done) + KILLS_PER_RUN
         while aims and aims[0] == "eval" and len(done) < enough:

@@ -14,7 +14,8 @@ from configs import skysense_smoke, skysense_tiny
 from skysense_jax import train
 from skysense_jax.core import mesh as meshes
 from skysense_jax.core import trees
-from skysense_jax.run import checkpoint, metrics, optim, step
+from skysense_jax.run import checkpoint, metrics, optim, records, step
+from skysense_jax.run.folder import COMPLETE
 from tests import tiny, toy
 from tests.toy import same, small_state
 
@@ -169,9 +170,9 @@ def test_the_batch_must_divide_by_the_devices(cfg):
 def test_records_past_the_checkpoint_and_torn_lines_are_dropped(tmp_path):
     file = tmp_path / metrics.FILE
     file.write_text("".join(json.dumps({"step": n}) + "\n" for n in (1, 2, 3, 4)) + '{"step": 5, "lo')
-    assert metrics.truncate(file, 2) == 3
+    assert records.truncate(file, 2) == 3
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2]
-    assert metrics.truncate(tmp_path / "none", 2) == 0
+    assert records.truncate(tmp_path / "none", 2) == 0
 
 
 # ---------------------------------------------------------------- the command
@@ -182,10 +183,10 @@ def go(cfg, workdir) -> int:
 
 def test_a_run_ends_once_and_says_so(cfg, toys, tmp_path, capfd):
     assert go(cfg, tmp_path) == 0
-    records = [json.loads(line) for line in (tmp_path / metrics.FILE).read_text().splitlines()]
-    assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
+    lines = [json.loads(line) for line in (tmp_path / metrics.FILE).read_text().splitlines()]
+    assert [r["step"] for r in lines] == [1, 2, 3, 4, 5, 6]
     assert checkpoint.steps(tmp_path / "checkpoints") == [4, 6]
-    assert {"config.json", "contract.json", "element_spec.json", "sharding.json", "versions.json", train.COMPLETE} <= {
+    assert {"config.json", "contract.json", "element_spec.json", "sharding.json", "versions.json", COMPLETE} <= {
         p.name for p in tmp_path.iterdir()}
     said = capfd.readouterr().err
     assert all(word in said for word in ("compiled in", "model FLOPs", "replicated", "input wait", "ETA"))
@@ -202,8 +203,8 @@ def test_too_many_skipped_updates_end_the_run_with_65(cfg, monkeypatch, tmp_path
     monkeypatch.setitem(train.OBJECTIVES, "toy", lambda c, contract: toy.make_objective(c, contract, broken=True))
     cfg.run.max_skipped = 2
     assert go(cfg, tmp_path) == 65
-    records = [json.loads(line) for line in (tmp_path / metrics.FILE).read_text().splitlines()]
-    assert [r["skipped"] for r in records][:3] == [1, 2, 3] and records[0]["loss"] == "nan"
+    lines = [json.loads(line) for line in (tmp_path / metrics.FILE).read_text().splitlines()]
+    assert [r["skipped"] for r in lines][:3] == [1, 2, 3] and lines[0]["loss"] == "nan"
     assert "3 updates were not finite, config.run.max_skipped is 2" in capfd.readouterr().err
 
 

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any, Callable
 
+from skysense_jax.core import paths
 from skysense_jax.data import builder, draft, report, statistics
 from skysense_jax.data.catalog import CatalogError
 from skysense_jax.data.parts import write_atomically
@@ -69,6 +70,7 @@ def _run_units(args: argparse.Namespace) -> builder.RunUnits | None:
 
 def run_build(args: argparse.Namespace) -> int:
     """Builds or continues a dataset and prints its report."""
+    paths.check_local(args.out, "records are built on a disk; copy the folder to the bucket when it is complete")
     run_units = _run_units(args)
     # a pipeline tells its own progress
     meta, worked = builder.build(args.catalog, args.out, _options(args), _workers(args), run_units is None, run_units)
@@ -115,6 +117,7 @@ def run_catalog(args: argparse.Namespace) -> int:
 
 def run_stats(args: argparse.Namespace) -> int:
     """Computes and stores per-band statistics."""
+    paths.check_local(args.dir, "statistics are stored on a disk; run this before the folder is copied to the bucket")
     print(statistics.render(statistics.compute(args.dir, args.clear_only)))
     print(f'\nstored in {Path(args.dir) / builder.META} under "statistics"')
     return DONE

@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from skysense_jax import sensors
+from skysense_jax.core import paths
 
 METADATA = "places.json"
 
@@ -64,9 +65,9 @@ class Places:
 
 def read_metadata(folder: str | pathlib.Path) -> dict[str, Any]:
     """The metadata `skysense-jax data build` wrote beside the records. ValueError when absent or broken."""
-    path = pathlib.Path(folder) / METADATA
     if not str(folder):
         raise ValueError("no dataset given: set config.data.dir to a folder written by `skysense-jax data build`")
+    path = paths.path(folder) / METADATA
     if not path.is_file():
         raise ValueError(
             f"{folder} is not a dataset of places: {METADATA} is missing; "
@@ -89,7 +90,7 @@ def open_places(folder: str | pathlib.Path, split: str, allowed: int = 0) -> Pla
     absent or empty.
     """
     read_metadata(folder)
-    if not (pathlib.Path(folder) / "dataset_info.json").is_file():
+    if not (paths.path(folder) / "dataset_info.json").is_file():
         raise ValueError(
             f"{folder}: dataset_info.json is missing, the build did not finish; run `skysense-jax data build` again"
         )

@@ -3,7 +3,8 @@
 A thin wrapper around Orbax v1. FOLDER/<step>/ holds the checkpointables params, opt, teacher, memory (an empty tree is
 left out), counters (step, skipped), data (JSON: where the data stream stands) and meta (JSON: config, contract, digests
 and what the caller adds). Orbax writes into a temporary folder and renames it when everything is on disk, so that a
-killed save leaves nothing that looks like a checkpoint.
+killed save leaves nothing that looks like a checkpoint; on an object store, where nothing can be renamed, it writes a
+mark last.
 """
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from skysense_jax.core import trees
+from skysense_jax.core import paths, trees
 from skysense_jax.run import digest
 from skysense_jax.run.state import TrainState
 
@@ -27,6 +28,9 @@ FOLDER = "checkpoints"
 
 REJECTED = "checkpoints_rejected"
 """Where a damaged step is moved when an older one is used in its place; nothing is deleted."""
+
+COMMITTED = "commit_success.txt"
+"""Orbax's mark of a complete step on an object store."""
 
 TREES = ("params", "opt", "teacher", "memory")
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError)
@@ -72,8 +76,11 @@ def _context() -> ocp.Context:
 
 def steps(folder: pathlib.Path | str) -> list[int]:
     """Complete steps in a folder of checkpoints, ascending."""
-    folder = epath.Path(folder)
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
+    folder = paths.path(folder)
+    found = [path for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
+    if paths.is_remote(folder):
+        found = [path for path in found if (path / COMMITTED).exists()]
+    return sorted(int(path.name) for path in found)
 
 
 class Saver:
@@ -82,7 +89,7 @@ class Saver:
     def __init__(self, workdir: pathlib.Path | str, keep: int) -> None:
         if keep < 1:
             raise ValueError(f"config.run.keep={keep}: at least one checkpoint must stay")
-        self._folder = epath.Path(workdir).resolve() / FOLDER
+        self._folder = paths.absolute(workdir) / FOLDER
         self._step = -1  # of the save that was started last
         self._orbax = ocp.training.Checkpointer(
             self._folder, context=_context(), cleanup_tmp_directories=True,
@@ -129,12 +136,12 @@ def save_part(folder: pathlib.Path | str, name: str, tree: trees.Tree) -> None:
     tree = jax.tree.map(jax.device_put, tree)  # no copy on a CPU; Orbax copies numpy arrays once more before it writes
     with _context():
         ocp.save_checkpointables(
-            epath.Path(folder).resolve() / name, {name: tree, "meta": {**body, "seal": _seal(body)}}, overwrite=True)
+            paths.absolute(folder) / name, {name: tree, "meta": {**body, "seal": _seal(body)}}, overwrite=True)
 
 
 def load_part(folder: pathlib.Path | str, name: str) -> trees.Tree:
     """The tree :func:`save_part` wrote, as numpy arrays. Raises FileNotFoundError, Damaged."""
-    path = epath.Path(folder).resolve() / name
+    path = paths.absolute(folder) / name
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such part of the weights")
     meta = _read_sealed(path, "meta")["meta"]
@@ -143,7 +150,7 @@ def load_part(folder: pathlib.Path | str, name: str) -> trees.Tree:
 
 def read_json(folder: pathlib.Path | str, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """(data, meta) of one step, seals checked. Raises Damaged."""
-    path = epath.Path(folder).resolve() / str(step)
+    path = paths.absolute(folder) / str(step)
     parts = _read_sealed(path, "data", "meta")
     data, meta = parts["data"], parts["meta"]
     if meta["data_seal"] != _seal(data):
@@ -167,7 +174,7 @@ def _read_sealed(path: epath.Path, *names: str) -> dict[str, Any]:
 
 def _load(folder: pathlib.Path | str, step: int | str, wanted: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
     """The trees `wanted` (name -> shapes with shardings) of one step, every leaf against its digest. Raises Damaged."""
-    path = epath.Path(folder).resolve() / str(step)
+    path = paths.absolute(folder) / str(step)
     try:
         loaded = ocp.load_checkpointables(path, dict(wanted))
     except UNREADABLE as error:
@@ -213,7 +220,7 @@ def restore_latest_valid(
     on stderr with the reason and, once an older one is used, moved to REJECTED. Raises Damaged when there are steps but
     none is sound: a run never starts over silently; ValueError when the newest readable step holds another model.
     """
-    folder = epath.Path(workdir).resolve() / FOLDER
+    folder = paths.absolute(workdir) / FOLDER
     rejected: dict[int, str] = {}
     for step in reversed(steps(folder)):
         try:
@@ -226,7 +233,7 @@ def restore_latest_valid(
             rejected[step] = str(error)
             print(f"checkpoint {step} rejected: {error}", file=sys.stderr)
             continue
-        _set_aside(epath.Path(workdir).resolve(), rejected)
+        _set_aside(paths.absolute(workdir), rejected)
         counters = loaded["counters"]
         trees_ = {name: loaded.get(name, {}) for name in TREES}
         return Restored(TrainState(step=counters["step"], skipped=counters["skipped"], **trees_), data, meta, step)
@@ -242,7 +249,10 @@ def _set_aside(workdir: epath.Path, rejected: Mapping[int, str]) -> None:
     if not rejected or jax.process_index() != 0:
         return
     aside = workdir / REJECTED
-    aside.mkdir(parents=True, exist_ok=True)
+    if paths.is_remote(aside):  # a folder is there as long as an object in it is
+        (aside / "README.txt").write_text("Damaged checkpoints, each with its reason\n")
+    else:
+        aside.mkdir(parents=True, exist_ok=True)
     for step, reason in rejected.items():
         earlier = [path for path in aside.iterdir() if path.name.startswith(f"{step}-")]
         target = aside / f"{step}-{len(earlier)}"
@@ -254,7 +264,7 @@ def find(path: pathlib.Path | str, step: int | None = None) -> tuple[epath.Path,
     """(folder of checkpoints, candidate steps, newest first) from a workdir, a folder of checkpoints, or one step's
     folder.
     """
-    path = epath.Path(path).resolve()
+    path = paths.absolute(path)
     if path.name.isdigit() and (path / "meta").exists():
         return path.parent, [int(path.name)]
     folder = path / FOLDER if (path / FOLDER).exists() else path

@@ -2,15 +2,13 @@
 
 Metrics are read back one step late, so that the device never waits for the host. `metrics.jsonl` holds each logged step
 exactly once: a resumed run first drops the records past the step it resumes from, and a record is on disk before the
-checkpoint that follows it.
+checkpoint that follows it (run.records).
 """
 from __future__ import annotations
 
 import contextlib
 import json
 import math
-import os
-import pathlib
 import resource
 import sys
 import time
@@ -19,11 +17,13 @@ from typing import Any, Iterator, Mapping
 import jax
 import numpy as np
 import tensorboardX
+from etils import epath
 
 from skysense_jax.core import chips
-from skysense_jax.run import digest
+from skysense_jax.run import digest, records
 
 FILE = "metrics.jsonl"
+
 
 class Timers:
     """Seconds by purpose (compile, restore, data, step, save, eval), summed over all starts of a run: the goodput
@@ -69,32 +69,13 @@ def plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def truncate(file: pathlib.Path, step: int) -> int:
-    """Drop the records past `step` and a line cut short by a kill; returns how many were dropped. Atomic."""
-    if not file.exists():
-        return 0
-    kept, dropped = [], 0
-    for line in file.read_text().splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= step:
-            kept.append(line)
-        else:
-            dropped += 1
-    temporary = file.with_suffix(".tmp")
-    with open(temporary, "w") as out:
-        out.writelines(kept)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, file)
-    return dropped
-
-
 class Log:
     """The writers of one process; only process 0 writes files. A record's "step" counts the steps done, its own
     included.
     """
 
     def __init__(
-        self, workdir: pathlib.Path, start: int, total: int, every: int, places: int, images: int, flops: float,
+        self, workdir: epath.Path, start: int, total: int, every: int, places: int, images: int, flops: float,
         timers: Timers,
     ) -> None:
         """places, images: of a global batch; an image is one date of one sensor of a place, however many views are cut
@@ -112,8 +93,7 @@ class Log:
         self._skipped = 0
         self._mark, self._mark_step, self._mark_data = time.monotonic(), start, timers.seconds.get("data", 0.0)
         if self._writes:
-            truncate(workdir / FILE, start)
-            self._file = open(workdir / FILE, "a", buffering=1)  # a line at a time, for whoever watches
+            self._records = records.open_records(workdir / FILE, start)
             self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
 
     def put(self, step: int, metrics: Mapping[str, Any]) -> int:
@@ -153,7 +133,7 @@ class Log:
         if not self._writes:
             return
         record = {"step": step, **values, "time": {**speed, "unix": time.time(), "seconds": dict(self._timers.seconds)}}
-        self._file.write(json.dumps(record) + "\n")
+        self._records.add(json.dumps(record) + "\n")
         for name, value in {**values, **{f"time/{k}": v for k, v in speed.items()}}.items():
             if isinstance(value, (int, float)):
                 self._board.add_scalar(name, value, step)
@@ -167,13 +147,12 @@ class Log:
               f"ETA {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}", file=sys.stderr, flush=True)
 
     def sync(self) -> int:
-        """As flush, and everything written so far is on the disk when it returns: called before a checkpoint is
+        """As flush, and everything written so far is in the files when it returns: called before a checkpoint is
         saved.
         """
         skipped = self.flush()
         if self._writes:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self._records.sync()
             self._board.flush()
         return skipped
 
@@ -181,5 +160,5 @@ class Log:
         """Write what is pending and close the files."""
         self.sync()
         if self._writes:
-            self._file.close()
+            self._records.close()
             self._board.close()

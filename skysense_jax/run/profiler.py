@@ -3,9 +3,14 @@ from __future__ import annotations
 
 import pathlib
 import re
+import shutil
+import tempfile
 from typing import Any
 
 import jax
+from etils import epath
+
+from skysense_jax.core import paths
 
 FOLDER = "profile"
 
@@ -17,7 +22,7 @@ class Window:
     that lies before the step a run resumes from is over; one that the end of the run cuts is written as far as it goes.
     """
 
-    def __init__(self, text: str, workdir: pathlib.Path) -> None:
+    def __init__(self, text: str, workdir: epath.Path) -> None:
         found = re.fullmatch(r"(\d+):(\d+)", text)
         if text and not (found and int(found.group(1)) < int(found.group(2))):
             raise ValueError(f"--profile={text!r}: FIRST:LAST steps with FIRST < LAST, as 100:105")
@@ -32,7 +37,8 @@ class Window:
             jax.block_until_ready(state)
             self.close()
         elif not self._running and self._first <= done < self._last:
-            jax.profiler.start_trace(str(self._folder))
+            self._local = tempfile.mkdtemp() if paths.is_remote(self._folder) else str(self._folder)
+            jax.profiler.start_trace(self._local)
             self._running = True
 
     def close(self) -> None:
@@ -40,3 +46,8 @@ class Window:
         if self._running:
             jax.profiler.stop_trace()
             self._running = False
+            if paths.is_remote(self._folder):  # the profiler itself writes to disks only
+                for file in pathlib.Path(self._local).rglob("*"):
+                    if file.is_file():
+                        (self._folder / file.relative_to(self._local)).write_bytes(file.read_bytes())
+                shutil.rmtree(self._local)

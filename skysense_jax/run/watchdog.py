@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import pathlib
 import sys
+import tempfile
 import threading
 import time
 
+from etils import epath
+
 EXIT_HUNG = 70
+WRITE_S = 30.0  # what hangs may be the file system
 
 
 class Watchdog:
@@ -20,7 +23,7 @@ class Watchdog:
     it the time.
     """
 
-    def __init__(self, seconds: float, stacks: pathlib.Path) -> None:
+    def __init__(self, seconds: float, stacks: epath.Path) -> None:
         if seconds <= 0:
             raise ValueError(f"config.run.watchdog_s={seconds}: a positive number of seconds")
         self._seconds, self._stacks = float(seconds), stacks
@@ -47,7 +50,14 @@ class Watchdog:
                 sys.stderr.write(f"\nwatchdog: no step for {silent:.0f} s (config.run.watchdog_s={self._seconds:g}); "
                                  f"stacks in {self._stacks}\n")
                 faulthandler.dump_traceback(sys.stderr, all_threads=True)
-                with open(self._stacks, "w") as out:
-                    faulthandler.dump_traceback(out, all_threads=True)
                 sys.stderr.flush()
+                writing = threading.Thread(target=self._write, name="stacks", daemon=True)
+                writing.start()
+                writing.join(WRITE_S)
                 os._exit(EXIT_HUNG)  # a hung step cannot be unwound; the last complete checkpoint stands
+
+    def _write(self) -> None:
+        with tempfile.TemporaryFile() as out:
+            faulthandler.dump_traceback(out, all_threads=True)
+            out.seek(0)
+            self._stacks.write_bytes(out.read())
