@@ -65,7 +65,7 @@ def cuts_of(place: str, head: Header, size: int) -> Iterator[Cut]:
             yield Cut(name, left + column * size, top + row * size)
 
 
-def open_picture(path: Path) -> rasterio.io.DatasetReaderBase:
+def open_picture(path: Path) -> rasterio.io.DatasetReader | rasterio.io.DatasetWriter:
     """Opens a JPEG, PNG, GeoTIFF or JPEG 2000 file. Raises RasterRefused."""
     try:
         with path.open("rb") as stream:
@@ -108,7 +108,7 @@ def _decoded(path: Path, first: bytes) -> Image.Image:
     return upright
 
 
-def _in_memory(picture: Image.Image) -> rasterio.io.DatasetReaderBase:
+def _in_memory(picture: Image.Image) -> rasterio.io.DatasetWriter:
     """The picture as a GDAL raster without georeference; closing it frees the memory."""
     values = np.atleast_3d(np.asarray(picture))
     with warnings.catch_warnings():
