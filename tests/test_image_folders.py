@@ -155,9 +155,9 @@ def test_exif_orientation_is_applied(tmp_path, ending):
     found, _ = built(tmp_path / "world", tmp_path / "d")
     for orientation, turn in UPRIGHT.items():
         upright = turn(image)
-        parts = [found[f"{orientation}.{ending}@{'01'[k]}_0" if len(upright[0]) > SIDE else f"{orientation}.{ending}@0_{k}"]
-                 for k in range(2)]
-        whole = np.concatenate([part["hr_image"][0] for part in parts], axis=int(len(upright[0]) > SIDE))
+        wide = int(upright.shape[1] > SIDE)
+        tiles = [f"{orientation}.{ending}@{k}_0" if wide else f"{orientation}.{ending}@0_{k}" for k in range(2)]
+        whole = np.concatenate([found[tile]["hr_image"][0] for tile in tiles], axis=wide)
         assert np.abs(whole.astype(int) - upright).max() <= (0 if ending == "png" else 8), orientation
 
 
@@ -244,7 +244,11 @@ JPEG, PNG = ("JPEG", {"quality": 80}), ("PNG", {})
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.sampled_from([JPEG, PNG]), st.floats(0, 1), st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=4))
+@given(
+    st.sampled_from([JPEG, PNG]),
+    st.floats(0, 1),
+    st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=4),
+)
 def test_damage_is_a_picture_or_a_refusal_and_nothing_else(tmp_path, kind, kept, changes):
     path = tmp_path / "x"
     Image.fromarray(pixels(16, 16)).save(path, format=kind[0], **kind[1])

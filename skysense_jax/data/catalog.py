@@ -40,9 +40,10 @@ class Row(NamedTuple):
     number: line in the CSV file (the header is line 1) or 1-based row of the parquet file. kind: "image", "mask",
     "label_map" or "label". sensor: sensor of the table ("" for labels). date: days since 1970-01-01 or NO_DATE. path:
     resolved file (None for "label"); name: as written. bands: canonical names in file order, SKIPPED_BAND for an
-    unused band (of a mask or label map: all but one, whatever its name); () = take them from the file. scale, offset, nodata: one number, or one per band of the file; () =
-    not given. drop_nodata: the file's own nodata value is to be ignored. classes: label names, "id=name" pairs of a
-    label map, or clear values of a mask. split: "train", "test" or "".
+    unused band (of a mask or label map: all but one, whatever its name); () = take them from the file. scale, offset,
+    nodata: one number, or one per band of the file; () = not given. drop_nodata: the file's own nodata value is to be
+    ignored. classes: label names, "id=name" pairs of a label map, or clear values of a mask. split: "train", "test"
+    or "".
     """
 
     number: int

@@ -103,7 +103,8 @@ def run_check(args: argparse.Namespace) -> int:
 
 def _draft(args: argparse.Namespace) -> draft.Draft:
     """The drafted rows of the folder's layout, with their splits where a file says them. Raises CatalogError."""
-    for name, layout in (("place_by", "rasters"), ("sensor", "images"), ("bands", "images"), ("folder_classes", "images")):
+    belongs = {"place_by": "rasters", "sensor": "images", "bands": "images", "folder_classes": "images"}
+    for name, layout in belongs.items():
         if getattr(args, name) and args.layout != layout:
             raise CatalogError(f"--{name.replace('_', '-')} belongs to --layout {layout}, not {args.layout}")
     if args.layout == "images":

@@ -170,8 +170,8 @@ def inspect_image(
 
 
 def inspect_classes(row: Row, files: Files, max_pixels: int) -> Layer:
-    """Opens and checks the raster of a mask or label_map row: one integer band, the one that `bands` names where the file
-    has several. Raises RasterRefused.
+    """Opens and checks the raster of a mask or label_map row: one integer band, the one that `bands` names where the
+    file has several. Raises RasterRefused.
     """
     file = files.get(row.path)
     head = header(file, row.path, bool(row.nodata) or row.drop_nodata, max_pixels)
@@ -179,7 +179,7 @@ def inspect_classes(row: Row, files: Files, max_pixels: int) -> Layer:
         raise RasterRefused(f"pixels of type {head.dtype}: a {row.kind} holds integer classes")
     if head.count != max(1, len(row.bands)):
         raise RasterRefused(
-            f"{head.count} bands: a {row.kind} has one, or the catalog's bands column says which one it is, for example "
+            f"{head.count} bands: a {row.kind} has one, or the catalog's bands column says which it is, for example "
             f"{','.join(['class', *SKIPPED_BAND * (head.count - 1)])}"
         )
     index = next((index for index, name in enumerate(row.bands, 1) if name != SKIPPED_BAND), 1)

@@ -1,4 +1,4 @@
-"""Images without georeference: JPEG and PNG decoded into rasters in memory, and any raster cut into tiles by its pixels.
+"""Images without georeference: JPEG and PNG decoded into rasters in memory, and rasters cut into tiles by their pixels.
 
 What is decoded upright (EXIF orientation applied), as every image library shows it: grey, RGB, each with or without
 transparency, palettes as the colours they stand for, 16-bit grey. What has no single meaning as 8-bit red, green, blue

@@ -106,7 +106,8 @@ def open_raster(path: Path) -> rasterio.DatasetReader:
         raise RasterRefused(
             "the file is empty"
             if not first
-            else "neither a GeoTIFF nor a JPEG 2000 file (no other format is opened; convert it with `rio convert`)"
+            else "neither a GeoTIFF nor a JPEG 2000 file (no other format is opened; convert it with `rio convert`; a "
+            "folder of plain images is built apart, with --no-georeference)"
         )
     try:
         with warnings.catch_warnings():
@@ -161,8 +162,8 @@ def _located(file: rasterio.DatasetReader) -> None:
 def header(
     file: rasterio.DatasetReader, path: Path, catalog_nodata: bool, max_pixels: int, georeferenced: bool = True
 ) -> Header:
-    """Checks what the file declares. catalog_nodata: the catalog settles nodata itself. georeferenced: it must say where
-    it lies; otherwise crs and transform are not looked at. Raises RasterRefused.
+    """Checks what the file declares. catalog_nodata: the catalog settles nodata itself. georeferenced: it must say
+    where it lies; otherwise crs and transform are not looked at. Raises RasterRefused.
     """
     if file.count < 1 or file.count > MAX_BANDS:
         raise RasterRefused(f"{file.count} bands; between 1 and {MAX_BANDS} are read")
