@@ -15,7 +15,7 @@ from typing import Iterator, NamedTuple
 
 import numpy as np
 import rasterio
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from rasterio.enums import ColorInterp
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.windows import Window
@@ -95,7 +95,10 @@ def _decoded(path: Path, first: bytes) -> Image.Image:
             "GeoTIFF, which is read in parts"
         ) from error
     except _DAMAGED as error:
-        raise RasterRefused(f"truncated or corrupt: {str(error).partition(' (')[0]}") from error  # without byte counts
+        # without the path and byte counts Pillow adds: the report groups equal reasons
+        unread = isinstance(error, UnidentifiedImageError)
+        reason = "its header cannot be read" if unread else str(error).partition(" (")[0]
+        raise RasterRefused(f"truncated or corrupt: {reason}") from error
     if upright.mode == "P":
         upright = upright.convert("RGBA" if upright.has_transparency_data else "RGB")
     elif upright.mode in ("L", "RGB") and upright.has_transparency_data:  # one colour that stands for transparent
