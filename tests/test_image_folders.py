@@ -192,7 +192,7 @@ def bad_images(root):
         "cut_a.jpg": "truncated or corrupt",
         "cut_a.png": "truncated or corrupt",
         "head_a.jpg": "truncated or corrupt: its header cannot be read",
-        "head_a.png": "truncated or corrupt: its header cannot be read",
+        "head_a.png": "truncated or corrupt: Truncated File Read",
         "hole.png": "truncated or corrupt",
         "empty.png": "the file is empty",
         "text.jpg": "not a JPEG, PNG, GeoTIFF or JPEG 2000 file",
