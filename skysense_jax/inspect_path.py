@@ -87,7 +87,7 @@ def contract_table(contract: Mapping[str, Any]) -> str:
 def describe_dataset(folder: pathlib.Path) -> str:
     """A dataset of places, from its metadata and the record counts of its splits."""
     meta = sources.read_metadata(folder)
-    side = f"{meta['tile'] * meta['gsd']:g} m" if "gsd" in meta else "unknown size"
+    side = f"{meta['tile'] * meta['gsd']:g} m" if meta.get("gsd") else "unknown size"
     lines = [f"dataset  {folder}" + ("   SYNTHETIC DATA" if meta.get("synthetic") else "")]
     facts = {
         "id": meta.get("dataset_id"),
@@ -95,6 +95,7 @@ def describe_dataset(folder: pathlib.Path) -> str:
         "places": ", ".join(f"{name} {count}" for name, count in split_sizes(folder).items())
         or "none: the build did not finish",
         "tile": f"{meta['tile']} x {meta['tile']} base pixels ({side}), {meta['ratio']} HR pixels along one base pixel",
+        "georeferenced": "yes" if meta.get("georeferenced", True) else "no: for the msGFM objective only",
         "scene labels": ", ".join(meta.get("label_classes") or ()) or "none",
         "label map": ", ".join(f"{key}={value}" for key, value in (meta.get("label_map_classes") or {}).items())
         or "none",

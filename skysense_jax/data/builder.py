@@ -58,6 +58,7 @@ class WorkerDied(RuntimeError):
 class Options(NamedTuple):
     """Options that decide what the records are (workers and progress do not). sensors: () = all of the catalog.
     holdout: share of places that go to the test split by hash of their name, where the catalog does not say.
+    georeferenced: False = images without a place on Earth (`pictures`); gsd and max_upsample then mean nothing.
     """
 
     tile: int = 16
@@ -68,6 +69,7 @@ class Options(NamedTuple):
     shard_places: int = 8
     max_pixels: int = MAX_PIXELS
     max_upsample: float = 8.0
+    georeferenced: bool = True
 
 
 def split_of(place: str, rows: Sequence[Row], holdout: float) -> str:
@@ -101,6 +103,9 @@ def plan(catalog: Catalog, options: Options) -> tuple[Settings, list[Unit]]:
         or not 0 <= options.holdout <= 1
     ):
         raise BuildError(f"tile, ratio, gsd and shard places must be positive and holdout within 0..1, got {options}")
+    default = Options()
+    if not options.georeferenced and (options.gsd, options.max_upsample) != (default.gsd, default.max_upsample):
+        raise BuildError("gsd and max upsample mean nothing where the size of a pixel on the ground is not known")
     settings = Settings(
         options.tile,
         options.gsd,
@@ -110,6 +115,7 @@ def plan(catalog: Catalog, options: Options) -> tuple[Settings, list[Unit]]:
         catalog.root,
         options.max_pixels,
         options.max_upsample,
+        options.georeferenced,
     )
     by_split: dict[str, list] = {split: [] for split in SPLITS}
     for place, rows in catalog.places.items():
@@ -256,9 +262,10 @@ def build(
         raise BuildError(f"{out} is not a folder")
     catalog = read_catalog(catalog_path)
     settings, units = plan(catalog, options)
-    described = {
-        "build": {"format": FORMAT, "catalog_sha256": catalog.sha256} | json.loads(json.dumps(options._asdict()))
-    }
+    asked = json.loads(json.dumps(options._asdict()))
+    if options.georeferenced:
+        del asked["georeferenced"]  # datasets from before there was a choice keep their key and id
+    described = {"build": {"format": FORMAT, "catalog_sha256": catalog.sha256} | asked}
     key = hashlib.sha256(encode(described)).hexdigest()
     if (out / META).is_file():
         meta = json.loads((out / META).read_bytes())
@@ -343,7 +350,8 @@ def _finish(
         "format": FORMAT,
         "tile": settings.tile,
         "ratio": settings.ratio,
-        "gsd": settings.gsd,
+        "georeferenced": settings.georeferenced,
+        "gsd": settings.gsd if settings.georeferenced else None,
         "sensors": list(settings.sensors),
         "label_classes": list(settings.label_classes),
         "label_map_classes": {str(k): v for k, v in catalog.label_map_classes.items()},

@@ -40,9 +40,10 @@ class Row(NamedTuple):
     number: line in the CSV file (the header is line 1) or 1-based row of the parquet file. kind: "image", "mask",
     "label_map" or "label". sensor: sensor of the table ("" for labels). date: days since 1970-01-01 or NO_DATE. path:
     resolved file (None for "label"); name: as written. bands: canonical names in file order, SKIPPED_BAND for an
-    unused band; () = take them from the file. scale, offset, nodata: one number, or one per band of the file; () =
-    not given. drop_nodata: the file's own nodata value is to be ignored. classes: label names, "id=name" pairs of a
-    label map, or clear values of a mask. split: "train", "test" or "".
+    unused band (of a mask or label map: all but one, whatever its name); () = take them from the file. scale, offset,
+    nodata: one number, or one per band of the file; () = not given. drop_nodata: the file's own nodata value is to be
+    ignored. classes: label names, "id=name" pairs of a label map, or clear values of a mask. split: "train", "test"
+    or "".
     """
 
     number: int
@@ -110,8 +111,13 @@ def _kind(sensor: str) -> tuple[str, str]:
     return kind, name
 
 
-def _bands(sensor: str, text: str) -> tuple[str, ...]:
-    names = tuple(SKIPPED_BAND if part.strip() == SKIPPED_BAND else band_name(sensor, part) for part in text.split(","))
+def _bands(kind: str, sensor: str, text: str) -> tuple[str, ...]:
+    names = tuple(part.strip() for part in text.split(","))
+    if kind != "image":
+        if len(names) - names.count(SKIPPED_BAND) != 1:
+            raise ValueError(f"bands {text!r} of a {kind} must name one band, {SKIPPED_BAND!r} for every other")
+        return names
+    names = tuple(name if name == SKIPPED_BAND else band_name(sensor, name) for name in names)
     used = [name for name in names if name != SKIPPED_BAND]
     if not used or len(set(used)) != len(used):
         raise ValueError(f"bands {text!r} must name distinct bands, at least one")
@@ -199,7 +205,7 @@ def _row(number: int, cells: Mapping[str, str]) -> Row:
         date=checked("datetime", parse_date, cells["datetime"]),
         path=None,
         name=cells["path"],
-        bands=checked("bands", _bands, sensor, cells["bands"]) if cells["bands"] and kind == "image" else (),
+        bands=checked("bands", _bands, kind, sensor, cells["bands"]) if cells["bands"] and kind != "label" else (),
         units=units,
         scale=scale,
         offset=offset,

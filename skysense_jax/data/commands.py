@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, Callable
 
 from skysense_jax.core import paths
-from skysense_jax.data import builder, draft, report, statistics
+from skysense_jax.data import builder, draft, layouts, report, splits, statistics
 from skysense_jax.data.catalog import CatalogError
 from skysense_jax.data.parts import write_atomically
+from skysense_jax.sensors import SENSORS
 
 DONE, FAILED, BAD_CONFIGURATION = 0, 1, 78
 
@@ -40,7 +41,15 @@ def _guarded(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Nam
 def _options(args: argparse.Namespace) -> builder.Options:
     sensors = tuple(name.strip() for name in args.sensors.split(",") if name.strip())
     return builder.Options(
-        args.tile, args.gsd, args.ratio, sensors, args.holdout, args.shard_places, args.max_pixels, args.max_upsample
+        args.tile,
+        args.gsd,
+        args.ratio,
+        sensors,
+        args.holdout,
+        args.shard_places,
+        args.max_pixels,
+        args.max_upsample,
+        not args.no_georeference,
     )
 
 
@@ -94,6 +103,27 @@ def run_check(args: argparse.Namespace) -> int:
     return DONE if found["tiles"] else BAD_CONFIGURATION
 
 
+def _draft(args: argparse.Namespace) -> draft.Draft:
+    """The drafted rows of the folder's layout, with their splits where a file says them. Raises CatalogError."""
+    belongs = {"place_by": "rasters", "sensor": "images", "bands": "images", "folder_classes": "images"}
+    for name, layout in belongs.items():
+        if getattr(args, name) and args.layout != layout:
+            raise CatalogError(f"--{name.replace('_', '-')} belongs to --layout {layout}, not {args.layout}")
+    if args.layout == "images":
+        if not args.sensor:
+            raise CatalogError(f"--layout images needs --sensor: {', '.join(SENSORS)}")
+        found = layouts.images(args.dir, args.sensor, args.bands, args.folder_classes)
+    elif args.layout == "sen12ms":
+        found = layouts.sen12ms(args.dir)
+    else:
+        found = draft.draft(args.dir, args.place_by or "folder")
+    file = args.split or (splits.SEN12MS_CR if args.layout == "sen12ms" else "")
+    if file:
+        split = splits.assign(splits.read_split(file), sorted({row["place"] for row in found.rows}))
+        found = found._replace(rows=[row | {"split": split[row["place"]]} for row in found.rows])
+    return found
+
+
 def run_catalog(args: argparse.Namespace) -> int:
     """Writes a drafted catalog and prints what is left to fill in."""
     out = Path(args.out) if args.out else Path(args.dir) / "places.csv"
@@ -103,14 +133,15 @@ def run_catalog(args: argparse.Namespace) -> int:
         raise CatalogError(
             f"{out} must lie in {args.dir} or in a folder above it: paths in a catalog are relative to its folder"
         )
-    found = draft.draft(args.dir, args.place_by)
+    found = _draft(args)
     prefix = Path(args.dir).resolve().relative_to(out.parent.resolve())
-    rows = [row | {"path": (prefix / row["path"]).as_posix()} for row in found.rows]
+    rows = [row | {"path": row["path"] and (prefix / row["path"]).as_posix()} for row in found.rows]
     write_atomically(out, draft.to_csv(rows).encode())
     print(draft.render(found))
+    option = " --no-georeference" if args.layout == "images" else ""
     print(
         f"\ndraft written to {out}: check it, fill in what is listed, then run `skysense-jax data check --catalog "
-        f"{out}`"
+        f"{out}{option}`"
     )
     return DONE
 
@@ -159,6 +190,11 @@ def _reading_arguments(parser: argparse.ArgumentParser) -> None:
         default=default.max_upsample,
         help=f"refuse pixels this many times coarser than their grid (default {default.max_upsample:g})",
     )
+    parser.add_argument(
+        "--no-georeference",
+        action="store_true",
+        help="images without a place on Earth (JPEG, PNG, TIFF), cut by their pixels; for the msGFM objective only",
+    )
     parser.add_argument("--workers", type=int, default=None, help="processes (default: all cores)")
 
 
@@ -198,10 +234,24 @@ def add_parsers(subparsers: Any) -> None:
     catalog.add_argument("dir", help="folder to look through")
     catalog.add_argument("--out", default="", help="catalog to write (default: DIR/places.csv)")
     catalog.add_argument(
+        "--layout",
+        choices=("rasters", "images", "sen12ms"),
+        default="rasters",
+        help="georeferenced rasters (default), images without georeference, or SEN12MS as it is unpacked",
+    )
+    catalog.add_argument(
         "--place-by",
         choices=("folder", "stem"),
-        default="folder",
-        help="one place per folder, or per file name without date, band and sensor words",
+        help="rasters: one place per folder (default), or per file name without date, band and sensor words",
+    )
+    catalog.add_argument("--sensor", choices=tuple(SENSORS), help="images: what they are")
+    catalog.add_argument("--bands", default="", help="images: their bands in file order, where the files do not say")
+    catalog.add_argument("--folder-classes", action="store_true", help="images: a folder's name is its scene class")
+    catalog.add_argument(
+        "--split",
+        default="",
+        help="CSV file place,split (names or patterns; train or test) for the split column; sen12ms: by default the "
+        "regions of SEN12MS-CR's validation and test are held out",
     )
     stats = add("stats", run_stats, "compute per-band statistics of a dataset's train split and store them with it")
     stats.add_argument("dir", help="folder that `data build` wrote")

@@ -260,8 +260,9 @@ def to_csv(rows: list[dict[str, str]]) -> str:
 def render(found: Draft, limit: int = 40) -> str:
     """What was found and what the user must fill in, equal questions counted together."""
     sensors = Counter(row["sensor"] or "(not recognised)" for row in found.rows)
+    rasters = sum(bool(row["path"]) for row in found.rows)
     lines = [
-        f"{len(found.rows)} rasters in {len({row['place'] for row in found.rows})} places: "
+        f"{rasters} rasters in {len({row['place'] for row in found.rows})} places: "
         + ", ".join(f"{name} {count}" for name, count in sorted(sensors.items()))
     ]
     grouped: dict[str, list[str]] = {}

@@ -46,8 +46,10 @@ class Tile(NamedTuple):
         return x[0], y[0]
 
 
-def crs_text(crs: CRS) -> str:
-    """EPSG:code where there is one, else WKT."""
+def crs_text(crs: CRS | None) -> str:
+    """EPSG:code where there is one, else WKT; "" without a CRS."""
+    if crs is None:
+        return ""
     authority = crs.to_authority(confidence_threshold=100)
     return ":".join(authority) if authority else crs.to_wkt()
 

@@ -15,6 +15,7 @@ import numpy as np
 from skysense_jax.data.catalog import Row
 from skysense_jax.data.grid import Tile, crs_text, extent, onto_tile, place_crs, reference, tiles_of
 from skysense_jax.data.layers import Layer, duplicate_bands, inspect_classes, inspect_image, to_labels
+from skysense_jax.data.pictures import Cut, cuts_of
 from skysense_jax.data.raster import GDAL_ERRORS, BrokenFile, Files, RasterRefused, read_window
 from skysense_jax.data.report import REFUSED, USED, add_dates, file_entry
 from skysense_jax.data.units import convert
@@ -24,7 +25,8 @@ from skysense_jax.sensors import NO_DATE, SENSORS, UNLABELLED
 class Settings(NamedTuple):
     """What a build is asked for. tile: base pixels along a tile. gsd: metres of a base pixel. ratio: HR pixels along
     a base pixel. sensors: those of the dataset. label_classes: order of the multi-hot label. root: the catalog's
-    folder. max_pixels, max_upsample: limits of one file.
+    folder. max_pixels, max_upsample: limits of one file. georeferenced: False = the images have no place on Earth and
+    are cut by their pixels.
     """
 
     tile: int
@@ -35,6 +37,11 @@ class Settings(NamedTuple):
     root: Path
     max_pixels: int
     max_upsample: float
+    georeferenced: bool = True
+
+    def side(self, sensor: str) -> int:
+        """Pixels of the sensor along a tile."""
+        return self.tile * (self.ratio if SENSORS[sensor].grid == "hr" else 1)
 
 
 class _Place(NamedTuple):
@@ -56,9 +63,18 @@ def _inspect(
         try:
             if row.path in broken:
                 raise RasterRefused(broken[row.path])
+            if not settings.georeferenced and (row.kind != "image" or place.images):
+                raise RasterRefused("without georeference a place is one image: nothing says what lies on what")
             if row.kind == "image":
                 layer = inspect_image(
-                    row, files, settings.root, settings.gsd, settings.ratio, settings.max_pixels, settings.max_upsample
+                    row,
+                    files,
+                    settings.root,
+                    settings.gsd,
+                    settings.ratio,
+                    settings.max_pixels,
+                    settings.max_upsample,
+                    settings.georeferenced,
                 )
                 same = place.images.setdefault(row.sensor, {}).setdefault(row.date, [])
                 twice = duplicate_bands(same, layer)
@@ -108,15 +124,17 @@ def _drop_unlocated(place: _Place, crs: Any, report: dict[str, Any]) -> list[tup
 
 
 def _onto_tile(
-    layer: Layer, tile: Tile, size: int, bands: int, read: Callable[[Any], np.ndarray], nearest: bool
+    layer: Layer, tile: Tile | Cut, size: int, bands: int, read: Callable[[Any], np.ndarray], nearest: bool
 ) -> np.ndarray | None:
+    if isinstance(tile, Cut):
+        return read(tile.window(size))
     try:
         return onto_tile(layer.reading.header, tile, size, bands, read, nearest)
     except GDAL_ERRORS as error:
         raise BrokenFile(layer.row.path, f"cannot be brought onto the grid of {tile.name}: {error}") from error
 
 
-def _read_image(layer: Layer, tile: Tile, size: int, files: Files) -> np.ndarray | None:
+def _read_image(layer: Layer, tile: Tile | Cut, size: int, files: Files) -> np.ndarray | None:
     def read(window: Any) -> np.ndarray:
         return convert(*read_window(files, layer.reading, window), layer.conversion)
 
@@ -144,11 +162,11 @@ def _clear(masks: Sequence[Layer], tile: Tile, size: int, files: Files) -> np.nd
 
 
 def _sensor(
-    name: str, place: _Place, tile: Tile, settings: Settings, files: Files, counts: dict[str, Any]
+    name: str, place: _Place, tile: Tile | Cut, settings: Settings, files: Files, counts: dict[str, Any]
 ) -> dict[str, np.ndarray]:
     """The five features of one sensor in one tile."""
     sensor = SENSORS[name]
-    size = settings.tile * (settings.ratio if sensor.grid == "hr" else 1)
+    size = settings.side(name)
     images, valids, clears, measured, dates = [], [], [], [], []
     for date, layers in sorted(place.images.get(name, {}).items()):
         values = np.full((size, size, len(sensor.bands)), np.nan, np.float32)
@@ -223,11 +241,7 @@ def ingest_place(
     written = 0
     try:
         if heads:
-            head = reference(heads)
-            crs = place_crs(head)
-            extents = _drop_unlocated(place, crs, report)
-            tiles = tiles_of(name, head, extents, crs, settings.tile, settings.gsd) if extents else ()
-            for tile in tiles:
+            for tile in _tiles(name, heads, place, settings, report):
                 record = _record(place, tile, settings, files, report)
                 if record is None:
                     report["tiles_dropped"] += 1
@@ -250,8 +264,20 @@ def ingest_place(
         report["places_without_tiles"].append(name)
 
 
+def _tiles(
+    name: str, heads: Sequence[tuple[str, Any]], place: _Place, settings: Settings, report: dict[str, Any]
+) -> Iterator[Tile | Cut]:
+    if not settings.georeferenced:
+        [(sensor, head)] = heads
+        return cuts_of(name, head, settings.side(sensor))
+    head = reference(heads)
+    crs = place_crs(head)
+    extents = _drop_unlocated(place, crs, report)
+    return tiles_of(name, head, extents, crs, settings.tile, settings.gsd) if extents else iter(())
+
+
 def _record(
-    place: _Place, tile: Tile, settings: Settings, files: Files, report: dict[str, Any]
+    place: _Place, tile: Tile | Cut, settings: Settings, files: Files, report: dict[str, Any]
 ) -> dict[str, Any] | None:
     """One record, or None where no sensor has a valid pixel."""
     record: dict[str, Any] = {}

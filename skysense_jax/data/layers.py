@@ -126,15 +126,25 @@ def _real_alpha(files: Files, reading: Reading) -> None:
 
 
 def inspect_image(
-    row: Row, files: Files, root: Path, gsd: float, ratio: int, max_pixels: int, max_upsample: float
+    row: Row,
+    files: Files,
+    root: Path,
+    gsd: float,
+    ratio: int,
+    max_pixels: int,
+    max_upsample: float,
+    georeferenced: bool = True,
 ) -> Layer:
     """Opens, checks and samples the raster of an image row. Raises RasterRefused."""
     sensor = SENSORS[row.sensor]
     file = files.get(row.path)
-    head = header(file, row.path, bool(row.nodata) or row.drop_nodata, max_pixels)
-    # Elevation is smooth: it may be much coarser than the HR grid it is stored on.
-    _coarse(head, gsd / ratio if sensor.grid == "hr" and row.sensor != "dsm" else gsd, max_upsample)
+    head = header(file, row.path, bool(row.nodata) or row.drop_nodata, max_pixels, georeferenced)
+    if georeferenced:
+        # Elevation is smooth: it may be much coarser than the HR grid it is stored on.
+        _coarse(head, gsd / ratio if sensor.grid == "hr" and row.sensor != "dsm" else gsd, max_upsample)
     indexes, names, note = band_order(file, row, head.alpha)
+    if head.crs is not None and not georeferenced:
+        note = "; ".join(part for part in (note, "it has a CRS, which is not used") if part)
     given = spread(row.nodata, file.count, indexes, "nodata") if row.nodata else None
     own = [None if row.drop_nodata else head.nodata[index - 1] for index in indexes]
     reading = Reading(
@@ -160,15 +170,21 @@ def inspect_image(
 
 
 def inspect_classes(row: Row, files: Files, max_pixels: int) -> Layer:
-    """Opens and checks the raster of a mask or label_map row: one integer band. Raises RasterRefused."""
+    """Opens and checks the raster of a mask or label_map row: one integer band, the one that `bands` names where the
+    file has several. Raises RasterRefused.
+    """
     file = files.get(row.path)
     head = header(file, row.path, bool(row.nodata) or row.drop_nodata, max_pixels)
     if head.dtype.kind not in "iu":
         raise RasterRefused(f"pixels of type {head.dtype}: a {row.kind} holds integer classes")
-    if head.count != 1:
-        raise RasterRefused(f"{head.count} bands: a {row.kind} has one")
-    nodata = row.nodata[0] if row.nodata else None if row.drop_nodata else head.nodata[0]
-    reading = Reading(header=head, indexes=(1,), nodata=(nodata,), together=False, alpha=0)
+    if head.count != max(1, len(row.bands)):
+        raise RasterRefused(
+            f"{head.count} bands: a {row.kind} has one, or the catalog's bands column says which it is, for example "
+            f"{','.join(['class', *SKIPPED_BAND * (head.count - 1)])}"
+        )
+    index = next((index for index, name in enumerate(row.bands, 1) if name != SKIPPED_BAND), 1)
+    nodata = row.nodata[0] if row.nodata else None if row.drop_nodata else head.nodata[index - 1]
+    reading = Reading(header=head, indexes=(index,), nodata=(nodata,), together=False, alpha=0)
     if row.kind == "label_map":
         raw, valid = sample(files, reading)
         values = raw[valid]

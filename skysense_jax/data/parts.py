@@ -23,6 +23,7 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from skysense_jax.data.catalog import Row
 from skysense_jax.data.ingest import Settings, ingest_place
+from skysense_jax.data.pictures import open_picture
 from skysense_jax.data.raster import BrokenFile, Files, gdal_settings
 from skysense_jax.data.report import merge, new_report
 from skysense_jax.data.spec import record_features
@@ -77,7 +78,9 @@ def features_of(settings: Settings) -> tfds.features.FeaturesDict:
 def _records(unit: Unit, settings: Settings, broken: dict[Path, str], report: dict[str, Any]) -> Iterator[bytes]:
     features = features_of(settings)
     serializer = ExampleSerializer(features.get_serialized_info())
-    with gdal_settings(), contextlib.closing(Files()) as files:
+    # a decoded picture is held in memory as a whole, and its place needs no other file but a mask beside it
+    files = Files() if settings.georeferenced else Files(2, open_picture)
+    with gdal_settings(), contextlib.closing(files):
         for place, rows in unit.places:
             part = new_report(settings.sensors)
             for record in ingest_place(place, rows, settings, files, broken, part):

@@ -143,8 +143,11 @@ def draw(record: Mapping[str, Any], meta: Mapping[str, Any]) -> Image.Image:
     canvas = Image.new("RGB", (width, height), (250, 250, 250))
     pen, font = ImageDraw.Draw(canvas), _font()
     labels = [name for name, on in zip(meta["label_classes"], record["label"]) if on]
-    where = f"lon {float(record['lon']):.4f} lat {float(record['lat']):.4f}   {_text(record['crs'])[:24]}"
-    title = f"{_text(record['place'])}   {', '.join(labels) or 'no label'}   {where}   tile {meta['tile']} px of {meta['gsd']:g} m"
+    where = "no georeference"
+    if meta["gsd"]:
+        where = f"lon {float(record['lon']):.4f} lat {float(record['lat']):.4f}   {_text(record['crs'])[:24]}"
+    size = f"tile {meta['tile']} px" + (f" of {meta['gsd']:g} m" if meta["gsd"] else "")
+    title = f"{_text(record['place'])}   {', '.join(labels) or 'no label'}   {where}   {size}"
     pen.text((_GAP, 8), title, (0, 0, 0), font)
     if meta["synthetic"]:
         pen.rectangle((width - 130, 4, width - 8, 28), fill=(200, 30, 30))
@@ -168,10 +171,11 @@ def draw(record: Mapping[str, Any], meta: Mapping[str, Any]) -> Image.Image:
 
 def _large_panels(record: Mapping[str, Any], meta: Mapping[str, Any]) -> list[tuple[str, np.ndarray | None]]:
     panels: list[tuple[str, np.ndarray | None]] = []
-    step = meta["gsd"] / meta["ratio"]
+    step = meta["gsd"] / meta["ratio"] if meta["gsd"] else SENSORS["dsm"].gsd  # only shades, where nothing is known
+    pixel = f"  {step:g} m" if meta["gsd"] else ""
     if len(record.get("hr_image", ())):
         valid = record["hr_valid"][0] > 0
-        panels.append((f"hr  {date_text(record['hr_date'][0])}  {step:g} m", _hatch(record["hr_image"][0], valid)))
+        panels.append((f"hr  {date_text(record['hr_date'][0])}{pixel}", _hatch(record["hr_image"][0], valid)))
     else:
         panels.append(("hr", None))
     if len(record.get("dsm_image", ())):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import rasterio
@@ -106,7 +106,8 @@ def open_raster(path: Path) -> rasterio.DatasetReader:
         raise RasterRefused(
             "the file is empty"
             if not first
-            else "neither a GeoTIFF nor a JPEG 2000 file (no other format is opened; convert it with `rio convert`)"
+            else "neither a GeoTIFF nor a JPEG 2000 file (no other format is opened; convert it with `rio convert`; a "
+            "folder of plain images is built apart, with --no-georeference)"
         )
     try:
         with warnings.catch_warnings():
@@ -121,14 +122,15 @@ class Files:
     per process.
     """
 
-    def __init__(self, limit: int = _OPEN_FILES):
-        self._limit, self._open = limit, OrderedDict()
+    def __init__(self, limit: int = _OPEN_FILES, opener: Callable[[Path], rasterio.DatasetReader] = open_raster):
+        """opener: path -> the open raster; raises RasterRefused."""
+        self._limit, self._opener, self._open = limit, opener, OrderedDict()
 
     def get(self, path: Path) -> rasterio.DatasetReader:
         if path not in self._open:
             while len(self._open) >= self._limit:
                 self._open.popitem(last=False)[1].close()
-            self._open[path] = open_raster(path)
+            self._open[path] = self._opener(path)
         self._open.move_to_end(path)
         return self._open[path]
 
@@ -141,8 +143,28 @@ def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
-def header(file: rasterio.DatasetReader, path: Path, catalog_nodata: bool, max_pixels: int) -> Header:
-    """Checks what the file declares. catalog_nodata: the catalog settles nodata itself. Raises RasterRefused."""
+def _located(file: rasterio.DatasetReader) -> None:
+    """Refuses a file that does not say where on Earth its pixels lie."""
+    if file.crs is None:
+        where = " (it has ground control points only: rectify it first)" if file.gcps[0] else ""
+        raise RasterRefused(
+            f"no CRS{where}; write the right one into the file, for example `rio edit-info --crs EPSG:32631 FILE`; "
+            "images that have none are built apart, with --no-georeference"
+        )
+    if not (file.crs.is_projected or file.crs.is_geographic):
+        raise RasterRefused(
+            f"CRS {file.crs.to_string()[:60]!r} is neither projected nor geographic: it cannot be located on Earth"
+        )
+    if file.transform == Affine.identity() or file.transform.determinant == 0:
+        raise RasterRefused("no georeferencing: the file has a CRS but no transform")
+
+
+def header(
+    file: rasterio.DatasetReader, path: Path, catalog_nodata: bool, max_pixels: int, georeferenced: bool = True
+) -> Header:
+    """Checks what the file declares. catalog_nodata: the catalog settles nodata itself. georeferenced: it must say
+    where it lies; otherwise crs and transform are not looked at. Raises RasterRefused.
+    """
     if file.count < 1 or file.count > MAX_BANDS:
         raise RasterRefused(f"{file.count} bands; between 1 and {MAX_BANDS} are read")
     declared = file.width * file.height * file.count
@@ -152,17 +174,8 @@ def header(file: rasterio.DatasetReader, path: Path, catalog_nodata: bool, max_p
             f"{max_pixels:.3g} "
             "(--max-pixels)"
         )
-    if file.crs is None:
-        where = " (it has ground control points only: rectify it first)" if file.gcps[0] else ""
-        raise RasterRefused(
-            f"no CRS{where}; write the right one into the file, for example `rio edit-info --crs EPSG:32631 FILE`"
-        )
-    if not (file.crs.is_projected or file.crs.is_geographic):
-        raise RasterRefused(
-            f"CRS {file.crs.to_string()[:60]!r} is neither projected nor geographic: it cannot be located on Earth"
-        )
-    if file.transform == Affine.identity() or file.transform.determinant == 0:
-        raise RasterRefused("no georeferencing: the file has a CRS but no transform")
+    if georeferenced:
+        _located(file)
     dtypes = {np.dtype(name) for name in file.dtypes if not name.startswith("complex")}
     if len(dtypes) != 1 or any(name.startswith("complex") for name in file.dtypes):
         raise RasterRefused(f"pixel types {sorted(set(file.dtypes))}: one real type for all bands is read")
