@@ -108,6 +108,7 @@ def test_slurm_prints_the_job_and_the_step():
     ("worker.sh", ["--extra", "gpu", "--processes", "2", "--coordinator", "h:1", *TRAIN], "--index (or LAUNCH_INDEX)"),
     ("worker.sh", ["--extra", "gpu", "--processes", "2", "--coordinator", "h:1", "--index", "2", *TRAIN], "are 0 to 1"),
     ("worker.sh", ["--extra", "tpu", "--processes", "2", "--env", "A", *TRAIN], "--env=A: NAME=VALUE"),
+    ("worker.sh", ["--extra", "tpu", "--processes", "2", "--env", "A-B=1", *TRAIN], "--env=A-B=1: NAME=VALUE"),
     ("worker.sh", ["train"], "unexpected 'train'"),
     ("tpu.sh", [], "create, run, status, logs, delete or watch?"),
     ("tpu.sh", ["create", "--zonee", "z"], "unknown setting --zonee; known: name zone"),
@@ -115,15 +116,25 @@ def test_slurm_prints_the_job_and_the_step():
     ("tpu.sh", ["create", "--zone"], "--zone needs a value"),
     ("tpu.sh", ["status", "--name", "a", "--zone", "b"], "--project (or LAUNCH_PROJECT) is missing"),
     ("tpu.sh", ["watch", *TPU[:-2], *TRAIN], "--hosts (or LAUNCH_HOSTS) is missing"),
+    ("tpu.sh", ["watch", *TPU, "--env", "1A=b", *TRAIN], "--env=1A=b: NAME=VALUE"),
     ("gke.sh", ["create", *GKE[:-2], *TRAIN], "--chips (or LAUNCH_CHIPS) is missing"),
+    ("gke.sh", ["create", *GKE, "--env", "=b", *TRAIN], "--env==b: NAME=VALUE"),
     ("gke.sh", ["create", *GKE, "--name", "Run_1", *TRAIN], "--name=Run_1: lower case"),
     ("gke.sh", ["create", *GKE, "--image", 'a" b', *TRAIN], '--image=a" b: letters'),
     ("gke.sh", ["create", *GKE, "--", "two\nlines"], "a line break or tab in an argument"),
     ("slurm.sh", ["submit", *SLURM, *TRAIN], "--time (or LAUNCH_TIME) is missing"),
+    ("slurm.sh", ["submit", *SLURM, "--time", "1", "--env", "A", *TRAIN], "--env=A: NAME=VALUE"),
     ("slurm.sh", ["job", *SLURM, *TRAIN], "job runs inside Slurm"),
 ])
 def test_bad_settings_are_refused_with_78(name, args, text):
     assert text in refused(name, *args)
+
+
+@pytest.mark.parametrize("variable, value", [("LAUNCH_KEEP", "0"), ("LAUNCH_SPOT", "false"), ("LAUNCH_DRY_RUN", "no")])
+def test_a_switch_in_the_environment_is_1_or_nothing(variable, value):
+    args = ["watch", *TPU, "--dry-run", *TRAIN]
+    assert f"{variable}={value}: 1, or nothing for no" in refused("tpu.sh", *args, **{variable: value})
+    assert dry("tpu.sh", *args, **{variable: ""}) == dry("tpu.sh", *args)
 
 
 def test_the_codes_are_those_of_training():
