@@ -1,10 +1,12 @@
 """Reading compiled programs, and the compile check itself: through the real TPU compiler where libtpu is installed."""
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from configs import skysense_tiny
+from skysense_jax import compile_check as checks
 from skysense_jax import pods
 from skysense_jax.core import chips, flops, hlo, sharding
 from skysense_jax.core import mesh as meshes
@@ -129,6 +133,44 @@ def test_table_rows_have_their_own_files_and_show_what_does_not_fit():
     assert "| 20.00 / 15.75 | **no** |" in pods.line(result)
 
 
+def test_a_row_that_could_not_be_made_is_named_and_what_cannot_work_is_refused_at_once(tmp_path, monkeypatch, capsys):
+    def run(*arguments: str) -> int:
+        parser = argparse.ArgumentParser()
+        pods.add_arguments(parser)
+        return pods.run(parser.parse_args([str(tmp_path / "rows"), *arguments]))
+
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))  # ends with 1, as a step that does not fit
+    assert run("--only", "base") == 1
+    assert f"{pods.ROWS[-1].file} could not be made" in capsys.readouterr().err
+    page = tmp_path / "pods.md"
+    page.write_text("no marks\n")
+    with pytest.raises(ValueError, match="has no lines"):
+        run("--out", str(page))
+    with pytest.raises(ValueError, match="no row's file contains it"):
+        run("--only", "v9z")
+    assert not capsys.readouterr().err, "nothing was compiled"
+
+
+@pytest.mark.parametrize("places, parts, devices, then, said", [
+    (256, 2, 64, (256, 2), ""), (256, 2, 128, (256, 2), ""),
+    (256, 2, 256, (256, 1), "config.objective.microbatches=2 is more than the places of a device: compiled with 1"),
+    (256, 2, 512, (512, 1), "config.data.batch=256 leaves devices without a place: compiled with 512")])
+def test_the_paper_s_recipe_is_fitted_to_larger_pods_and_that_is_said(places, parts, devices, then, said):
+    c = skysense_tiny.get_config("series")
+    c.data.batch, c.objective.microbatches = places, parts
+    note = checks.with_every_chip_fed(c, devices)
+    assert (c.data.batch, c.objective.microbatches) == then
+    assert said in note and bool(note) == (then != (places, parts)) == ("`train` needs the same values" in note)
+
+
+@pytest.mark.parametrize("argument, words", [
+    ("--json=nowhere/row.json", "there is no folder nowhere"), ("--slices=0", "--slices=0"), ("--effort=2", "--effort=2")])
+def test_what_would_be_lost_after_the_compilation_is_refused_before(argument, words, capfd):
+    config = str(ROOT / "configs" / "skysense_tiny.py")
+    assert checks.main(["--config", config, "--topology", "v5e:2x2", argument]) == 78
+    assert words in capfd.readouterr().err
+
+
 def compile_check(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "skysense_jax.cli", "compile-check", *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
@@ -175,6 +217,8 @@ def test_a_step_that_does_not_fit_says_by_how_much(tmp_path):
     r = json.loads(file.read_text())
     assert done.returncode == 1 and not r["fits"], done.stderr[-2000:]
     assert r["peak_hbm_bytes"] > r["hbm_limit_bytes"] and "DOES NOT FIT" in done.stdout
+    assert r["model_flops"] > 0 < r["compile_seconds"]
+    assert [r[key] for key in ("collective_bytes", "roofline_step_seconds", "roofline_mfu")] == [None] * 3
 
 
 @pytest.mark.tpu_compiler
