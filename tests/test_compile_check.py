@@ -12,6 +12,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from configs import skysense_tiny
@@ -19,6 +20,7 @@ from skysense_jax import compile_check as checks
 from skysense_jax import pods
 from skysense_jax.core import chips, flops, hlo, sharding
 from skysense_jax.core import mesh as meshes
+from skysense_jax.ops import contrast
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAYERS, WIDTH, BATCH = 5, 64, 16
@@ -61,6 +63,34 @@ def test_gradients_go_into_the_parts_without_gathering_activations():
         found = hlo.collectives(hlo.read(gradient.lower(weights, x).compile().as_text()), [0] * 8)
     assert max(one.largest for one in found.values()) <= WIDTH * WIDTH * 4
     assert found["all-gather"].count == 2 * LAYERS, "forward and backward; nothing else is gathered"
+
+
+def test_pieces_of_the_distillation_are_reduced_over_devices_once_and_give_the_same():
+    """The rows of a place in four pieces, float32: values and gradients of one device, and no collective in a loop."""
+    places, rows, width, prototypes, pieces = 16, 32, 8, 64, 4
+    draw = jax.random.split(jax.random.key(0), 5)
+    arrays = [jax.random.normal(key, shape) for key, shape in zip(draw, (
+        (width, prototypes), (places, rows, width), (places, rows, 1, width), (places, rows, 1), (width, prototypes)))]
+
+    def loss(mine, student, teacher, weight, theirs):
+        ce, entropy, assigned = contrast.distil(student, teacher, jnp.square(weight), sharding.gathered(mine), theirs,
+                                                jnp.zeros(prototypes), 0.1, 0.04, rows // pieces)
+        return ce.sum(), (ce, entropy, assigned)
+
+    wanted = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(*arrays)
+    mesh = meshes.make_mesh({"data": 2, "fsdp": 4})
+    split, whole, batch = jax.NamedSharding(mesh, jax.P(None, "fsdp")), meshes.replicated(mesh), meshes.batch_sharding(mesh)
+    placed = [jax.device_put(x, y) for x, y in zip(arrays, (split, batch, batch, batch, whole))]
+    with jax.set_mesh(mesh):
+        step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True),
+                       out_shardings=((whole, (batch, batch, whole)), (split, batch))).lower(*placed).compile()
+        found = step(*placed)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
+    program = hlo.read(step.as_text())
+    assert pieces in program.times.values(), "the pieces are a loop"
+    assert set(program.times[name] for name, body in program.computations.items() if name in program.times for one in body
+               if one.opcode in hlo.COLLECTIVES) == {1}
 
 
 def test_groups_that_cross_slices_count_between_them():
