@@ -132,6 +132,41 @@ def test_hbm_traffic_of_a_loop_counts_slices_and_not_the_whole_stack():
     assert 64 * 3 * matrix <= hlo.hbm_bytes(hlo.read(text)) <= 64 * 16 * matrix  # the whole stack each time: 64 * 64
 
 
+def test_what_starts_is_counted_once_however_many_arrays_it_takes():
+    """Prefetch to the chip and back, an all-gather of two arrays, an all-reduce of two, a permute: as a TPU program spells
+    them, operands inside the value of the start.
+    """
+    text = """%gather (x: f32[4]) -> f32[8] {
+  %x = f32[4]{0} parameter(0)
+  ROOT %inner = f32[8]{0} all-gather(%x), replica_groups={{0,1}}, dimensions={0}
+}
+
+ENTRY %main (p: f32[1000], q: bf16[1000]) -> f32[] {
+  %p = f32[1000]{0:T(1024)} parameter(0)
+  %q = bf16[1000]{0:T(1024)(128)} parameter(1)
+  %in = (f32[1000]{0:T(1024)S(1)}, f32[1000]{0:T(1024)}, u32[]{:S(2)}) copy-start(%p)
+  %here = f32[1000]{0:T(1024)S(1)} copy-done(%in)
+  %out = (f32[1000]{0:T(1024)}, f32[1000]{0:T(1024)S(1)}, u32[]{:S(2)}) copy-start(%here)
+  %back = f32[1000]{0:T(1024)} copy-done(%out)
+  %ag = ((f32[1000]{0}, bf16[1000]{0}), (f32[2000]{0}, bf16[2000]{0})) all-gather-start(%p, %q), replica_groups={{0,1}}
+  %ag.done = (f32[2000]{0}, bf16[2000]{0}) all-gather-done(%ag)
+  %ar = (f32[1000]{0}, bf16[1000]{0}) all-reduce-start(%p, %q), replica_groups={{0,1}}, to_apply=%add
+  %ar.done = (f32[1000]{0}, bf16[1000]{0}) all-reduce-done(%ar)
+  %cp = (f32[1000]{0}, f32[1000]{0}, u32[], u32[]) collective-permute-start(%p), source_target_pairs={{0,1},{1,0}}
+  %cp.done = f32[1000]{0} collective-permute-done(%cp)
+  %as = ((f32[4]{0}), f32[8]{0}, u32[]) async-start(%p), calls=%gather
+  %as.done = f32[8]{0} async-done(%as), calls=%gather
+}"""
+    program = hlo.read(text)
+    found = hlo.collectives(program, [0, 0])
+    gathered = found["all-gather"]
+    assert (gathered.count, gathered.wire, gathered.largest) == (2, (12_000 + 32) / 2, 12_000)
+    assert found["all-reduce"].wire == 2 * 6_000 / 2
+    assert found["collective-permute"].wire == 4_000
+    prefetch, back, gather, reduce, permute, inner = 4_000, 4_000, 6_000 + 12_000, 2 * 6_000, 8_000 + 8, 16 + 32
+    assert hlo.hbm_bytes(program) == prefetch + back + gather + reduce + permute + inner
+
+
 def test_products_of_a_jaxpr_count_loops_and_rematerialisation():
     def loss(w, x):
         layer = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
