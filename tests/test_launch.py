@@ -281,7 +281,7 @@ def restart_action(found, code=None, condition=None):
     ({"code": 75}, "RestartJobSetAndIgnoreMaxRestarts"),
     ({"condition": "DisruptionTarget"}, "RestartJobSetAndIgnoreMaxRestarts"),
     ({"code": 137, "condition": "DisruptionTarget"}, "RestartJobSetAndIgnoreMaxRestarts"),
-    ({"code": 70}, "RestartJobSet"), ({"code": 1}, "RestartJobSet"), ({"code": 137}, "RestartJobSet"),
+    ({"code": 70}, "RestartJobSet"), ({"code": 74}, "RestartJobSet"), ({"code": 1}, "RestartJobSet"), ({"code": 137}, "RestartJobSet"),
 ])
 def test_jobset_restarts_by_exit_code(end, action):
     assert restart_action(jobset(*GKE, "--dry-run", *TRAIN), **end) == action
@@ -297,7 +297,7 @@ def test_gke_other_verbs():
 # Slurm
 
 @pytest.mark.parametrize("codes, ends, requeued", [
-    ([0], [0], 0), ([65], [65], 0), ([78], [78], 0), ([75, 75, 75], [0, 0, 0], 3), ([70, 70], [0, 70], 1),
+    ([0], [0], 0), ([65], [65], 0), ([78], [78], 0), ([75, 75, 75], [0, 0, 0], 3), ([70, 74], [0, 74], 1),
     ([75, 134, 1], [0, 0, 1], 2),
 ])
 def test_slurm_requeues_by_exit_code(fake, codes, ends, requeued):

@@ -27,8 +27,6 @@ _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _MESH_GROUPS = re.compile(
     r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}")
 _CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations|true_computation|false_computation)=\{?%?([\w.\-]+)")
-
-
 _HOLDS_OPERANDS = ("copy-start", "all-gather-start", "collective-permute-start", "send")
 """Instructions whose value is their operands beside what they make."""
 _NOT_RUN = ("reduce", "sort", "scatter", "reduce-window", "async-update", "async-done")
