@@ -15,6 +15,9 @@ read_settings() {
     for _name in $values $switches; do
         _variable=LAUNCH_$(printf %s "$_name" | tr 'a-z-' 'A-Z_')
         printf -v "$(variable_of "$_name")" %s "${!_variable-}"
+        case "$switches:${!_variable-}" in  # LAUNCH_KEEP=0 must not mean yes
+            *" $_name "*:?*) [ "${!_variable}" = 1 ] || refuse "$_variable=${!_variable}: 1, or nothing for no" ;;
+        esac
     done
     for _name in $lists; do unset "$(variable_of "$_name")"; done
     while [ $# -gt 0 ]; do
@@ -44,7 +47,9 @@ variable_of() { printf %s "$1" | tr - _; }
 
 append() {  # to the array named $1
     case $1 in
-        env) env+=("$2") ;;
+        env)
+            case ${2%%=*} in [!A-Za-z_]* | *[!A-Za-z0-9_]* | '' | "$2") refuse "--env=$2: NAME=VALUE, the name of letters, digits and _" ;; esac
+            env+=("$2") ;;
         option) option+=("$2") ;;
         ssh_option) ssh_option+=("$2") ;;
     esac

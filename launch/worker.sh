@@ -29,7 +29,6 @@ elif [ "$processes" -gt 1 ] && [ "$extra" != tpu ]; then
     refuse "--coordinator is missing: only on TPU does jax find the $processes processes by itself"
 fi
 for pair in ${env[@]+"${env[@]}"}; do
-    case $pair in [A-Za-z_]*=*) ;; *) refuse "--env=$pair: NAME=VALUE" ;; esac
     act export "$pair"
 done
 

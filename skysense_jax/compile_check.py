@@ -4,7 +4,11 @@
 
 Needs libtpu (`launch/setup.sh tpu`), not a TPU. It lowers and compiles what `train` would run: the same plan, mesh,
 shardings and flags. What it prints is what the compiler says (memory, collectives, HBM traffic), and a roofline with its
-assumptions; nothing here has run on a TPU. Exit code 0: it fits; 1: it does not; 78: bad input.
+assumptions; nothing here has run on a TPU. Exit code 0: it fits; 1: it does not; 78: bad input; 70: the compiler failed.
+
+The JSON always has fits, peak_hbm_bytes, hbm_limit_bytes, model_flops and compile_seconds. Where the compiler refuses
+because of memory there is no program to read: collective_bytes, roofline_step_seconds and roofline_mfu are null, and
+peak_hbm_bytes is the state with what the compiler says it needs beside it.
 
 The roofline. Compute: all matrix products of the traced step, rematerialised ones included, at the chip's bfloat16
 peak, spread evenly. HBM: bytes moved by every instruction of the compiled program. ICI and DCN: bytes sent per chip by the
@@ -13,7 +17,6 @@ it, which no real step attains. roofline_mfu = model FLOPs (core.flops) / chips 
 """
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import os
@@ -21,7 +24,7 @@ import pathlib
 import re
 import sys
 import time
-from typing import Any, Iterator, Sequence
+from typing import Any, Sequence
 
 import jax
 from absl import flags
@@ -32,9 +35,10 @@ from skysense_jax import train
 from skysense_jax.core import chips, flops, hlo, sharding, trees, xla_flags
 from skysense_jax.core import mesh as meshes
 from skysense_jax.core.chips import GIB
+from skysense_jax.data.parts import write_atomically
 from skysense_jax.run import checkpoint
 
-EXIT_FITS, EXIT_TOO_LARGE, EXIT_BAD_INPUT = 0, 1, 78
+EXIT_FITS, EXIT_TOO_LARGE, EXIT_COMPILER, EXIT_BAD_INPUT = 0, 1, 70, 78
 EFFORT = "exec_time_optimization_effort"
 
 
@@ -42,7 +46,8 @@ def define_flags(values: flags.FlagValues) -> None:
     """The flags beside --config."""
     flags.DEFINE_string("topology", None, "TPU generation and shape: v5e:16x16, v5p:8x8x16, v6e:16x16, ...",
                         flag_values=values)
-    flags.DEFINE_integer("slices", 1, "slices of this topology, joined by the data-centre network", flag_values=values)
+    flags.DEFINE_integer("slices", 1, "slices of this topology, joined by the data-centre network", flag_values=values,
+                         lower_bound=1)
     flags.DEFINE_float("effort", -1.0, "the compiler's optimisation effort, -1 (minutes) to 0 (its default; an hour at "
                        "full size)", flag_values=values, lower_bound=-1.0, upper_bound=1.0)
     flags.DEFINE_string("json", None, "also write the figures to this file", flag_values=values)
@@ -71,11 +76,18 @@ def prepare_environment(topology: str) -> list[str]:
 
 
 def with_every_chip_fed(cfg: config_dict.ConfigDict, devices: int) -> str:
-    """At least one place per device: raises config.data.batch to that where it is less, and says so ('' otherwise)."""
-    if cfg.data.batch >= devices:
-        return ""
-    before, cfg.data.batch = cfg.data.batch, devices
-    return f"config.data.batch={before} leaves devices without a place: compiled with {devices}"
+    """At least one place per device, encoded in no more parts than a device has places: raises config.data.batch and
+    lowers config.objective.microbatches to that, and says so ('' where nothing is changed).
+    """
+    notes, before, parts = [], cfg.data.batch, cfg.objective.microbatches
+    if before < devices:
+        cfg.data.batch = devices
+        notes.append(f"config.data.batch={before} leaves devices without a place: compiled with {devices}")
+    share = cfg.data.batch // devices
+    if parts > share:
+        cfg.objective.microbatches = share
+        notes.append(f"config.objective.microbatches={parts} is more than the places of a device: compiled with {share}")
+    return "; ".join([*notes, "`train` needs the same values"]) if notes else ""
 
 
 def check(cfg: config_dict.ConfigDict, topology: str, slices: int, effort: float) -> dict[str, Any]:
@@ -122,7 +134,8 @@ def check(cfg: config_dict.ConfigDict, topology: str, slices: int, effort: float
         temporaries = int(float(needed.group(1)) * (GIB if needed.group(2) == "G" else 2**20)) if needed else None
         state = sum(result[f"{name}_bytes"] for name in checkpoint.TREES)
         peak = None if temporaries is None else temporaries + state
-        return {**result, "fits": False, "refusal": refusal, "peak_hbm_bytes": peak}
+        unknown = dict.fromkeys(("collective_bytes", "roofline_step_seconds", "roofline_mfu"))
+        return {**result, "fits": False, "refusal": refusal, "peak_hbm_bytes": peak, **unknown}
 
     memory = compiled.memory_analysis()
     program = hlo.read(compiled.as_text())
@@ -192,6 +205,8 @@ def parse(argv: Sequence[str]) -> tuple[config_dict.ConfigDict, flags.FlagValues
     values = train.read_flags("compile-check", argv, define_flags, __doc__)
     if values.config is None or values.topology is None:
         raise ValueError("both --config FILE and --topology NAME are needed")
+    if values.json and not pathlib.Path(values.json).absolute().parent.is_dir():  # said now, not after the compilation
+        raise ValueError(f"--json={values.json}: there is no folder {pathlib.Path(values.json).parent}; make it first")
     return values.config, values
 
 
@@ -203,7 +218,10 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         print(f"skysense-jax compile-check: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except jax.errors.JaxRuntimeError as error:
+        print(f"skysense-jax compile-check: the compiler failed, which says nothing about memory: {error}", file=sys.stderr)
+        return EXIT_COMPILER
     print(render(result))
     if values.json:
-        pathlib.Path(values.json).write_text(json.dumps(result, indent=1) + "\n")
+        write_atomically(pathlib.Path(values.json), (json.dumps(result, indent=1) + "\n").encode())
     return EXIT_FITS if result["fits"] else EXIT_TOO_LARGE

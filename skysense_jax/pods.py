@@ -85,6 +85,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Makes what is missing and writes the table; 1 where a row could not be made (78 from compile-check)."""
+    if not any(args.only in row.file for row in ROWS):
+        raise ValueError(f"--only={args.only}: no row's file contains it; files: {', '.join(row.file for row in ROWS)}")
+    _around(args.out)  # refused now, not after hours of compilation
     args.folder.mkdir(parents=True, exist_ok=True)
     failed, results = [], []
     for row in ROWS:
@@ -92,7 +95,8 @@ def run(args: argparse.Namespace) -> int:
         if not file.exists() and args.only in row.file:
             command = row.command(args.configs, args.folder)
             print(shlex.join(command), file=sys.stderr, flush=True)
-            if subprocess.run(command, check=False).returncode not in (0, 1):
+            subprocess.run(command, check=False)
+            if not file.exists():
                 failed.append(row.file)
         if file.exists():
             name = row.config + (", bank=none" if NO_BANK in row.fields else "")
@@ -100,11 +104,17 @@ def run(args: argparse.Namespace) -> int:
     table = HEAD + "\n".join(map(line, results)) + "\n"
     print(table)
     if args.out:
-        before, _, rest = args.out.read_text().partition(MARKS[0])
-        _, found, after = rest.partition(MARKS[1])
-        if not found:
-            raise ValueError(f"{args.out} has no lines {MARKS[0]} and {MARKS[1]} to write the table between")
+        before, after = _around(args.out)
         write_atomically(args.out, f"{before}{MARKS[0]}\n{table}{MARKS[1]}{after}".encode())
     for name in failed:
         print(f"skysense-jax pods: {name} could not be made, see above", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _around(page: pathlib.Path | None) -> tuple[str, str]:
+    """The text before and after the marks of the page. Raises ValueError where they are not both there."""
+    before, _, rest = page.read_text().partition(MARKS[0]) if page else ("", "", MARKS[1])
+    _, found, after = rest.partition(MARKS[1])
+    if not found:
+        raise ValueError(f"{page} has no lines {MARKS[0]} and {MARKS[1]} to write the table between")
+    return before, after

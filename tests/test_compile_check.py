@@ -1,20 +1,26 @@
 """Reading compiled programs, and the compile check itself: through the real TPU compiler where libtpu is installed."""
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from configs import skysense_tiny
+from skysense_jax import compile_check as checks
 from skysense_jax import pods
 from skysense_jax.core import chips, flops, hlo, sharding
 from skysense_jax.core import mesh as meshes
+from skysense_jax.ops import contrast
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAYERS, WIDTH, BATCH = 5, 64, 16
@@ -59,6 +65,34 @@ def test_gradients_go_into_the_parts_without_gathering_activations():
     assert found["all-gather"].count == 2 * LAYERS, "forward and backward; nothing else is gathered"
 
 
+def test_pieces_of_the_distillation_are_reduced_over_devices_once_and_give_the_same():
+    """The rows of a place in four pieces, float32: values and gradients of one device, and no collective in a loop."""
+    places, rows, width, prototypes, pieces = 16, 32, 8, 64, 4
+    draw = jax.random.split(jax.random.key(0), 5)
+    arrays = [jax.random.normal(key, shape) for key, shape in zip(draw, (
+        (width, prototypes), (places, rows, width), (places, rows, 1, width), (places, rows, 1), (width, prototypes)))]
+
+    def loss(mine, student, teacher, weight, theirs):
+        ce, entropy, assigned = contrast.distil(student, teacher, jnp.square(weight), sharding.gathered(mine), theirs,
+                                                jnp.zeros(prototypes), 0.1, 0.04, rows // pieces)
+        return ce.sum(), (ce, entropy, assigned)
+
+    wanted = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(*arrays)
+    mesh = meshes.make_mesh({"data": 2, "fsdp": 4})
+    split, whole, batch = jax.NamedSharding(mesh, jax.P(None, "fsdp")), meshes.replicated(mesh), meshes.batch_sharding(mesh)
+    placed = [jax.device_put(x, y) for x, y in zip(arrays, (split, batch, batch, batch, whole))]
+    with jax.set_mesh(mesh):
+        step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True),
+                       out_shardings=((whole, (batch, batch, whole)), (split, batch))).lower(*placed).compile()
+        found = step(*placed)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
+    program = hlo.read(step.as_text())
+    assert pieces in program.times.values(), "the pieces are a loop"
+    assert set(program.times[name] for name, body in program.computations.items() if name in program.times for one in body
+               if one.opcode in hlo.COLLECTIVES) == {1}
+
+
 def test_groups_that_cross_slices_count_between_them():
     mesh, run, arguments = layered(8)
     with jax.set_mesh(mesh):
@@ -98,6 +132,41 @@ def test_hbm_traffic_of_a_loop_counts_slices_and_not_the_whole_stack():
     assert 64 * 3 * matrix <= hlo.hbm_bytes(hlo.read(text)) <= 64 * 16 * matrix  # the whole stack each time: 64 * 64
 
 
+def test_what_starts_is_counted_once_however_many_arrays_it_takes():
+    """Prefetch to the chip and back, an all-gather of two arrays, an all-reduce of two, a permute: as a TPU program spells
+    them, operands inside the value of the start.
+    """
+    text = """%gather (x: f32[4]) -> f32[8] {
+  %x = f32[4]{0} parameter(0)
+  ROOT %inner = f32[8]{0} all-gather(%x), replica_groups={{0,1}}, dimensions={0}
+}
+
+ENTRY %main (p: f32[1000], q: bf16[1000]) -> f32[] {
+  %p = f32[1000]{0:T(1024)} parameter(0)
+  %q = bf16[1000]{0:T(1024)(128)} parameter(1)
+  %in = (f32[1000]{0:T(1024)S(1)}, f32[1000]{0:T(1024)}, u32[]{:S(2)}) copy-start(%p)
+  %here = f32[1000]{0:T(1024)S(1)} copy-done(%in)
+  %out = (f32[1000]{0:T(1024)}, f32[1000]{0:T(1024)S(1)}, u32[]{:S(2)}) copy-start(%here)
+  %back = f32[1000]{0:T(1024)} copy-done(%out)
+  %ag = ((f32[1000]{0}, bf16[1000]{0}), (f32[2000]{0}, bf16[2000]{0})) all-gather-start(%p, %q), replica_groups={{0,1}}
+  %ag.done = (f32[2000]{0}, bf16[2000]{0}) all-gather-done(%ag)
+  %ar = (f32[1000]{0}, bf16[1000]{0}) all-reduce-start(%p, %q), replica_groups={{0,1}}, to_apply=%add
+  %ar.done = (f32[1000]{0}, bf16[1000]{0}) all-reduce-done(%ar)
+  %cp = (f32[1000]{0}, f32[1000]{0}, u32[], u32[]) collective-permute-start(%p), source_target_pairs={{0,1},{1,0}}
+  %cp.done = f32[1000]{0} collective-permute-done(%cp)
+  %as = ((f32[4]{0}), f32[8]{0}, u32[]) async-start(%p), calls=%gather
+  %as.done = f32[8]{0} async-done(%as), calls=%gather
+}"""
+    program = hlo.read(text)
+    found = hlo.collectives(program, [0, 0])
+    gathered = found["all-gather"]
+    assert (gathered.count, gathered.wire, gathered.largest) == (2, (12_000 + 32) / 2, 12_000)
+    assert found["all-reduce"].wire == 2 * 6_000 / 2
+    assert found["collective-permute"].wire == 4_000
+    prefetch, back, gather, reduce, permute, inner = 4_000, 4_000, 6_000 + 12_000, 2 * 6_000, 8_000 + 8, 16 + 32
+    assert hlo.hbm_bytes(program) == prefetch + back + gather + reduce + permute + inner
+
+
 def test_products_of_a_jaxpr_count_loops_and_rematerialisation():
     def loss(w, x):
         layer = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
@@ -127,6 +196,44 @@ def test_table_rows_have_their_own_files_and_show_what_does_not_fit():
         "hbm_limit_bytes": int(15.75 * 2**30), "fits": False, "compile_seconds": 1.0,
     }
     assert "| 20.00 / 15.75 | **no** |" in pods.line(result)
+
+
+def test_a_row_that_could_not_be_made_is_named_and_what_cannot_work_is_refused_at_once(tmp_path, monkeypatch, capsys):
+    def run(*arguments: str) -> int:
+        parser = argparse.ArgumentParser()
+        pods.add_arguments(parser)
+        return pods.run(parser.parse_args([str(tmp_path / "rows"), *arguments]))
+
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))  # ends with 1, as a step that does not fit
+    assert run("--only", "base") == 1
+    assert f"{pods.ROWS[-1].file} could not be made" in capsys.readouterr().err
+    page = tmp_path / "pods.md"
+    page.write_text("no marks\n")
+    with pytest.raises(ValueError, match="has no lines"):
+        run("--out", str(page))
+    with pytest.raises(ValueError, match="no row's file contains it"):
+        run("--only", "v9z")
+    assert not capsys.readouterr().err, "nothing was compiled"
+
+
+@pytest.mark.parametrize("places, parts, devices, then, said", [
+    (256, 2, 64, (256, 2), ""), (256, 2, 128, (256, 2), ""),
+    (256, 2, 256, (256, 1), "config.objective.microbatches=2 is more than the places of a device: compiled with 1"),
+    (256, 2, 512, (512, 1), "config.data.batch=256 leaves devices without a place: compiled with 512")])
+def test_the_paper_s_recipe_is_fitted_to_larger_pods_and_that_is_said(places, parts, devices, then, said):
+    c = skysense_tiny.get_config("series")
+    c.data.batch, c.objective.microbatches = places, parts
+    note = checks.with_every_chip_fed(c, devices)
+    assert (c.data.batch, c.objective.microbatches) == then
+    assert said in note and bool(note) == (then != (places, parts)) == ("`train` needs the same values" in note)
+
+
+@pytest.mark.parametrize("argument, words", [
+    ("--json=nowhere/row.json", "there is no folder nowhere"), ("--slices=0", "--slices=0"), ("--effort=2", "--effort=2")])
+def test_what_would_be_lost_after_the_compilation_is_refused_before(argument, words, capfd):
+    config = str(ROOT / "configs" / "skysense_tiny.py")
+    assert checks.main(["--config", config, "--topology", "v5e:2x2", argument]) == 78
+    assert words in capfd.readouterr().err
 
 
 def compile_check(*arguments: str) -> subprocess.CompletedProcess:
@@ -175,6 +282,8 @@ def test_a_step_that_does_not_fit_says_by_how_much(tmp_path):
     r = json.loads(file.read_text())
     assert done.returncode == 1 and not r["fits"], done.stderr[-2000:]
     assert r["peak_hbm_bytes"] > r["hbm_limit_bytes"] and "DOES NOT FIT" in done.stdout
+    assert r["model_flops"] > 0 < r["compile_seconds"]
+    assert [r[key] for key in ("collective_bytes", "roofline_step_seconds", "roofline_mfu")] == [None] * 3
 
 
 @pytest.mark.tpu_compiler

@@ -108,6 +108,7 @@ def test_slurm_prints_the_job_and_the_step():
     ("worker.sh", ["--extra", "gpu", "--processes", "2", "--coordinator", "h:1", *TRAIN], "--index (or LAUNCH_INDEX)"),
     ("worker.sh", ["--extra", "gpu", "--processes", "2", "--coordinator", "h:1", "--index", "2", *TRAIN], "are 0 to 1"),
     ("worker.sh", ["--extra", "tpu", "--processes", "2", "--env", "A", *TRAIN], "--env=A: NAME=VALUE"),
+    ("worker.sh", ["--extra", "tpu", "--processes", "2", "--env", "A-B=1", *TRAIN], "--env=A-B=1: NAME=VALUE"),
     ("worker.sh", ["train"], "unexpected 'train'"),
     ("tpu.sh", [], "create, run, status, logs, delete or watch?"),
     ("tpu.sh", ["create", "--zonee", "z"], "unknown setting --zonee; known: name zone"),
@@ -115,15 +116,25 @@ def test_slurm_prints_the_job_and_the_step():
     ("tpu.sh", ["create", "--zone"], "--zone needs a value"),
     ("tpu.sh", ["status", "--name", "a", "--zone", "b"], "--project (or LAUNCH_PROJECT) is missing"),
     ("tpu.sh", ["watch", *TPU[:-2], *TRAIN], "--hosts (or LAUNCH_HOSTS) is missing"),
+    ("tpu.sh", ["watch", *TPU, "--env", "1A=b", *TRAIN], "--env=1A=b: NAME=VALUE"),
     ("gke.sh", ["create", *GKE[:-2], *TRAIN], "--chips (or LAUNCH_CHIPS) is missing"),
+    ("gke.sh", ["create", *GKE, "--env", "=b", *TRAIN], "--env==b: NAME=VALUE"),
     ("gke.sh", ["create", *GKE, "--name", "Run_1", *TRAIN], "--name=Run_1: lower case"),
     ("gke.sh", ["create", *GKE, "--image", 'a" b', *TRAIN], '--image=a" b: letters'),
     ("gke.sh", ["create", *GKE, "--", "two\nlines"], "a line break or tab in an argument"),
     ("slurm.sh", ["submit", *SLURM, *TRAIN], "--time (or LAUNCH_TIME) is missing"),
+    ("slurm.sh", ["submit", *SLURM, "--time", "1", "--env", "A", *TRAIN], "--env=A: NAME=VALUE"),
     ("slurm.sh", ["job", *SLURM, *TRAIN], "job runs inside Slurm"),
 ])
 def test_bad_settings_are_refused_with_78(name, args, text):
     assert text in refused(name, *args)
+
+
+@pytest.mark.parametrize("variable, value", [("LAUNCH_KEEP", "0"), ("LAUNCH_SPOT", "false"), ("LAUNCH_DRY_RUN", "no")])
+def test_a_switch_in_the_environment_is_1_or_nothing(variable, value):
+    args = ["watch", *TPU, "--dry-run", *TRAIN]
+    assert f"{variable}={value}: 1, or nothing for no" in refused("tpu.sh", *args, **{variable: value})
+    assert dry("tpu.sh", *args, **{variable: ""}) == dry("tpu.sh", *args)
 
 
 def test_the_codes_are_those_of_training():
@@ -270,7 +281,7 @@ def restart_action(found, code=None, condition=None):
     ({"code": 75}, "RestartJobSetAndIgnoreMaxRestarts"),
     ({"condition": "DisruptionTarget"}, "RestartJobSetAndIgnoreMaxRestarts"),
     ({"code": 137, "condition": "DisruptionTarget"}, "RestartJobSetAndIgnoreMaxRestarts"),
-    ({"code": 70}, "RestartJobSet"), ({"code": 1}, "RestartJobSet"), ({"code": 137}, "RestartJobSet"),
+    ({"code": 70}, "RestartJobSet"), ({"code": 74}, "RestartJobSet"), ({"code": 1}, "RestartJobSet"), ({"code": 137}, "RestartJobSet"),
 ])
 def test_jobset_restarts_by_exit_code(end, action):
     assert restart_action(jobset(*GKE, "--dry-run", *TRAIN), **end) == action
@@ -286,7 +297,7 @@ def test_gke_other_verbs():
 # Slurm
 
 @pytest.mark.parametrize("codes, ends, requeued", [
-    ([0], [0], 0), ([65], [65], 0), ([78], [78], 0), ([75, 75, 75], [0, 0, 0], 3), ([70, 70], [0, 70], 1),
+    ([0], [0], 0), ([65], [65], 0), ([78], [78], 0), ([75, 75, 75], [0, 0, 0], 3), ([70, 74], [0, 74], 1),
     ([75, 134, 1], [0, 0, 1], 2),
 ])
 def test_slurm_requeues_by_exit_code(fake, codes, ends, requeued):

@@ -14,7 +14,7 @@ from configs import skysense_smoke, skysense_tiny
 from skysense_jax import train
 from skysense_jax.core import mesh as meshes
 from skysense_jax.core import trees
-from skysense_jax.run import checkpoint, metrics, optim, records, step
+from skysense_jax.run import checkpoint, metrics, optim, profiler, records, step
 from skysense_jax.run.folder import COMPLETE
 from tests import tiny, toy
 from tests.toy import same, small_state
@@ -218,6 +218,7 @@ def test_too_many_skipped_updates_end_the_run_with_65(cfg, monkeypatch, tmp_path
     (["--config.model.name=vgg"], "config.model.name='vgg'"),
     (["--config.mesh.fsdp=3"], "mesh"),
     (["--config.data.batch=6"], "does not divide by the 8 devices"),
+    (["--profile=5:3"], "FIRST < LAST"),
 ])
 def test_a_bad_configuration_is_78_and_one_line(arguments, said, dataset, tmp_path, capfd):
     config = pathlib.Path(__file__).parents[1] / "configs" / "skysense_tiny.py"
@@ -225,6 +226,36 @@ def test_a_bad_configuration_is_78_and_one_line(arguments, said, dataset, tmp_pa
     assert train.main([*base, *arguments]) == 78
     error = capfd.readouterr().err.strip()
     assert error.startswith("skysense-jax train: ") and said in error, error
+
+
+def test_a_profiler_window_traces_its_steps_and_no_others(tmp_path):
+    for wrong in ("4:2", "2:2", "3", "a:b", "-1:2"):
+        with pytest.raises(ValueError, match="FIRST < LAST"):
+            profiler.Window(wrong, tmp_path)
+
+    def traced(text: str, begin: int, end: int) -> list[int]:
+        """Numbers of done steps at whose next step a trace runs."""
+        window, found = profiler.Window(text, tmp_path), []
+        for done in range(begin, end):
+            window.before_step(done, jnp.ones(()))
+            if running():
+                found.append(done)
+        window.close()
+        assert not running()
+        return found
+
+    def running() -> bool:
+        try:
+            jax.profiler.start_trace(str(tmp_path / "probe"))
+        except RuntimeError:  # one at a time
+            return True
+        jax.profiler.stop_trace()
+        return False
+
+    assert traced("", 0, 3) == [] and traced("2:4", 4, 6) == [], "no window; one that is over"
+    assert not (tmp_path / profiler.FOLDER).exists()
+    assert traced("2:4", 0, 6) == [2, 3]
+    assert list((tmp_path / profiler.FOLDER).rglob("*.xplane.pb"))
 
 
 def test_a_hung_step_is_70_with_the_stacks(tmp_path):

@@ -18,7 +18,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all",
     "partition-id", "replica-id", "opt-barrier", "all-gather-done", "all-reduce-done", "collective-permute-done",
-    "copy-done", "async-start", "async-update", "async-done", "iota",
+    "copy-done", "async-start", "async-update", "async-done", "send-done", "recv-done", "iota",
 )
 """Instructions that move nothing themselves: what they call, or their start, is counted."""
 
@@ -27,6 +27,10 @@ _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _MESH_GROUPS = re.compile(
     r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}")
 _CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations|true_computation|false_computation)=\{?%?([\w.\-]+)")
+_HOLDS_OPERANDS = ("copy-start", "all-gather-start", "collective-permute-start", "send")
+"""Instructions whose value is their operands beside what they make."""
+_NOT_RUN = ("reduce", "sort", "scatter", "reduce-window", "async-update", "async-done")
+"""Their computation is a rule for pairs of elements, or has run at the start already."""
 
 
 class Instruction(NamedTuple):
@@ -93,7 +97,7 @@ def read(text: str) -> Program:
         for instruction in computations[name]:
             loop = _trips(computations, instruction) if instruction.opcode == "while" else 1
             for called in _CALLED.findall(instruction.rest):
-                if called in computations and instruction.opcode not in ("reduce", "sort", "scatter", "reduce-window"):
+                if called in computations and instruction.opcode not in _NOT_RUN:
                     run(called, count * loop)
 
     run(entry, 1)
@@ -158,9 +162,12 @@ def collectives(program: Program, slice_of: Sequence[Any]) -> dict[str, Traffic]
     found: dict[str, Traffic] = {}
     for kind, times, instruction, scattered in _all_collectives(program):
         shapes = [size(f"{t}[{d}]") for t, d, _ in _SHAPE.findall(instruction.result)]
-        result = max(shapes) if instruction.opcode.endswith("-start") or kind == "send" else sum(shapes)
         groups = device_groups(instruction.rest) or [[]]
         n = len(groups[0])
+        if instruction.opcode == "all-gather-start":  # its value: the operands, each 1/n of its result, and the results
+            result = sum(shapes) * n // (n + 1)
+        else:  # a permute's start: operand and result; an all-reduce's start: its results alone
+            result = max(shapes) if instruction.opcode in ("collective-permute-start", "send") else sum(shapes)
         if kind == "send":
             wire, share = float(result), 1.0
         elif kind == "collective-permute":
@@ -210,6 +217,8 @@ def hbm_bytes(program: Program) -> float:
                 moved = 2 * size(one.result, True)
             elif one.opcode == "dynamic-update-slice":
                 moved = 2 * size(shapes.get(one.operands[1], ""), True)
+            elif one.opcode in _HOLDS_OPERANDS:
+                moved = size(one.result, True)
             else:
                 moved = size(one.result, True) + sum(size(shapes.get(name_, ""), True) for name_ in one.operands)
             total += times * moved

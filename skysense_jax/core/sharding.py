@@ -9,12 +9,15 @@ A rule is ``(pattern, tactic)`` over the names of :mod:`skysense_jax.core.trees`
 """
 from __future__ import annotations
 
+import math
 from typing import Any, Mapping, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from skysense_jax.core import trees
+from skysense_jax.core.mesh import BATCH_AXES
 
 SMALL = 2**20
 """Bytes below which a leaf may stay replicated (issue: no parameter above 1 MiB stays replicated)."""
@@ -44,6 +47,21 @@ def _whole(weight: jax.Array) -> jax.Array:
 
 
 _whole.defvjp(lambda weight: (_whole(weight), None), lambda _, cotangent: (cotangent,))
+
+
+def batch_parts() -> int:
+    """Devices of the mesh in use that a batch is split over; 1 without `jax.set_mesh`."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape.get(axis, 1) for axis in BATCH_AXES)
+
+
+def one_each(weight: jax.Array) -> jax.Array:
+    """[batch_parts, ...]: a whole weight once for each device that has a part of the batch, and lying there.
+
+    For a loop over the rows of a batch: the gradient that its steps sum up stays on the device and is reduced over the
+    devices once, where the copies are one again. Of a weight that all share, every step's gradient would be reduced.
+    """
+    copies = jnp.broadcast_to(weight, (batch_parts(), *weight.shape))
+    return jax.lax.with_sharding_constraint(copies, PartitionSpec(BATCH_AXES))
 
 
 class Report(NamedTuple):

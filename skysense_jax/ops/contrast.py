@@ -12,6 +12,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from skysense_jax.core.sharding import batch_parts, one_each
+
 
 def safe_mean(total: jax.Array, weight: jax.Array) -> jax.Array:
     """total / weight, and 0 (with zero gradient) where weight is 0."""
@@ -81,16 +83,16 @@ def distil(
     n, M] >= 0. student_prototypes, teacher_prototypes: [d, K] float32. centre: [K]. Loss per row: sum_m weight_m *
     CE(teacher_m, student), linear in the teacher's assignment, so the student's logits are made once. With n > chunk
     the rows are scanned in pieces that are rematerialised in the backward pass (65,536 prototypes x 16,000 rows of a
-    sample would be 4 GB); the batch axis is never split, so it may be sharded. Returns (ce [B, n] = weighted
+    sample would be 4 GB), each device its own places: the pieces' gradients are summed over devices once. Returns (ce [B, n] = weighted
     cross-entropies, entropy [B, n] = weighted teacher entropies, assigned [K] = sum of weight * teacher assignment),
     float32; only `ce` carries gradient, and only into the student's side.
     """
     teacher, centre = jax.lax.stop_gradient((teacher, centre))
     teacher_prototypes, weight = jax.lax.stop_gradient((teacher_prototypes, weight))
 
-    def rows(zs: jax.Array, zt: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def rows(zs: jax.Array, zt: jax.Array, w: jax.Array, mine: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         # Cast here, not before the scan: the prototypes' gradient then sums over the pieces in float32.
-        mine, theirs = student_prototypes.astype(zs.dtype), teacher_prototypes.astype(zt.dtype)
+        mine, theirs = mine.astype(zs.dtype), teacher_prototypes.astype(zt.dtype)
         s = jnp.einsum("bnd,dk->bnk", zs, mine, preferred_element_type=jnp.float32) / student_temp
         t = jnp.einsum("bnmd,dk->bnmk", zt, theirs, preferred_element_type=jnp.float32)
         log_p = jax.nn.log_softmax((t - centre) / teacher_temp, axis=-1)
@@ -102,25 +104,32 @@ def distil(
 
     batch, n = weight.shape[:2]
     if n <= chunk:
-        return rows(student, teacher, weight)
+        return rows(student, teacher, weight, student_prototypes)
 
     pieces = -(-n // chunk)
     size = -(-n // pieces)  # equal pieces: at most pieces - 1 rows of padding, with weight 0
 
     def split(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, [(0, 0), (0, pieces * size - n)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(batch, pieces, size, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(x.shape[0], pieces, size, *x.shape[2:]), 1, 0)
 
-    def step(
-        assigned: jax.Array, piece: tuple[jax.Array, jax.Array, jax.Array]
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        ce, entropy, more = jax.checkpoint(rows, prevent_cse=False)(*piece)
-        return assigned + more, (ce, entropy)
+    def scanned(zs: jax.Array, zt: jax.Array, w: jax.Array, mine: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def step(
+            assigned: jax.Array, piece: tuple[jax.Array, jax.Array, jax.Array]
+        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            ce, entropy, more = jax.checkpoint(rows, prevent_cse=False)(*piece, mine)
+            return assigned + more, (ce, entropy)
 
-    start = jnp.zeros(student_prototypes.shape[-1], jnp.float32)
-    assigned, (ce, entropy) = jax.lax.scan(step, start, (split(student), split(teacher), split(weight)))
-    ce, entropy = (jnp.moveaxis(x, 0, 1).reshape(batch, pieces * size)[:, :n] for x in (ce, entropy))
-    return ce, entropy, assigned
+        start = jnp.zeros(mine.shape[-1], jnp.float32)
+        assigned, (ce, entropy) = jax.lax.scan(step, start, (split(zs), split(zt), split(w)))
+        ce, entropy = (jnp.moveaxis(x, 0, 1).reshape(-1, pieces * size)[:, :n] for x in (ce, entropy))
+        return ce, entropy, assigned
+
+    if (parts := batch_parts()) == 1:
+        return scanned(student, teacher, weight, student_prototypes)
+    each = [x.reshape(parts, batch // parts, *x.shape[1:]) for x in (student, teacher, weight)]
+    ce, entropy, assigned = jax.vmap(scanned)(*each, one_each(student_prototypes))
+    return ce.reshape(batch, n), entropy.reshape(batch, n), assigned.sum(0)
 
 
 def info_nce(a: jax.Array, b: jax.Array, valid: jax.Array, temperature: float) -> jax.Array:
