@@ -296,8 +296,8 @@ def test_kmeans_finds_known_clusters_and_is_seeded():
     found = assignment.kmeans(features, 5, 3)
     assert assignment.agreement(found, truth) == pytest.approx(1)
     np.testing.assert_array_equal(found, assignment.kmeans(features, 5, 3))
-    with pytest.raises(ValueError, match="k-means of 5 clusters needs as many different cells, here are 3"):
-        assignment.kmeans(np.repeat(features[:3], 50, axis=0), 5, 0)
+    with pytest.raises(ValueError, match="k-means of 5 clusters needs as many valid cells, here are 3"):
+        assignment.kmeans(features[:3], 5, 0)
 
 
 @settings(max_examples=30, deadline=None)

@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_limits
 
 from skysense_jax.sensors import UNLABELLED
 
-RESTARTS = 10
+RESTARTS = 5
 """Beginnings of k-means, of which the best one is kept."""
 
 
@@ -47,11 +47,10 @@ def best_of_places(cosine: np.ndarray, valid: np.ndarray, most: int) -> tuple[np
 def kmeans(features: np.ndarray, clusters: int, seed: int) -> np.ndarray:
     """Cluster of every row by Euclidean k-means, the best of RESTARTS seeded runs: int [M]. features: [M, D].
 
-    Raises ValueError where there are fewer different rows than clusters.
+    Raises ValueError where there are fewer rows than clusters.
     """
-    distinct = len(np.unique(features, axis=0))
-    if distinct < clusters:
-        raise ValueError(f"k-means of {clusters} clusters needs as many different cells, here are {distinct}")
+    if len(features) < clusters:
+        raise ValueError(f"k-means of {clusters} clusters needs as many valid cells, here are {len(features)}")
     with threadpool_limits(limits=1):  # the same sums, hence clusters, whatever the number of cores
         return KMeans(clusters, n_init=RESTARTS, random_state=seed).fit_predict(features)
 
