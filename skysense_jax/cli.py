@@ -23,6 +23,7 @@ COMMANDS = {
     "pods": "the table of compile checks: runs the rows that are missing, writes docs/pods.md",
     "train": "pretrain from a configuration; continues a workdir that has begun",
     "eval": "score frozen features (kNN, linear probe) beside two baselines, with intervals over places",
+    "prototypes": "look at a network's prototype bank: a region's prototypes, and maps of them over a place",
     "export-torch": "write the teacher's weights for PyTorch: safetensors with official names, config.json, code",
     "import-torch": "read the released SkySense and SkySense++ weights, strictly, module by module",
     "verify": "run an exported folder's frozen batch in JAX and in plain torch, and print the differences",
@@ -35,6 +36,7 @@ _CONFIGURED = {  # commands with a configuration read absl's and ml_collections'
 _MODULES = {
     "pods": "skysense_jax.pods",
     "eval": "skysense_jax.evaluate",
+    "prototypes": "skysense_jax.prototypes",
     "export-torch": "skysense_jax.export_torch",
     "import-torch": "skysense_jax.import_torch",
     "verify": "skysense_jax.verify",

@@ -113,7 +113,7 @@ def evaluate(
     """
     started = time.monotonic()
     found = embed.read_description(path)
-    cfg, contract = _settings(found, config, data), found.contract
+    cfg, contract = settings(found, config, data), found.contract
     meta = sources.read_metadata(data)
     sources.check_dataset(meta, contract, cfg)
     tasks, sensor = _tasks(meta, task), _sensor(contract, features)
@@ -163,7 +163,7 @@ def _tasks(meta: Mapping[str, Any], task: str) -> tuple[str, ...]:
     return (task,)
 
 
-def _settings(found: embed.Description, config: Any, data: str) -> Any:
+def settings(found: embed.Description, config: Any, data: str) -> Any:
     """The run's configuration with this dataset, and with the evaluation settings of `config` where one is given."""
     base = found.config if found.config is not None else config
     if base is None:

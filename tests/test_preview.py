@@ -90,7 +90,7 @@ def test_invalid_pixels_are_hatched_not_black():
     colour = np.full((1, 8, 8, 13), 800, np.uint16)
     valid = np.ones((1, 8, 8), np.uint8)
     valid[:, :, :4] = 0
-    shown = preview._hatch(preview.true_colour(colour[0]), valid[0] > 0)
+    shown = preview.hatch(preview.true_colour(colour[0]), valid[0] > 0)
     assert set(np.unique(shown[:, :4])) == {90, 130} and (shown[:, 4:] == shown[0, 7]).all()
     preview.draw(_record(s2_image=colour, s2_valid=valid, s2_clear=valid, s2_date=np.array([19000], np.int32)), META)
 

@@ -8,7 +8,7 @@ threads.
 from __future__ import annotations
 
 import functools
-from typing import Any, Iterator, Mapping, NamedTuple
+from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
 import grain
 import numpy as np
@@ -211,8 +211,11 @@ def whole_place(record: Mapping[str, Any], plans: tuple[SensorPlan, ...], tile: 
     return {"sensors": inputs, "label": record["label"], "label_map": record["label_map"], "place": place}
 
 
-def eval_batches(cfg: Any, contract: Mapping[str, Any], split: str, batch: int) -> Iterator[dict[str, Any]]:
-    """Every place of `split` once, in stored order, in batches of the static size `batch`.
+def eval_batches(
+    cfg: Any, contract: Mapping[str, Any], split: str, batch: int, only: Sequence[int] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Every place of `split` once, in stored order, in batches of the static size `batch`; or the places with the
+    numbers `only`, in that order.
 
     Yields {"sensors": PlaceInput, "label" uint8 [B, K], "label_map" uint8 [B, N, N], "place": {"index", "lon", "lat",
     "name" (str)}, "weight" float32 [B]}: the last batch is filled up by repeating its last place with weight 0. Raises
@@ -221,16 +224,18 @@ def eval_batches(cfg: Any, contract: Mapping[str, Any], split: str, batch: int) 
     meta = sources.read_metadata(cfg.data.dir)
     sources.check_dataset(meta, contract, cfg)
     places = sources.open_places(cfg.data.dir, split)
+    chosen = range(len(places)) if only is None else only
     rule = functools.partial(whole_place, plans=sensor_plans(cfg, contract), tile=int(meta["tile"]))
     options = grain.ReadOptions(num_threads=int(cfg.data.threads), prefetch_buffer_size=int(cfg.data.prefetch))
-    filled = grain.MapDataset.range(0, -(-len(places) // batch) * batch).map(functools.partial(_clamped, places))
+    filled = grain.MapDataset.range(0, -(-len(chosen) // batch) * batch)
+    filled = filled.map(functools.partial(_clamped, places, chosen))
     iterator = iter(filled.map(rule).batch(batch).to_iter_dataset(options))
     try:
-        for first, elements in zip(range(0, len(places), batch), iterator):
-            yield {**elements, "weight": (np.arange(first, first + batch) < len(places)).astype(np.float32)}
+        for first, elements in zip(range(0, len(chosen), batch), iterator):
+            yield {**elements, "weight": (np.arange(first, first + batch) < len(chosen)).astype(np.float32)}
     finally:
         iterator.close()
 
 
-def _clamped(places: sources.Places, index: int) -> dict[str, Any]:
-    return places[min(int(index), len(places) - 1)]
+def _clamped(places: sources.Places, chosen: Sequence[int], index: int) -> dict[str, Any]:
+    return places[chosen[min(int(index), len(chosen) - 1)]]

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any, Mapping
 
 import numpy as np
-import tensorflow_datasets as tfds
 from PIL import Image, ImageDraw, ImageFont
 
-from skysense_jax.data.sources import open_places, read_metadata
+from skysense_jax.data.sources import open_places, read_metadata, splits
 from skysense_jax.sensors import NO_DATE, SENSORS, UNLABELLED
 
 _LARGE, _SMALL, _GAP, _TEXT, _MOST_DATES = 384, 144, 10, 18, 8
@@ -53,23 +52,21 @@ def read_place(folder: str | Path, place: str) -> tuple[dict[str, Any], dict[str
     Raises ValueError naming the folder where the place is not in it or where the folder is not a dataset of ours.
     """
     meta, seen = read_metadata(folder), 0
-    held = tfds.builder_from_directory(str(folder)).info.splits
-    for split in ("train", "test"):
-        if split not in held or not held[split].num_examples:
-            continue
+    for split in splits(folder):
         source = open_places(folder, split)
         if place.isdigit():
             if int(place) - seen < len(source):
                 return source[int(place) - seen], meta
         else:
             for index in range(len(source)):
-                if _text(source[index]["place"]) == place:
+                if as_text(source[index]["place"]) == place:
                     return source[index], meta
         seen += len(source)
     raise ValueError(f"{folder} has no place {place!r}; it has {seen} places: give an id, or a number below that")
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """A text of a record, which may be stored as bytes."""
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
@@ -78,7 +75,7 @@ def date_text(day: int) -> str:
     return "no date" if day == NO_DATE else (datetime.date(1970, 1, 1) + datetime.timedelta(int(day))).isoformat()
 
 
-def _hatch(image: np.ndarray, valid: np.ndarray) -> np.ndarray:
+def hatch(image: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """Paints invalid pixels in a diagonal hatch. image uint8[H, W, 3], valid bool[H, W]."""
     y, x = np.mgrid[0 : valid.shape[0], 0 : valid.shape[1]]
     pattern = np.where(((x + y) % 4 < 2)[..., None], np.uint8(90), np.uint8(130))
@@ -118,11 +115,13 @@ def cover_colours(classes: Mapping[int, str]) -> dict[int, tuple[int, int, int]]
     return {key: _COVER_COLOURS[name] if name in _COVER_COLOURS else next(free) for key, name in classes.items()}
 
 
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def letters() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The font of every picture."""
     return ImageFont.load_default(12)
 
 
-def _enlarge(image: np.ndarray, size: int) -> Image.Image:
+def enlarge(image: np.ndarray, size: int) -> Image.Image:
+    """A square picture of `size` pixels from uint8[S, S, 3]; what is coarser keeps its pixels visible."""
     method = Image.Resampling.NEAREST if image.shape[0] < size else Image.Resampling.LANCZOS
     return Image.fromarray(image).resize((size, size), method)
 
@@ -141,17 +140,15 @@ def draw(record: Mapping[str, Any], meta: Mapping[str, Any]) -> Image.Image:
     width = max(3 * (_LARGE + _GAP) + 190, _MOST_DATES * (_SMALL + _GAP)) + _GAP
     height = 50 + _TEXT + _LARGE + _GAP + len(series) * (_SMALL + 2 * _TEXT + _GAP)
     canvas = Image.new("RGB", (width, height), (250, 250, 250))
-    pen, font = ImageDraw.Draw(canvas), _font()
+    pen, font = ImageDraw.Draw(canvas), letters()
     labels = [name for name, on in zip(meta["label_classes"], record["label"]) if on]
     where = "no georeference"
     if meta["gsd"]:
-        where = f"lon {float(record['lon']):.4f} lat {float(record['lat']):.4f}   {_text(record['crs'])[:24]}"
+        where = f"lon {float(record['lon']):.4f} lat {float(record['lat']):.4f}   {as_text(record['crs'])[:24]}"
     size = f"tile {meta['tile']} px" + (f" of {meta['gsd']:g} m" if meta["gsd"] else "")
-    title = f"{_text(record['place'])}   {', '.join(labels) or 'no label'}   {where}   {size}"
+    title = f"{as_text(record['place'])}   {', '.join(labels) or 'no label'}   {where}   {size}"
     pen.text((_GAP, 8), title, (0, 0, 0), font)
-    if meta["synthetic"]:
-        pen.rectangle((width - 130, 4, width - 8, 28), fill=(200, 30, 30))
-        pen.text((width - 112, 9), "SYNTHETIC", (255, 255, 255), _font())
+    badge(pen, width, meta)
     top = 34
     for column, (title, image) in enumerate(_large_panels(record, meta)):
         left = _GAP + column * (_LARGE + _GAP)
@@ -160,7 +157,7 @@ def draw(record: Mapping[str, Any], meta: Mapping[str, Any]) -> Image.Image:
             pen.rectangle((left, top + _TEXT, left + _LARGE, top + _TEXT + _LARGE), outline=(170, 170, 170))
             pen.text((left + _LARGE // 2 - 24, top + _LARGE // 2), "missing", (120, 120, 120), font)
         else:
-            canvas.paste(_enlarge(image, _LARGE), (left, top + _TEXT))
+            canvas.paste(enlarge(image, _LARGE), (left, top + _TEXT))
     _legend(pen, font, (_GAP + 3 * (_LARGE + _GAP), top + _TEXT), record["label_map"], meta)
     top += _TEXT + _LARGE + _GAP
     for name in series:
@@ -169,27 +166,43 @@ def draw(record: Mapping[str, Any], meta: Mapping[str, Any]) -> Image.Image:
     return canvas
 
 
+def badge(pen: ImageDraw.ImageDraw, width: int, meta: Mapping[str, Any]) -> None:
+    """Says in a picture of `width` pixels that its data is synthetic, where it is."""
+    if meta["synthetic"]:
+        pen.rectangle((width - 130, 4, width - 8, 28), fill=(200, 30, 30))
+        pen.text((width - 112, 9), "SYNTHETIC", (255, 255, 255), letters())
+
+
+def paint(values: np.ndarray, colours: Mapping[int, Any]) -> np.ndarray:
+    """A map in the colours of its values, light grey where a value has none. values [H, W] -> uint8[H, W, 3]."""
+    image = np.full((*values.shape, 3), 235, np.uint8)
+    for key, colour in colours.items():
+        image[values == key] = colour
+    return image
+
+
+def hr_panel(record: Mapping[str, Any], meta: Mapping[str, Any]) -> tuple[str, np.ndarray | None]:
+    """(title, uint8[S, S, 3]) of a record's HR image, None where it has none."""
+    if not len(record.get("hr_image", ())):
+        return "hr", None
+    pixel = f"  {meta['gsd'] / meta['ratio']:g} m" if meta["gsd"] else ""
+    title = f"hr  {date_text(record['hr_date'][0])}{pixel}"
+    return title, hatch(record["hr_image"][0], record["hr_valid"][0] > 0)
+
+
 def _large_panels(record: Mapping[str, Any], meta: Mapping[str, Any]) -> list[tuple[str, np.ndarray | None]]:
-    panels: list[tuple[str, np.ndarray | None]] = []
     step = meta["gsd"] / meta["ratio"] if meta["gsd"] else SENSORS["dsm"].gsd  # only shades, where nothing is known
-    pixel = f"  {step:g} m" if meta["gsd"] else ""
-    if len(record.get("hr_image", ())):
-        valid = record["hr_valid"][0] > 0
-        panels.append((f"hr  {date_text(record['hr_date'][0])}{pixel}", _hatch(record["hr_image"][0], valid)))
-    else:
-        panels.append(("hr", None))
+    panels = [hr_panel(record, meta)]
     if len(record.get("dsm_image", ())):
         surface, valid = record["dsm_image"][0][..., 0], record["dsm_valid"][0] > 0
         filled = np.where(valid, surface, np.median(surface[valid]) if valid.any() else 0.0)
-        panels.append((f"dsm  {filled.min():.1f} .. {filled.max():.1f} m", _hatch(hillshade(filled, step), valid)))
+        relief = hatch(hillshade(filled, step), valid)
+        panels.append((f"dsm  {filled.min():.1f} .. {filled.max():.1f} m", relief))
     else:
         panels.append(("dsm", None))
     colours = cover_colours({int(key): name for key, name in meta["label_map_classes"].items()})
     cover = record["label_map"]
-    image = np.full((*cover.shape, 3), 235, np.uint8)
-    for key, colour in colours.items():
-        image[cover == key] = colour
-    panels.append(("label map" if (cover != UNLABELLED).any() else "label map  (unlabelled)", image))
+    panels.append(("label map" if (cover != UNLABELLED).any() else "label map  (unlabelled)", paint(cover, colours)))
     return panels
 
 
@@ -215,7 +228,7 @@ def _series(
     for column, t in enumerate(_pick(len(images))):
         left = _GAP + column * (_SMALL + _GAP)
         colour = {"s2": true_colour, "s1": radar_colour}[name](images[t])
-        canvas.paste(_enlarge(_hatch(colour, valid[t]), _SMALL), (left, top + 2 * _TEXT))
+        canvas.paste(enlarge(hatch(colour, valid[t]), _SMALL), (left, top + 2 * _TEXT))
         share = f"  clear {float((clear[t] & valid[t]).mean()):.0%}" if name == "s2" else ""
         pen.text((left, top + _TEXT), f"{date_text(record[f'{name}_date'][t])}{share}", (60, 60, 60), font)
 

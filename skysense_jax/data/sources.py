@@ -85,16 +85,21 @@ def read_metadata(folder: str | pathlib.Path) -> dict[str, Any]:
     return meta
 
 
-def open_places(folder: str | pathlib.Path, split: str, allowed: int = 0) -> Places:
-    """The records of a split by random access; `allowed` damaged ones are passed over. ValueError: no dataset, or split
-    absent or empty.
-    """
+def _builder(folder: str | pathlib.Path) -> Any:
+    """TFDS's reader of a dataset; ValueError where there is none or its build did not finish."""
     read_metadata(folder)
     if not (paths.path(folder) / "dataset_info.json").is_file():
         raise ValueError(
             f"{folder}: dataset_info.json is missing, the build did not finish; run `skysense-jax data build` again"
         )
-    builder = tfds.builder_from_directory(str(folder))
+    return tfds.builder_from_directory(str(folder))
+
+
+def open_places(folder: str | pathlib.Path, split: str, allowed: int = 0) -> Places:
+    """The records of a split by random access; `allowed` damaged ones are passed over. ValueError: no dataset, or split
+    absent or empty.
+    """
+    builder = _builder(folder)
     if split not in builder.info.splits:
         raise ValueError(f"{folder} has no split {split!r}; it has {', '.join(sorted(builder.info.splits)) or 'none'}")
     if not builder.info.splits[split].num_examples:
@@ -104,12 +109,18 @@ def open_places(folder: str | pathlib.Path, split: str, allowed: int = 0) -> Pla
     return Places(builder.as_data_source(split=split), split, shards, allowed)
 
 
+def splits(folder: str | pathlib.Path) -> tuple[str, ...]:
+    """The splits of a dataset that hold places, "train" before "test". ValueError: no dataset."""
+    held = _builder(folder).info.splits
+    return tuple(name for name in ("train", "test") if name in held and held[name].num_examples)
+
+
 def locations(folder: str | pathlib.Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     """(longitudes, latitudes) of every place of a split, float32 degrees as batches have them, nan where unknown. Reads
     every record once, decodes no image. Errors as :func:`open_places`.
     """
     open_places(folder, split)
-    builder = tfds.builder_from_directory(str(folder))
+    builder = _builder(folder)
     skipped = {name: tfds.decode.SkipDecoding() for name in builder.info.features if name not in ("lon", "lat")}
     found = [(one["lon"], one["lat"]) for one in builder.as_data_source(split=split, decoders=skipped)]
     lon, lat = np.asarray(found, np.float32).T

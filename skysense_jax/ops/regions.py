@@ -87,8 +87,16 @@ def claim(cells: jax.Array, ids: jax.Array) -> jax.Array:
     return cells.at[row].set(new, mode="drop")
 
 
-def cell_centre(cell: int, lon_edges: np.ndarray, lat_edges: np.ndarray) -> tuple[float, float]:
-    """(longitude, latitude) in the middle between a cell's edges, degrees."""
+def cell_bounds(
+    cell: int, lon_edges: np.ndarray, lat_edges: np.ndarray
+) -> tuple[float, float, float, float]:
+    """(west, south, east, north) of a cell in degrees."""
     lon, lat = np.array([-180, *lon_edges, 180]), np.array([-90, *lat_edges, 90])
     row, column = divmod(int(cell), len(lon) - 1)
-    return float(lon[column] + lon[column + 1]) / 2, float(lat[row] + lat[row + 1]) / 2
+    return float(lon[column]), float(lat[row]), float(lon[column + 1]), float(lat[row + 1])
+
+
+def cell_centre(cell: int, lon_edges: np.ndarray, lat_edges: np.ndarray) -> tuple[float, float]:
+    """(longitude, latitude) in the middle between a cell's edges, degrees."""
+    west, south, east, north = cell_bounds(cell, lon_edges, lat_edges)
+    return (west + east) / 2, (south + north) / 2
