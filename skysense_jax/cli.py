@@ -22,6 +22,7 @@ COMMANDS = {
     "compile-check": "compile the training step with the real TPU compiler for a described pod: memory, traffic, roofline",
     "pods": "the table of compile checks: runs the rows that are missing, writes docs/pods.md",
     "train": "pretrain from a configuration; continues a workdir that has begun",
+    "reconstruct": "draw what a trained msGFM makes of a place behind a mask, and of its other sensor",
     "eval": "score frozen features (kNN, linear probe) beside two baselines, with intervals over places",
     "export-torch": "write the teacher's weights for PyTorch: safetensors with official names, config.json, code",
     "import-torch": "read the released SkySense and SkySense++ weights, strictly, module by module",
@@ -35,6 +36,7 @@ _CONFIGURED = {  # commands with a configuration read absl's and ml_collections'
 _MODULES = {
     "pods": "skysense_jax.pods",
     "eval": "skysense_jax.evaluate",
+    "reconstruct": "skysense_jax.reconstruct",
     "export-torch": "skysense_jax.export_torch",
     "import-torch": "skysense_jax.import_torch",
     "verify": "skysense_jax.verify",
