@@ -1,4 +1,4 @@
-"""msGFM as in the paper: Swin-B with 8 experts in the odd blocks of its third stage, four sensors, 800 rounds of GeoPile-2.
+"""msGFM as in the paper: Swin-B with 8 experts in the odd blocks of its third stage, four sensors, 800 epochs.
 
 Command:   python -m skysense_jax.train --config configs/msgfm_base.py --workdir DIR --config.data.dir=DATA
            --config.data.also="('UNPAIRED',)"     (datasets of SEN12MS and MDAS, and of the RGB collections)

@@ -43,13 +43,13 @@ def get_config() -> config_dict.ConfigDict:
         "mask_ratio": 0.6, "mask_cell": 16,  # hidden share of the cells, and their side in pixels
         "cross": 0.5,  # probability that an image of a place with both sensors reconstructs the other one
         "aux_weight": 0.01,  # of the mixtures' auxiliary losses
-        # GFM's distillation: weight 0 = none; path: the teacher, a workdir or imported weights with an RGB encoder of this
-        # width, depths and heads, without experts; its image size and window
+        # GFM's distillation: weight 0 = none; path: the teacher, a workdir or imported weights with an RGB encoder of
+        # this width, depths and heads, without experts; its image size and window
         "distill": {"weight": 0.0, "path": "", "img_size": 64, "window": 4},
     })
 
     c.optim = config_dict.ConfigDict({"b1": 0.9, "b2": 0.999, "eps": 1e-8, "clip": 5.0})
-    # Factor on the learning rate of a batch by its sensor; the paper's are 1, 0.25, 0.25, 0.1 at batches of 128, 32, 12.
+    # Factor on the learning rate of a batch by its sensor; the paper's are 1, 0.25, 0.25, 0.1 (batches 128, 32, 32, 12)
     c.optim.lr_scale = config_dict.ConfigDict({"hr": 1.0, "s2": 1.0, "s1": 1.0, "dsm": 1.0})
     c.schedule = config_dict.ConfigDict({
         "rule": "cosine", "warmup_lr": 0.0, "lr": 2e-3, "final_lr": 1e-5, "warmup_steps": 10,

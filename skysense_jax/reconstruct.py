@@ -5,7 +5,6 @@ import argparse
 import pathlib
 
 from skysense_jax import embed
-from skysense_jax.core import rngs
 from skysense_jax.data import preview
 from skysense_jax.run import pictures
 
@@ -32,8 +31,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.path} is no run of msGFM: nothing else reconstructs images")
     record, meta = preview.read_place(args.data, args.place)
     inputs = pictures.place_inputs(found.contract, record, meta)
-    compiled = pictures.reconstructor(found.config, found.contract)
-    guesses = compiled(network.encoder, inputs, rngs.key(args.seed, "picture"))
+    guesses = pictures.reconstructor(found.config, found.contract, args.seed)(network.encoder, inputs)
     pictures.picture(found.contract, guesses, record, meta, f"step {found.step}").save(out)
     print(out)
     return 0

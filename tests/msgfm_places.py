@@ -1,5 +1,4 @@
-"""A dataset of places with four sensors, made of noise, at the size of configs/msgfm_tiny.py: some places lack a sensor.
-"""
+"""A dataset of places with four sensors, made of noise, at the size of configs/msgfm_tiny.py. Some places lack one."""
 from __future__ import annotations
 
 import pathlib

@@ -36,7 +36,7 @@ def test_a_batch_is_what_the_spec_says_and_holds_one_sensor(cfg):
 
 
 def test_sensors_come_in_proportion_and_every_place_once_before_any_comes_again(cfg):
-    """20 places: hr and s2 all, s1 16, dsm 10; batches of 4, so that a round is 5 + 5 + 4 + 2 batches (10 / 4 rounded)."""
+    """20 places: hr and s2 all, s1 16, dsm 10; in batches of 4 a round is 5 + 5 + 4 + 2 batches (10 / 4 rounded)."""
     cfg.data.batch = 4
     contract = train.make_contract(cfg)
     plan = samples.make_plan(cfg, contract, 3)
@@ -64,7 +64,8 @@ def test_processes_share_the_batches_of_one(cfg, processes):
         assert all((joined[name] == whole[step][name]).all() for name in joined)
         for part in ("own", "pair", "place"):
             for name in whole[step][part]:
-                np.testing.assert_array_equal(np.concatenate([one[part][name] for one in parts]), whole[step][part][name])
+                rows = np.concatenate([one[part][name] for one in parts])
+                np.testing.assert_array_equal(rows, whole[step][part][name])
     with pytest.raises(ValueError, match="cannot be shared evenly by 3 processes"):
         samples.train_dataset(cfg, contract, 5, 0, 3)
 
@@ -79,7 +80,7 @@ def test_a_stream_begins_at_any_step(cfg):
 
 def test_a_pair_is_cut_by_the_same_box(cfg):
     """The surface model is the red of hr: what is reconstructed across lies pixel on pixel."""
-    names, seen = tuple(cfg.data.bands), 0
+    names, seen = tuple(train.make_contract(cfg)["sensors"]), 0
     for batch in steps_of(cfg, 24):
         if names[batch["sensor"][0]] not in ("hr", "dsm"):
             continue
@@ -119,7 +120,7 @@ def test_what_does_not_fit_is_refused(cfg, tmp_path):
     contract = train.make_contract(cfg)
     hr = msgfm_places.write(tmp_path / "hr", 4, 0, ("hr",))
     cfg.data.dir = hr
-    with pytest.raises(ValueError, match="the model takes 's2', no dataset of config.data.dir and config.data.also"):
+    with pytest.raises(ValueError, match="the model takes 'dsm', no dataset of config.data.dir and config.data.also"):
         samples.check(cfg, contract)
     cfg.data.also = (msgfm_places.write(tmp_path / "s1", 4, 0, ("s1",)),)
     only = {**contract, "sensors": {"hr": contract["sensors"]["hr"]}}

@@ -21,8 +21,8 @@ COLUMNS = 5
 def draw(
     contract: Mapping[str, Any], found: Mapping[str, Mapping[str, np.ndarray]], step: float, title: str, synthetic: bool
 ) -> Image.Image:
-    """The grid. found: {sensor: {"image" [S, S, C], "mask" [S, S] 1 = hidden, "<target>" [S, S, C]}} in raw units and the
-    contract's bands. step: metres of a pixel, for the relief.
+    """The grid. found: {sensor: {"image" [S, S, C], "mask" [S, S] 1 = hidden, "<target>" [S, S, C]}} in raw units and
+    the contract's bands. step: metres of a pixel, for the relief.
     """
     size = (COLUMNS * (_SIDE + _GAP) + _GAP, 2 * _TEXT + len(found) * (_SIDE + _TEXT + _GAP) + _GAP)
     canvas = Image.new("RGB", size, (250, 250, 250))

@@ -163,7 +163,7 @@ def train_dataset(
 
 
 def shared(stream: grain.MapDataset, cfg: Any, process_index: int, process_count: int) -> grain.MapDataset:
-    """One process's consecutive rows of every global batch of `stream`. ValueError where they cannot be shared evenly."""
+    """One process's consecutive rows of every global batch of `stream`; ValueError where they are not equally many."""
     if cfg.data.batch < 1 or cfg.data.batch % process_count:
         raise ValueError(f"config.data.batch={cfg.data.batch} cannot be shared evenly by {process_count} processes")
     return stream.batch(cfg.data.batch // process_count, drop_remainder=True)[process_index::process_count]

@@ -55,8 +55,8 @@ def folders(cfg: Any) -> tuple[str, ...]:
 
 
 def check(cfg: Any, contract: Mapping[str, Any]) -> str:
-    """The id of the datasets of a run. Raises ValueError where one has none of the contract's sensors, or a sensor is in
-    none of them."""
+    """The id of the datasets of a run. Raises ValueError where one has none of the contract's sensors, or a sensor is
+    in none of them."""
     metas = [sources.read_metadata(folder) for folder in folders(cfg)]
     held = set()
     for folder, meta in zip(folders(cfg), metas):
@@ -175,8 +175,7 @@ def _cut(
 def train_dataset(
     cfg: Any, contract: Mapping[str, Any], seed: int, process_index: int = 0, process_count: int = 1
 ) -> grain.MapDataset:
-    """As :func:`pipeline.train_dataset`: element [step] is one process's part of that step's batch (`spec.sample_spec`).
-    """
+    """As :func:`pipeline.train_dataset`: element [step] is one process's part of that step's `spec.sample_spec`."""
     plan = make_plan(cfg, contract, seed)
     stream = grain.MapDataset.range(ENDLESS).seed(seed).random_map(functools.partial(sample, plan))
     return pipeline.shared(stream, cfg, process_index, process_count)

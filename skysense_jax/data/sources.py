@@ -86,7 +86,8 @@ def read_metadata(folder: str | pathlib.Path) -> dict[str, Any]:
 
 def splits(folder: str | pathlib.Path) -> tuple[str, ...]:
     """Names of the splits of a dataset that hold places."""
-    return tuple(name for name, info in tfds.builder_from_directory(str(folder)).info.splits.items() if info.num_examples)
+    found = tfds.builder_from_directory(str(folder)).info.splits
+    return tuple(name for name, info in found.items() if info.num_examples)
 
 
 def open_places(
@@ -117,7 +118,8 @@ def locations(folder: str | pathlib.Path, split: str) -> tuple[np.ndarray, np.nd
     every record once, decodes no image. Errors as :func:`open_places`.
     """
     places = open_places(folder, split, only=("lon", "lat"))
-    lon, lat = np.asarray([(one["lon"], one["lat"]) for one in map(places.__getitem__, range(len(places)))], np.float32).T
+    records = map(places.__getitem__, range(len(places)))
+    lon, lat = np.asarray([(one["lon"], one["lat"]) for one in records], np.float32).T
     return lon, lat
 
 
@@ -131,7 +133,8 @@ def holdings(folder: str | pathlib.Path, split: str, names: Sequence[str], allow
     if len(held) == 1:
         return {name: np.ones(len(open_places(folder, split)), bool) for name in names}
     places = open_places(folder, split, allowed, [f"{name}_measured" for name in names])
-    found = [[len(one[f"{name}_measured"]) > 0 for name in names] for one in map(places.__getitem__, range(len(places)))]
+    records = map(places.__getitem__, range(len(places)))
+    found = [[len(one[f"{name}_measured"]) > 0 for name in names] for one in records]
     return dict(zip(names, np.asarray(found, bool).T))
 
 
@@ -143,7 +146,8 @@ def check_dataset(meta: Mapping[str, Any], contract: Mapping[str, Any], cfg: Any
     """
     data = cfg.data
     if cfg.model.name != "msgfm" and not meta.get("georeferenced", True):
-        raise ValueError(f"the dataset in {data.dir} has no georeference; only config.model.name='msgfm' learns from it")
+        raise ValueError(f"the dataset in {data.dir} has no georeference; only config.model.name='msgfm' learns from "
+                         "such images")
     for name, rule in contract["sensors"].items():
         if name not in meta["sensors"]:
             raise ValueError(

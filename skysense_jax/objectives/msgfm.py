@@ -20,8 +20,8 @@ batch's sensor; a patch embedding without a gradient moves by what Adam remember
 
 Metrics (float32 scalars; "nan" where this batch has none of it):
   loss/total, loss/mim       the sums above
-  loss/<input>-<target>      mean absolute error over the hidden pixels, in deviations of the target's bands. 0.8 = as good
-                             as the mean (of a normal distribution)
+  loss/<input>-<target>      mean absolute error over the hidden pixels, in deviations of the target's bands. 0.8 = as
+                             good as the mean (of a normal distribution)
   cross/share                images that reconstruct their partner
   moe/aux                    sum over mixtures of the auxiliary loss, unweighted
   moe/dropped                share of tokens that no expert had a place for. Rising: raise moe.capacity or aux_weight
@@ -104,8 +104,8 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
         cells = random_cells(keys["mask"], size, side // cell, o.mask_ratio)
         crossing = jax.random.bernoulli(keys["cross"], o.cross, (size,)) * batch["paired"]
         outer = {name: part for name, part in encoder.items() if name != msgfm.ENCODER}
-        tokens = jax.lax.switch(
-            sensor, [embedding(name) for name in names], outer, batch["own"], pixel_mask(cells, cell // cfg.model.patch))
+        tokens = jax.lax.switch(sensor, [embedding(name) for name in names], outer, batch["own"],
+                                pixel_mask(cells, cell // cfg.model.patch))
         encoded = model.encode(encoder, tokens, train=True, rng=keys["encoder"])
         sums = jax.lax.switch(
             sensor, [errors(name) for name in names], outer, batch, encoded.final, pixel_mask(cells, cell), crossing)

@@ -30,13 +30,13 @@ def normalised(contract: Mapping[str, Any], name: str, part: Tree) -> tuple[jax.
 def encoder_features(
     cfg: Any, contract: Mapping[str, Any], model: msgfm.Model, encoder: Tree, inputs: Tree
 ) -> dict[str, jax.Array]:
-    """Float32 features of a PlaceInput: "image" [B, D], "pixel" [B, h, w, D] on the base grid, and for each sensor given
-    "<sensor>_image", "<sensor>_pixel". cfg: config.model.
+    """Float32 features of a PlaceInput: "image" [B, D], "pixel" [B, h, w, D] on the base grid, and for each sensor
+    given "<sensor>_image", "<sensor>_pixel". cfg: config.model.
 
     Every acquisition is brought to the image size of training and encoded alone; maps are averaged over the dates of a
-    sensor, then over the sensors: what the frozen encoder has seen in training is one sensor at a time. (Fine-tuning, as
-    in the paper, may instead add up the sensors' patch embeddings in front of one pass.) The last map, of stride 32 in
-    the paper's model, is enlarged to the base grid.
+    sensor, then over the sensors: what the frozen encoder has seen in training is one sensor at a time. (Fine-tuning,
+    as in the paper, may instead add up the sensors' patch embeddings in front of one pass.) The last map, of stride 32
+    in the paper's model, is enlarged to the base grid.
     """
     if not set(inputs) & set(contract["sensors"]):
         raise ValueError(f"give at least one of the sensors {', '.join(contract['sensors'])}")

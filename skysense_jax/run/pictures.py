@@ -1,7 +1,6 @@
 """Pictures of what msGFM reconstructs: of one place, during training and afterwards."""
 from __future__ import annotations
 
-import functools
 import pathlib
 from typing import Any, Callable, Mapping
 
@@ -22,8 +21,8 @@ CANDIDATES = 16
 
 
 def place_inputs(contract: Mapping[str, Any], record: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
-    """PlaceInput [1, 1, ...] of the clearest acquisition of each sensor that the contract and the place have. ValueError
-    where they share none.
+    """PlaceInput [1, 1, ...] of the clearest acquisition of each sensor that the contract and the place have.
+    ValueError where they share none.
     """
     held = {"sensors": {name: rule for name, rule in contract["sensors"].items() if name in meta["sensors"]}}
     plans = pipeline.sensor_plans(held, int(meta["ratio"]), dict.fromkeys(held["sensors"], 1))
@@ -34,10 +33,16 @@ def place_inputs(contract: Mapping[str, Any], record: Mapping[str, Any], meta: M
     return jax.tree.map(lambda leaf: leaf[None], found)
 
 
-def reconstructor(cfg: Any, contract: Mapping[str, Any], **options: Any) -> Callable[..., dict[str, Any]]:
-    """The compiled objectives.msgfm_views.reconstructions of a configuration: (encoder, inputs, key). options: of jit."""
+def reconstructor(cfg: Any, contract: Mapping[str, Any], seed: int, **options: Any) -> Callable[..., dict[str, Any]]:
+    """The compiled objectives.msgfm_views.reconstructions of a configuration: (encoder, inputs). seed: of the masks;
+    options: of jit.
+    """
     model = msgfm.make_model(cfg.model, contract)
-    return jax.jit(functools.partial(msgfm_views.reconstructions, cfg, contract, model), **options)
+
+    def run(encoder: Any, inputs: Any) -> dict[str, Any]:
+        return msgfm_views.reconstructions(cfg, contract, model, encoder, inputs, rngs.key(seed, "picture"))
+
+    return jax.jit(run, **options)
 
 
 def picture(
@@ -57,7 +62,8 @@ def in_training(
 ) -> Callable[[Any, int], None]:
     """draw(params, step): every config.run.picture_every steps and after the last one writes
     WORKDIR/pictures/step-<step>.png, of the same place and masks at every step: of the first places of split "test" (of
-    the training split where there is none) the one with most sensors. Nothing where the configuration has no such field.
+    the training split where there is none) the one with most sensors. Nothing where the configuration has no such
+    field.
 
     Every process computes, the one that `writes` draws. whole: sharding of the result, replicated over the mesh.
     """
@@ -70,14 +76,15 @@ def in_training(
     records = [places[number] for number in range(min(len(places), CANDIDATES))]
     shared = [name for name in contract["sensors"] if name in meta["sensors"]]
     record = max(records, key=lambda one: sum(len(pipeline.usable(one, name)) > 0 for name in shared))
-    inputs, compiled = place_inputs(contract, record, meta), reconstructor(cfg, contract, out_shardings=whole)
-    folder, key = workdir / FOLDER, rngs.key(cfg.seed, "picture")
+    inputs = place_inputs(contract, record, meta)
+    compiled = reconstructor(cfg, contract, int(cfg.seed), out_shardings=whole)
+    folder = workdir / FOLDER
     folder.mkdir(exist_ok=True)
 
     def draw(params: Any, step: int) -> None:
         if step % every and step < cfg.steps:
             return
-        found = compiled(params["encoder"], inputs, key)
+        found = compiled(params["encoder"], inputs)
         if writes:
             picture(contract, found, record, meta, f"step {step}").save(folder / f"step-{step:06d}.png")
 
