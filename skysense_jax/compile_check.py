@@ -122,7 +122,7 @@ def check(cfg: config_dict.ConfigDict, topology: str, slices: int, effort: float
     result = {
         "config": cfg.model.name, "topology": topology, "slices": slices, "device": kind, "devices": len(devices),
         "devices_per_chip": per_chip, "mesh": dict(mesh.shape), "global_batch": int(cfg.data.batch), "note": note,
-        "microbatches": int(cfg.objective.microbatches), "effort": effort, "compiler_flags": compiler_flags,
+        "microbatches": int(cfg.objective.get("microbatches", 1)), "effort": effort, "compiler_flags": compiler_flags,
         "jax": jax.__version__, "hbm_limit_bytes": limit, "compile_seconds": seconds,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(plan.state.params)),
         **{f"{name}_bytes": held(getattr(plan.state, name)) for name in checkpoint.TREES},

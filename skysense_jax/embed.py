@@ -17,13 +17,18 @@ import jax
 import numpy as np
 from ml_collections import config_dict
 
-from skysense_jax import prepare
+from skysense_jax import prepare, train
 from skysense_jax.convert import torch_export, torch_import
 from skysense_jax.core import paths
 from skysense_jax.data import spec
+from skysense_jax.models import msgfm
 from skysense_jax.models import skysense as models
+from skysense_jax.objectives import msgfm_views
 from skysense_jax.objectives import skysense as objectives
 from skysense_jax.run import checkpoint
+
+MSGFM = "msgfm"
+"""config.model.name of a network whose training has no teacher and whose parts are models.msgfm's."""
 
 OWN_BANK, NO_BANK = "own", "none"
 """Prototype banks of :func:`open_network` beside those of other folders."""
@@ -59,8 +64,8 @@ class Description(NamedTuple):
 
 
 class Network(NamedTuple):
-    """A network with its weights. encoder: parameters of `models.skysense.make_model(model, contract)`, the teacher's
-    in a run, with the prototype bank of geo-context. features: (encoder, PlaceInput with batch axis) -> {"image",
+    """A network with its weights. encoder: parameters of its model (models.skysense, models.msgfm); of a SkySense run
+    the teacher's, with the prototype bank of geo-context. features: (encoder, PlaceInput with batch axis) -> {"image",
     "pixel", "<sensor>_image", "<sensor>_pixel"}; jit it."""
 
     description: Description
@@ -208,14 +213,27 @@ def open_network(path: str | pathlib.Path, bank: str | pathlib.Path = OWN_BANK) 
             encoder |= checkpoint.load_part(found.path / PARTS, name)
     else:
         # the step that was described and no other: a damaged one is an error here, not a silent step back
-        encoder = checkpoint.load_tree(found.path, "teacher", found.step)["encoder"]
-        if "geo" in models.module_names(found.model, found.contract):
+        trained = "params" if found.model.name == MSGFM else "teacher"
+        encoder = checkpoint.load_tree(found.path, trained, found.step)["encoder"]
+        if has_geo(found):
             encoder = models.with_bank(encoder, checkpoint.load_tree(found.path, "memory", found.step)["bank"])
-    if bank == NO_BANK:
+    if bank == NO_BANK and has_geo(found):
         found = found._replace(model=models.without_bank(found.model, found.contract))
         encoder = {name: part for name, part in encoder.items() if name != "geo"}
-    model = models.make_model(found.model, found.contract)
-    return Network(found, encoder, functools.partial(objectives.encoder_features, model))
+    return Network(found, encoder, features_of(found))
+
+
+def has_geo(found: Description) -> bool:
+    """Whether the network has geo-context, and so a prototype bank."""
+    return found.model.name != MSGFM and "geo" in models.module_names(found.model, found.contract)
+
+
+def features_of(found: Description) -> Callable[[Any, Mapping[str, Any]], dict[str, jax.Array]]:
+    """Network.features of a described network."""
+    if found.model.name == MSGFM:
+        model = msgfm.make_model(found.model, found.contract)
+        return functools.partial(msgfm_views.encoder_features, found.model, found.contract, model)
+    return functools.partial(objectives.encoder_features, models.make_model(found.model, found.contract))
 
 
 def _config(values: Mapping[str, Any]) -> config_dict.ConfigDict:
@@ -233,23 +251,23 @@ def _with_other_bank(network: Network, path: str | pathlib.Path) -> Network:
         raise ValueError(f"the bank of {path} has prototypes of width {theirs.width}, this network needs {ours.width}")
     model = found.model.copy_and_resolve_references()
     model.geo_context = theirs
-    return Network(found._replace(model=model), models.with_bank(network.encoder, other.encoder["geo"]["bank"]),
-                   functools.partial(objectives.encoder_features, models.make_model(model, found.contract)))
+    found = found._replace(model=model)
+    return Network(found, models.with_bank(network.encoder, other.encoder["geo"]["bank"]), features_of(found))
 
 
 def untrained(found: Description) -> Any:
     """Freshly drawn encoder parameters of the same network, from the run's seed (0 where it is not known); its
     prototype bank is empty."""
-    model = models.make_model(found.model, found.contract)
+    model = (msgfm if found.model.name == MSGFM else models).make_model(found.model, found.contract)
     params = jax.jit(model.init)(jax.random.key(found.config.seed if found.config is not None else 0))
-    if "geo" not in models.module_names(found.model, found.contract):
+    if not has_geo(found):
         return params
     return models.with_bank(params, models.empty_bank(found.model, jax.random.key(0)))
 
 
 def abstract(config: Any, contract: Mapping[str, Any]) -> dict[str, Any]:
     """Shapes of everything a run of `config` learns: {"params", "teacher", "memory"}; nothing is allocated."""
-    objective = objectives.make_objective(config, contract)
+    objective = train.OBJECTIVES[config.model.name](config, contract)
     batch = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
         spec.batch_spec(config, contract),

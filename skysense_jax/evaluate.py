@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--features",
         default="fused",
-        help="fused, or one sensor's features (hr, s2, s1): only places that have it are scored",
+        help="fused, or one sensor's features (hr, s2, s1, dsm): only places that have it are scored",
     )
     parser.add_argument(
         "--config",
@@ -113,8 +113,11 @@ def evaluate(
     """
     started = time.monotonic()
     found = embed.read_description(path)
-    cfg, contract = settings(found, config, data), found.contract
     meta = sources.read_metadata(data)
+    if found.model.name == embed.MSGFM:  # takes what is there; SkySense's fused map wants every sensor
+        held = {name: rule for name, rule in found.contract["sensors"].items() if name in meta["sensors"]}
+        found = found._replace(contract={**found.contract, "sensors": held})
+    cfg, contract = settings(found, config, data), found.contract
     sources.check_dataset(meta, contract, cfg)
     tasks, sensor = _tasks(meta, task), _sensor(contract, features)
     methods = network_methods(

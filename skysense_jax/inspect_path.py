@@ -55,7 +55,8 @@ def describe(path: str | pathlib.Path) -> str:
     lines = [f"{KIND_NAMES[kind]}  {found.path}"]
     lines += [f"  {name:<14}{value}" for name, value in found.provenance.items()]
     if kind in embed.DESCRIBED:
-        counted = parameters({"weights": {"encoder": models.param_shapes(found.model, found.contract)}})
+        shapes = (msgfm if found.model.name == embed.MSGFM else models).param_shapes(found.model, found.contract)
+        counted = parameters({"weights": {"encoder": shapes}})
     else:
         counted = parameters(embed.abstract(found.config, found.contract))
     return "\n".join([*lines, "", counted, "", contract_table(found.contract)])
@@ -131,19 +132,14 @@ def split_sizes(folder: pathlib.Path) -> dict[str, int]:
 def describe_config(path: str) -> str:
     """A configuration file: parameters per module and input contract, through shapes only."""
     config = embed.read_config(path)
-    if config.model.name == "msgfm":
-        return describe_msgfm(path, config)
     contract = input_contract(config.data.bands.to_dict(), config.model.ratio)
     title = f"configuration  {path}  ({config.steps} steps of {config.data.batch} places)"
-    return "\n\n".join([title, parameters(embed.abstract(config, contract)), contract_table(contract)])
-
-
-def describe_msgfm(path: str, config: Any) -> str:
-    """An msGFM configuration: parameters per module. One sensor is encoded at a time, so no grids are compared."""
-    shapes = msgfm.param_shapes(config.model, input_contract(config.data.bands.to_dict(), 1))
-    encoder = _size(shapes["encoder"]) + _size(shapes["embed_hr"])
-    text = parameters({"model": {"msgfm": shapes}})
-    return f"configuration  {path}\n\n{text}\n  {'encoder with embed_hr':<28}{encoder:>16,}"
+    shapes = embed.abstract(config, contract)
+    counted = parameters(shapes)
+    if config.model.name == embed.MSGFM and "hr" in contract["sensors"]:  # the model's size as papers give it
+        parts = shapes["params"]["encoder"]
+        counted += f"\n  {'encoder with embed_hr':<28}{_size((parts['encoder'], parts['embed_hr'])):>16,}"
+    return "\n\n".join([title, counted, contract_table(contract)])
 
 
 def parameters(shapes: Mapping[str, Any]) -> str:

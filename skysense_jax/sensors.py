@@ -30,6 +30,7 @@ class Sensor(NamedTuple):
     or None; it applies on top of the file's own nodata. offset_required: the additive offset must be known from metadata or
     the catalog (Sentinel-2, processing baseline 04.00). mean, std: default statistics per band in stored units;
     source: where they come from. unstored: bands a model may take that records do not hold -> (mean, std).
+    pair: the sensor that msGFM reconstructs from this one where a place has both; "" = none.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Sensor(NamedTuple):
     std: tuple[float, ...]
     source: str
     unstored: Mapping[str, tuple[float, float]] = {}
+    pair: str = ""
 
 
 _S2_BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B10", "B11", "B12")
@@ -67,6 +69,7 @@ SENSORS: dict[str, Sensor] = {
             nodata=None, offset_required=False, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375),
             source="ImageNet statistics on 0..255, as in the SkySense release's iSAID and DIOR configurations",
             unstored={"NIR": (123.675, 58.395)},  # four-band encoders start from the red kernel: red's statistics
+            pair="dsm",
         ),
         Sensor(
             name="s2", bands=_S2_BANDS, aliases=_S2_ALIASES, unit="dn", units_accepted=("dn", "reflectance"), dtype="uint16",
@@ -77,18 +80,21 @@ SENSORS: dict[str, Sensor] = {
                  1474.78900051, 1439.3086061, 404.91978886, 4.77584468, 1455.52084939, 1343.48379601),
             source="SkySense++ dataset_colors.modal_norm_dict for the ten SkySense bands; B01, B09, B10: EuroSAT "
                    "all-bands statistics in public use (B10 exists in L1C only; compute your own with `data stats`)",
+            pair="s1",
         ),
         Sensor(
             name="s1", bands=("VV", "VH"), aliases={"vv": "VV", "vh": "VH", "sigma0_vv": "VV", "sigma0_vh": "VH"},
             unit="db", units_accepted=("db", "linear_power", "amplitude"), dtype="float32", grid="s2", dated=True, gsd=10.0,
             plausible=(-60.0, 35.0), nodata=None, offset_required=False, mean=(-12.54847273, -20.19237134),
             std=(5.25697717, 5.91150917), source="SkySense++ dataset_colors.modal_norm_dict (decibel)",
+            pair="s2",
         ),
         Sensor(
             name="dsm", bands=("height",), aliases={"dsm": "height", "dem": "height", "elevation": "height"},
             unit="m", units_accepted=("m",), dtype="float32", grid="hr", dated=False, gsd=0.5, plausible=(-500.0, 9000.0),
             nodata=None, offset_required=False, mean=(670.7,), std=(951.3,),
             source="TerraMind's published DEM statistics (absolute heights in metres); compute your own with `data stats`",
+            pair="hr",
         ),
     )
 }

@@ -25,15 +25,18 @@ from ml_collections import config_dict, config_flags
 from skysense_jax import sensors
 from skysense_jax.core import fields, paths, trees, xla_flags
 from skysense_jax.core import mesh as meshes
-from skysense_jax.data import pipeline, sources
+from skysense_jax.data import pipeline, samples, sources
 from skysense_jax.data import spec as specs
-from skysense_jax.objectives import skysense
-from skysense_jax.run import checkpoint, folder, init_from, metrics, optim, profiler, state, step, watchdog
+from skysense_jax.objectives import msgfm, skysense
+from skysense_jax.run import checkpoint, folder, init_from, metrics, optim, pictures, profiler, state, step, watchdog
 from skysense_jax.run.folder import say
 from skysense_jax.run.preempt import EXIT_PREEMPTED, Preemption
 
 EXIT_DONE, EXIT_NOT_FINITE, EXIT_NOT_WRITTEN, EXIT_BAD_INPUT = 0, 65, 74, 78
-OBJECTIVES: dict[str, Callable[..., Any]] = {"skysense": skysense.make_objective}
+OBJECTIVES: dict[str, Callable[..., Any]] = {"skysense": skysense.make_objective, "msgfm": msgfm.make_objective}
+DATA: dict[str, Any] = {"msgfm": samples}
+"""Model -> where its batches come from; views of whole places (data.pipeline) unless told."""
+
 
 class Options(NamedTuple):
     """What the command line says."""
@@ -119,10 +122,11 @@ def make_contract(cfg: config_dict.ConfigDict) -> dict[str, Any]:
         raise ValueError(f"config.data.statistics={cfg.data.statistics!r}: 'table' or 'dataset'")
     statistics = None
     if cfg.data.statistics == "dataset":
-        statistics = sources.read_metadata(cfg.data.dir).get("statistics")
-        if not statistics:
-            raise ValueError(f"{cfg.data.dir} has no statistics of its own: "
-                             f"run `skysense-jax data stats {cfg.data.dir}`")
+        statistics = {}
+        for where in (*reversed(cfg.data.get("also", ())), cfg.data.dir):  # the first that knows a sensor counts
+            if not (own := sources.read_metadata(where).get("statistics")):
+                raise ValueError(f"{where} has no statistics of its own: run `skysense-jax data stats {where}`")
+            statistics |= own
     return sensors.input_contract(cfg.data.bands.to_dict(), cfg.model.ratio, statistics)
 
 
@@ -132,7 +136,7 @@ def make_plan(cfg: config_dict.ConfigDict, contract: Mapping[str, Any], mesh: ja
     objective = OBJECTIVES[cfg.model.name](cfg, contract)
     batch = state.batch_shapes(spec, mesh)
     share = int(cfg.data.batch) // meshes.batch_sharding(mesh).num_devices
-    if share % cfg.objective.microbatches:
+    if share % cfg.objective.get("microbatches", 1):
         raise ValueError(f"config.objective.microbatches={cfg.objective.microbatches} does not divide the {share} places "
                          "of a device: some would wait for others")
     shapes = state.state_shapes(objective, batch, cfg.seed, mesh)
@@ -181,6 +185,8 @@ def where_to_start(
     geo, fresh = cfg.model.get("geo_context"), state.create(plan.objective, plan.batch, cfg.seed, plan.state)
     if geo is not None and geo.bank == "on" and geo.table == "places":
         fresh = init_from.with_regions(cfg, fresh)
+    if "distill" in cfg.objective and cfg.objective.distill.weight:
+        fresh = init_from.with_teacher(cfg, fresh)
     if given is None:
         if geo is not None and geo.bank == "frozen":
             raise ValueError("config.model.geo_context.bank='frozen': a bank that nothing has learnt; start from a run "
@@ -220,10 +226,8 @@ def run(options: Options, process: int, processes: int, preemption: Preemption) 
     check_config(cfg)
     window = profiler.Window(options.profile, workdir)
     paths.make_folder(workdir)
-    dataset = sources.read_metadata(cfg.data.dir)
-    contract = make_contract(cfg)
-    sources.check_dataset(dataset, contract, cfg)
-    meta = folder.run_meta(cfg, contract, str(dataset["dataset_id"]))
+    data, contract = DATA.get(cfg.model.name, pipeline), make_contract(cfg)
+    meta = folder.run_meta(cfg, contract, data.check(cfg, contract))
 
     # 2. Mesh, objective, shapes, shardings.
     mesh = meshes.make_mesh(cfg.mesh.to_dict())
@@ -247,9 +251,10 @@ def run(options: Options, process: int, processes: int, preemption: Preemption) 
             timers.add(name, seconds)
         now, done = start.state, start.step
         saver = checkpoint.Saver(workdir, cfg.run.keep)
-        images = cfg.data.batch * sum(cfg.data.dates.values())
+        images = cfg.data.batch * (sum(cfg.data.dates.values()) if "dates" in cfg.data else 1)
         log = metrics.Log(workdir, done, cfg.steps, cfg.run.log_every, cfg.data.batch, images, plan.flops, timers)
-        batches = pipeline.make_train_iterator(cfg, contract, cfg.seed, done, process, processes)
+        batches = data.make_train_iterator(cfg, contract, cfg.seed, done, process, processes)
+        draw = pictures.in_training(cfg, contract, workdir, meshes.replicated(mesh), process == 0)
 
         def save() -> None:
             with timers("save"):
@@ -277,6 +282,7 @@ def run(options: Options, process: int, processes: int, preemption: Preemption) 
                         log.close()
                         say(f"preempted: saved at step {done}")
                         return EXIT_PREEMPTED
+                    draw(now.params, done)
                     with timers("data"):
                         batch = state.put_batch(next(batches), plan.batch)
                     window.before_step(done, now)
@@ -292,6 +298,7 @@ def run(options: Options, process: int, processes: int, preemption: Preemption) 
                 skipped = log.flush()
                 if skipped > cfg.run.max_skipped:
                     return not_finite()
+                draw(now.params, done)
                 save()
                 saver.wait()
                 log.close()

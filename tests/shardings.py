@@ -14,8 +14,9 @@ from skysense_jax.core import sharding, trees
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDER = pathlib.Path(__file__).parent / "golden"
-CONFIGS = {"skysense_smoke": (1, 8), "skysense_small": (1, 8), "skysense_base": (1, 16), "skysense_full": (2, 32)}
-"""Configuration -> mesh, data x fsdp. Swin's first stage, 352 = 11 x 32 wide, divides by 32 and no further: 64 chips
+CONFIGS = {"skysense_smoke": (1, 8), "skysense_small": (1, 8), "skysense_base": (1, 16), "skysense_full": (2, 32),
+           "msgfm_base": (1, 4, 8)}
+"""Configuration -> mesh, data x fsdp (x expert). Swin's first stage, 352 = 11 x 32 wide, divides by 32 and no further: 64 chips
 are 2 x 32.
 """
 
@@ -24,16 +25,17 @@ def table(name: str) -> str:
     """One line per leaf of params, teacher and memory (the optimiser's moments lie as the parameters do)."""
     cfg = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]()
     cfg.data.statistics = "table"
-    mesh = jax.sharding.AbstractMesh(CONFIGS[name], ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    sizes = CONFIGS[name]
+    names = ("data", "fsdp", "expert")[:len(sizes)]
+    mesh = jax.sharding.AbstractMesh(sizes, names, axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
     plan = train.make_plan(cfg, train.make_contract(cfg), mesh)
-    lines = [f"{name}, data x fsdp = {CONFIGS[name][0]} x {CONFIGS[name][1]}; written by: python -m tests.shardings"]
+    lines = [f"{name}, {' x '.join(names)} = {' x '.join(map(str, sizes))}; written by: python -m tests.shardings"]
     for part in ("params", "teacher", "memory"):
         shapes = getattr(plan.state, part)
         report = sharding.report(shapes, jax.tree.map(lambda leaf: leaf.sharding, shapes))
         lines.append(f"{part}: {report.total} bytes, {report.per_device} per device, {report.replicated} replicated")
         for leaf, shape in trees.flatten(shapes).items():
-            axes = [i for i, axis in enumerate(shape.sharding.spec) if axis == "fsdp"]
-            where = f"fsdp over axis {axes[0]}" if axes else "replicated"
+            where = ", ".join(f"{axis} over axis {i}" for i, axis in enumerate(shape.sharding.spec) if axis) or "replicated"
             lines.append(f"{part}/{leaf} {shape.dtype}{list(shape.shape)} {where}")
     return "\n".join(lines) + "\n"
 

@@ -74,11 +74,6 @@ def test_inspect_prints_the_counts(capsys):
     assert "219,043,896" in capsys.readouterr().out
 
 
-def test_there_is_no_training_objective_yet(tmp_path, capsys):
-    command = ["train", "--config", str(ROOT / "configs" / "msgfm_base.py"), "--workdir", str(tmp_path / "run")]
-    assert cli.main(command) == 78 and "no training objective" in capsys.readouterr().err
-
-
 def test_full_size_shapes():
     full = runpy.run_path(str(ROOT / "configs" / "msgfm_base.py"))["get_config"]()
     contract = sensors.input_contract(full.data.bands, 32)

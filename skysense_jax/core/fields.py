@@ -40,10 +40,22 @@ FIELDS: dict[str, tuple[str, ...]] = {
 """Section -> names of its fields, of a SkySense run."""
 
 MSGFM_FIELDS: dict[str, tuple[str, ...]] = {
+    "": ("seed", "steps"),
+    "data": ("dir", "also", "split", "statistics", "batch", "scale", "aspect", "flip", "threads", "prefetch",
+             "max_bad_records"),
     "data.bands": ("<sensor>",),
-    "model": ("name", "dtype", "remat", "patch", "embed_dims", "depths", "num_heads", "window", "img_size", "mlp_ratio",
+    "data.eval_dates": ("<sensor>",),
+    "model": ("name", "dtype", "remat", "ratio", "patch", "embed_dims", "depths", "num_heads", "window", "img_size", "mlp_ratio",
               "drop_path", "eps"),
     "model.moe": ("stages", "experts", "capacity", "group", "gate_noise", "aux"),
+    "objective": ("mask_ratio", "mask_cell", "cross", "aux_weight"),
+    "objective.distill": ("weight", "path", "img_size", "window"),
+    "optim": ("b1", "b2", "eps", "clip"),
+    "optim.lr_scale": ("<sensor>",),
+    "schedule": ("rule", "warmup_lr", "lr", "final_lr", "warmup_steps", "weight_decay", "final_weight_decay"),
+    "mesh": ("data", "fsdp", "expert"),
+    "run": ("save_every", "keep", "log_every", "picture_every", "max_skipped", "watchdog_s"),
+    "eval": FIELDS["eval"],
 }
 """The same where config.model.name is "msgfm"."""
 

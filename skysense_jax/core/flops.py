@@ -12,7 +12,7 @@ traced step.
 from __future__ import annotations
 
 import math
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 
 TRAINED = 3.0
 """Forward + backward in units of the forward pass."""
@@ -169,6 +169,51 @@ def of_jaxpr(jaxpr: Any) -> float:
                 if hasattr(inner, "eqns"):
                     total += times * of_jaxpr(inner)
     return total
+
+
+def mixture(cfg: Any, images: float, tokens: float, width: float, ratio: float) -> float:
+    """A mixture of experts (fields of config.model.moe) over `images` of `tokens` tokens in training: the gate, and
+    every place of every expert, taken or not.
+    """
+    places = int(cfg.capacity * -(-cfg.group * tokens // cfg.experts))
+    return linear(images * tokens, width, cfg.experts) + mlp(images / cfg.group * cfg.experts * places, width, ratio)
+
+
+def swin_v1(cfg: Any, images: float, side: int) -> float:
+    """msGFM's encoder (fields of config.model) behind the patch embeddings, over images of side x side pixels."""
+    rows, width, total = -(-side // cfg.patch), cfg.embed_dims, 0.0
+    for stage, depth in enumerate(cfg.depths):
+        if stage:
+            rows, width = -(-rows // 2), 2 * width
+            total += linear(images * rows**2, 2 * width, width)
+        window = min(cfg.window, rows)
+        padded = images * (-(-rows // window) * window) ** 2
+        mixtures = depth // 2 if stage in cfg.moe.stages else 0
+        total += depth * (linear(padded, width, 4 * width) + attention(padded, window**2, width))
+        total += (depth - mixtures) * mlp(images * rows**2, width, cfg.mlp_ratio)
+        total += mixtures * mixture(cfg.moe, images, rows**2, width, cfg.mlp_ratio) if mixtures else 0.0
+    return total
+
+
+def msgfm_step(cfg: Any, bands: Mapping[str, int], targets: Mapping[str, Sequence[str]]) -> float:
+    """Model FLOPs of one step of the msGFM objective over the global batch: the mean over the sensors it may hold.
+    bands: by sensor; targets: the sensors that a batch of a sensor reconstructs.
+    """
+    parts = msgfm_parts(cfg, bands, targets)
+    outer = [value for name, value in parts.items() if name != "encoder"]
+    return parts["encoder"] + sum(outer) / len(bands)
+
+
+def msgfm_parts(cfg: Any, bands: Mapping[str, int], targets: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """The same by part: "encoder", and for each sensor its patch embedding and the decoders a batch of it runs."""
+    m, images = cfg.model, int(cfg.data.batch)
+    last = m.patch * 2 ** (len(m.depths) - 1)
+    parts = {"encoder": TRAINED * swin_v1(m, images, m.img_size)}
+    for name in bands:
+        embed = linear(images * (m.img_size // m.patch) ** 2, m.patch**2 * bands[name], m.embed_dims)
+        cells, width = images * (m.img_size // last) ** 2, m.embed_dims * last // m.patch
+        parts[name] = TRAINED * (embed + sum(linear(cells, width, last**2 * bands[target]) for target in targets[name]))
+    return parts
 
 
 def skysense_step(cfg: Any, contract: Mapping[str, Any], spec: Mapping[str, Any]) -> float:

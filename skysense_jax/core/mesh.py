@@ -1,7 +1,7 @@
 """Devices and processes: start the processes of a job together, and lay its devices out as a mesh.
 
 Mesh axes: ``data`` (replicas, the slow network between slices or hosts) and ``fsdp`` (parameters and batch split, the
-fast network); a model with experts adds ``expert``. The batch is split over ``data`` and ``fsdp`` together.
+fast network); msGFM adds ``expert``, over which its experts are split. The batch is split over all axes together.
 """
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from skysense_jax.core import rendezvous
 EXIT_INCOMPLETE = 78
 """Exit code where processes are missing: the job as it was started cannot run."""
 
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = ("data", "fsdp", "expert")
 """Mesh axes over which the leading axis of a batch is split."""
 
 

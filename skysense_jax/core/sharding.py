@@ -6,9 +6,12 @@ A rule is ``(pattern, tactic)`` over the names of :mod:`skysense_jax.core.trees`
                TPU pads to 128). Leaves below 1 MiB are replicated and counted: gathering them costs more latency than
                they weigh. A larger leaf none of whose dimensions divides is an error.
 ``replicate``  the whole value on every device; an error from 1 MiB on.
+``expert``     stacked weights of experts, [layers, experts, ...]: the experts over the ``expert`` axis, the rest as
+               ``fsdp``. An error where the axis does not divide their number.
 """
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Mapping, NamedTuple
 
@@ -22,11 +25,12 @@ from skysense_jax.core.mesh import BATCH_AXES
 SMALL = 2**20
 """Bytes below which a leaf may stay replicated (issue: no parameter above 1 MiB stays replicated)."""
 
-TACTICS = ("fsdp", "replicate")
+TACTICS = ("fsdp", "replicate", "expert")
 
 
-def gathered(weight: jax.Array, user: jax.Array | None = None) -> jax.Array:
+def gathered(weight: jax.Array, user: jax.Array | None = None, experts: bool = False) -> jax.Array:
     """A weight as its layer multiplies with it: whole on every device, gathered where it is used and nowhere else.
+    experts: the first axis counts experts and stays split over the mesh's expert axis.
 
     Left to itself the partitioner keeps the weights split and gathers the activations, which are a hundred times larger
     here. user: the array it is multiplied with, in a layer that is scanned over: the gather then waits for it. Without
@@ -38,15 +42,26 @@ def gathered(weight: jax.Array, user: jax.Array | None = None) -> jax.Array:
         return weight
     if user is not None:
         weight, _ = jax.lax.optimization_barrier((weight, jax.lax.stop_gradient(user[(0,) * user.ndim])))
-    return _whole(weight)
+    split = experts and jax.sharding.get_abstract_mesh().shape.get("expert", 1) > 1
+    return _placed(weight, PartitionSpec("expert" if split else None))
 
 
-@jax.custom_vjp
-def _whole(weight: jax.Array) -> jax.Array:
-    return jax.lax.with_sharding_constraint(weight, PartitionSpec())
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _placed(weight: jax.Array, spec: PartitionSpec) -> jax.Array:
+    return jax.lax.with_sharding_constraint(weight, spec)
 
 
-_whole.defvjp(lambda weight: (_whole(weight), None), lambda _, cotangent: (cotangent,))
+_placed.defvjp(lambda weight, spec: (_placed(weight, spec), None), lambda spec, _, cotangent: (cotangent,))
+
+
+def by_expert(x: jax.Array, axis: int) -> jax.Array:
+    """`x` with its experts, axis `axis`, over the mesh's expert axis, and nothing else said: tokens travel to their
+    experts. The identity where the mesh has no such axis.
+    """
+    if jax.sharding.get_abstract_mesh().shape.get("expert", 1) == 1:
+        return x
+    free = PartitionSpec.UNCONSTRAINED
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*("expert" if i == axis else free for i in range(x.ndim))))
 
 
 def batch_parts() -> int:
@@ -82,16 +97,23 @@ def leaf_spec(name: str, leaf: Any, tactic: str, mesh_axes: Mapping[str, int], s
     if tactic not in TACTICS:
         raise ValueError(f"sharding of {name}: unknown tactic {tactic!r}; tactics are {', '.join(TACTICS)}")
     n, size = mesh_axes.get("fsdp", 1), trees.size_bytes(leaf)
+    fixed: dict[int, str] = {}
+    if tactic == "expert" and mesh_axes.get("expert", 1) > 1:
+        if leaf.shape[1] % mesh_axes["expert"]:
+            raise ValueError(f"sharding of {name}: {leaf.shape[1]} experts do not divide by the expert axis of "
+                             f"{mesh_axes['expert']}")
+        fixed, size = {1: "expert"}, size // mesh_axes["expert"]
     if tactic == "replicate" and n > 1 and size >= SMALL:
         raise ValueError(f"sharding of {name}: {size} bytes may not stay replicated on {n} devices; "
                          "use the tactic fsdp")
     if tactic == "replicate" or n == 1 or size < small:
-        return PartitionSpec()
-    candidates = [axis for axis, length in enumerate(leaf.shape) if length % n == 0]
+        return PartitionSpec(*((fixed.get(i) for i in range(2)) if fixed else ()))
+    candidates = [axis for axis, length in enumerate(leaf.shape) if length % n == 0 and axis not in fixed]
     if not candidates:
         raise ValueError(f"sharding of {name}: no dimension of {tuple(leaf.shape)} divides by the fsdp axis of {n}")
     axis = max(candidates, key=lambda i: (leaf.shape[i], -i))
-    return PartitionSpec(*(("fsdp" if i == axis else None) for i in range(axis + 1)))
+    placed = {**fixed, axis: "fsdp"}
+    return PartitionSpec(*(placed.get(i) for i in range(max(placed) + 1)))
 
 
 def shardings(tree: trees.Tree, rules: trees.Rules, mesh: Mesh, small: int = SMALL) -> trees.Tree:

@@ -46,6 +46,9 @@ def bench(cfg: Any, seconds: float = 5.0) -> dict[str, Rate]:
     The input contract is the configuration's bands with the table's statistics. Raises ValueError as
     `pipeline.train_dataset`.
     """
+    if cfg.model.name == "msgfm":
+        raise ValueError("data bench measures views of whole places; of msGFM's single images, the status line of "
+                         "`train` says how long it waits for its input")
     contract = sensors.input_contract(cfg.data.bands.to_dict(), cfg.model.ratio)
     iterator = pipeline.make_train_iterator(cfg, contract, cfg.seed)
     places = sources.open_places(cfg.data.dir, cfg.data.split)

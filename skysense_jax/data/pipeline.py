@@ -19,14 +19,13 @@ from skysense_jax.data import augment, radiometry, sources
 
 class SensorPlan(NamedTuple):
     """How one sensor is read. bands: indices of the contract's bands in the record, None = all in order; per_base: its
-    pixels per base pixel; count, eval_count: acquisitions per training view and per evaluated place."""
+    pixels per base pixel; count: acquisitions, at most, per training view or evaluated place."""
 
     name: str
     bands: np.ndarray | None
     per_base: int
     channels: int
     count: int
-    eval_count: int
 
 
 class ViewPlan(NamedTuple):
@@ -50,16 +49,17 @@ class Plan(NamedTuple):
     augment: dict[str, Any]
 
 
-def sensor_plans(cfg: Any, contract: Mapping[str, Any]) -> tuple[SensorPlan, ...]:
-    """One plan per sensor of the contract, in the contract's order."""
+def sensor_plans(contract: Mapping[str, Any], ratio: int, counts: Mapping[str, int]) -> tuple[SensorPlan, ...]:
+    """One plan per sensor of the contract, in the contract's order. ratio: the dataset's; counts: acquisitions by
+    sensor.
+    """
     plans = []
     for name, rule in contract["sensors"].items():
         table = sensors.SENSORS[name].bands
         index = [table.index(band) for band in rule["bands"]]
-        per_base = contract["ratio"] if rule["grid"] == "hr" else 1
+        per_base = ratio if rule["grid"] == "hr" else 1
         bands = None if index == list(range(len(table))) else np.array(index)
-        count, eval_count = int(cfg.data.dates[name]), int(cfg.data.eval_dates[name])
-        plans.append(SensorPlan(name, bands, per_base, len(index), count, eval_count))
+        plans.append(SensorPlan(name, bands, per_base, len(index), int(counts[name])))
     return tuple(plans)
 
 
@@ -69,18 +69,18 @@ def make_plan(cfg: Any, contract: Mapping[str, Any], tile: int) -> Plan:
     views = {"global": ViewPlan(("global0", "global1"), int(data.global_size), tuple(data.global_scale))}
     if data.n_local:
         views["local"] = ViewPlan(("local",) * int(data.n_local), int(data.local_size), tuple(data.local_scale))
-    return Plan(sensor_plans(cfg, contract), views, tile, tuple(data.aspect), float(data.flip), float(data.rotate),
+    return Plan(sensor_plans(contract, contract["ratio"], data.dates), views, tile, tuple(data.aspect), float(data.flip), float(data.rotate),
                 int(data.date_jitter_days), data.augment.to_dict())
 
 
 def sample_place(record: Mapping[str, Any], rng: np.random.Generator, plan: Plan) -> dict[str, Any]:
     """One place's part of a training batch (the leading axis is the view), all randomness from `rng`."""
-    usable = {p.name: _usable(record, p.name) for p in plan.sensors}
-    scopes = {scope: _sample_views(record, usable, rng, plan, views) for scope, views in plan.views.items()}
+    found = {p.name: usable(record, p.name) for p in plan.sensors}
+    scopes = {scope: _sample_views(record, found, rng, plan, views) for scope, views in plan.views.items()}
     return {**scopes, "place": _place(record)}
 
 
-def _usable(record: Mapping[str, Any], name: str) -> np.ndarray:
+def usable(record: Mapping[str, Any], name: str) -> np.ndarray:
     """Acquisitions with at least one valid pixel; a sensor that never saw the place has none."""
     return np.flatnonzero(record[f"{name}_valid"].any(axis=(1, 2)))
 
@@ -90,7 +90,7 @@ def _place(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sample_views(
-    record: Mapping[str, Any], usable: Mapping[str, np.ndarray], rng: np.random.Generator, plan: Plan, views: ViewPlan
+    record: Mapping[str, Any], found: Mapping[str, np.ndarray], rng: np.random.Generator, plan: Plan, views: ViewPlan
 ) -> dict[str, Any]:
     count, size = len(views.names), views.size
     inputs = {p.name: _empty((count, p.count), size * p.per_base, p.channels) for p in plan.sensors}
@@ -101,7 +101,7 @@ def _sample_views(
         coords[view], cell[view] = augment.cell_centres(box, size, turn), augment.cell_side(box, size)
         windows = {k: augment.make_window(box, size * k, k, plan.tile * k) for k in {p.per_base for p in plan.sensors}}
         for p in plan.sensors:
-            chosen = augment.draw_dates(rng, usable[p.name], p.count)
+            chosen = augment.draw_dates(rng, found[p.name], p.count)
             if not len(chosen):
                 continue
             image, valid = _pick(record, f"{p.name}_image", chosen), _pick(record, f"{p.name}_valid", chosen)
@@ -154,15 +154,28 @@ def train_dataset(
     Raises ValueError for a folder that is no dataset, a missing split, a dataset that does not fit the contract
     (`sources.check_dataset`), or a batch that the processes cannot share evenly.
     """
-    if cfg.data.batch < 1 or cfg.data.batch % process_count:
-        raise ValueError(f"config.data.batch={cfg.data.batch} cannot be shared evenly by {process_count} processes")
-    meta = sources.read_metadata(cfg.data.dir)
-    sources.check_dataset(meta, contract, cfg)
-    plan = make_plan(cfg, contract, int(meta["tile"]))
+    check(cfg, contract)
+    plan = make_plan(cfg, contract, int(sources.read_metadata(cfg.data.dir)["tile"]))
     places = sources.open_places(cfg.data.dir, cfg.data.split, int(cfg.data.max_bad_records))
     stream = grain.MapDataset.source(places).seed(seed).shuffle().repeat()
     stream = stream.random_map(functools.partial(_sample_place, plan))
+    return shared(stream, cfg, process_index, process_count)
+
+
+def shared(stream: grain.MapDataset, cfg: Any, process_index: int, process_count: int) -> grain.MapDataset:
+    """One process's consecutive rows of every global batch of `stream`; ValueError where they are not equally many."""
+    if cfg.data.batch < 1 or cfg.data.batch % process_count:
+        raise ValueError(f"config.data.batch={cfg.data.batch} cannot be shared evenly by {process_count} processes")
     return stream.batch(cfg.data.batch // process_count, drop_remainder=True)[process_index::process_count]
+
+
+def check(cfg: Any, contract: Mapping[str, Any]) -> str:
+    """The id of a run's dataset; ValueError where dataset, contract and configuration do not fit
+    (`sources.check_dataset`).
+    """
+    meta = sources.read_metadata(cfg.data.dir)
+    sources.check_dataset(meta, contract, cfg)
+    return str(meta.get("dataset_id"))
 
 
 def _sample_place(plan: Plan, record: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
@@ -177,8 +190,13 @@ def make_train_iterator(
 
     The position is the step and nothing else, on any number of processes. Call `.close()` when done with it.
     """
+    return read_ahead(train_dataset(cfg, contract, seed, process_index, process_count), cfg, start_step)
+
+
+def read_ahead(batches: grain.MapDataset, cfg: Any, start_step: int) -> grain.DatasetIterator:
+    """The elements of `batches` from `start_step` on, read ahead as `config.data` says."""
     options = grain.ReadOptions(num_threads=int(cfg.data.threads), prefetch_buffer_size=int(cfg.data.prefetch))
-    iterator = iter(train_dataset(cfg, contract, seed, process_index, process_count).to_iter_dataset(options))
+    iterator = iter(batches.to_iter_dataset(options))
     iterator.set_state({"next_index": int(start_step)})
     return iterator
 
@@ -191,16 +209,15 @@ def train_batch(cfg: Any, contract: Mapping[str, Any], seed: int, step: int) -> 
 def whole_place(record: Mapping[str, Any], plans: tuple[SensorPlan, ...], tile: int) -> dict[str, Any]:
     """One place's part of an evaluation batch: the whole tile as stored, nothing random.
 
-    Of more acquisitions than `eval_count` it takes the clearest of `eval_count` consecutive groups
+    Of more acquisitions than the plan's `count` it takes the clearest of `count` consecutive groups
     (`augment.spread_dates`).
     """
     inputs = {}
     for p in plans:
-        inputs[p.name] = _empty((p.eval_count,), tile * p.per_base, p.channels)
-        usable = _usable(record, p.name)
-        valid = record[f"{p.name}_valid"]
-        clear = (record[f"{p.name}_clear"][usable] * valid[usable]).mean(axis=(1, 2))
-        chosen = augment.spread_dates(usable, clear, p.eval_count)
+        inputs[p.name] = _empty((p.count,), tile * p.per_base, p.channels)
+        found, valid = usable(record, p.name), record[f"{p.name}_valid"]
+        clear = (record[f"{p.name}_clear"][found] * valid[found]).mean(axis=(1, 2))
+        chosen = augment.spread_dates(found, clear, p.count)
         if len(chosen):
             image = record[f"{p.name}_image"][chosen] * valid[chosen][..., None]
             image = image if p.bands is None else image[..., p.bands]
@@ -225,7 +242,8 @@ def eval_batches(
     sources.check_dataset(meta, contract, cfg)
     places = sources.open_places(cfg.data.dir, split)
     chosen = range(len(places)) if only is None else only
-    rule = functools.partial(whole_place, plans=sensor_plans(cfg, contract), tile=int(meta["tile"]))
+    plans = sensor_plans(contract, contract["ratio"], cfg.data.eval_dates)
+    rule = functools.partial(whole_place, plans=plans, tile=int(meta["tile"]))
     options = grain.ReadOptions(num_threads=int(cfg.data.threads), prefetch_buffer_size=int(cfg.data.prefetch))
     filled = grain.MapDataset.range(0, -(-len(chosen) // batch) * batch)
     filled = filled.map(functools.partial(_clamped, places, chosen))

@@ -95,9 +95,11 @@ def _builder(folder: str | pathlib.Path) -> Any:
     return tfds.builder_from_directory(str(folder))
 
 
-def open_places(folder: str | pathlib.Path, split: str, allowed: int = 0) -> Places:
-    """The records of a split by random access; `allowed` damaged ones are passed over. ValueError: no dataset, or split
-    absent or empty.
+def open_places(
+    folder: str | pathlib.Path, split: str, allowed: int = 0, only: Sequence[str] | None = None
+) -> Places:
+    """The records of a split by random access; `allowed` damaged ones are passed over. only: features to decode, None =
+    all. ValueError: no dataset, or split absent or empty.
     """
     builder = _builder(folder)
     if split not in builder.info.splits:
@@ -106,7 +108,9 @@ def open_places(folder: str | pathlib.Path, split: str, allowed: int = 0) -> Pla
         raise ValueError(f"{folder}: split {split!r} holds no places")
     info = builder.info.splits[split]
     shards = [(pathlib.Path(path).name, count) for path, count in zip(info.filepaths, info.shard_lengths, strict=True)]
-    return Places(builder.as_data_source(split=split), split, shards, allowed)
+    left = [] if only is None else [name for name in builder.info.features if name not in only]
+    decoders = {name: tfds.decode.SkipDecoding() for name in left}
+    return Places(builder.as_data_source(split=split, decoders=decoders or None), split, shards, allowed)
 
 
 def splits(folder: str | pathlib.Path) -> tuple[str, ...]:
@@ -119,21 +123,37 @@ def locations(folder: str | pathlib.Path, split: str) -> tuple[np.ndarray, np.nd
     """(longitudes, latitudes) of every place of a split, float32 degrees as batches have them, nan where unknown. Reads
     every record once, decodes no image. Errors as :func:`open_places`.
     """
-    open_places(folder, split)
-    builder = _builder(folder)
-    skipped = {name: tfds.decode.SkipDecoding() for name in builder.info.features if name not in ("lon", "lat")}
-    found = [(one["lon"], one["lat"]) for one in builder.as_data_source(split=split, decoders=skipped)]
-    lon, lat = np.asarray(found, np.float32).T
+    places = open_places(folder, split, only=("lon", "lat"))
+    records = map(places.__getitem__, range(len(places)))
+    lon, lat = np.asarray([(one["lon"], one["lat"]) for one in records], np.float32).T
     return lon, lat
+
+
+def holdings(folder: str | pathlib.Path, split: str, names: Sequence[str], allowed: int = 0) -> dict[str, np.ndarray]:
+    """{sensor: bool [places], whether a place has an acquisition of it} of the sensors `names` that the dataset holds.
+    Reads every record once, decodes no image; of a dataset with one sensor it reads nothing, every place has it. Errors
+    as :func:`open_places`.
+    """
+    held = read_metadata(folder)["sensors"]
+    names = [name for name in names if name in held]
+    if len(held) == 1:
+        return {name: np.ones(len(open_places(folder, split)), bool) for name in names}
+    places = open_places(folder, split, allowed, [f"{name}_measured" for name in names])
+    records = map(places.__getitem__, range(len(places)))
+    found = [[len(one[f"{name}_measured"]) > 0 for name in names] for one in records]
+    return dict(zip(names, np.asarray(found, bool).T))
 
 
 def check_dataset(meta: Mapping[str, Any], contract: Mapping[str, Any], cfg: Any) -> None:
     """Raises ValueError, naming field and fix, unless dataset, input contract and configuration fit together.
 
     meta: `read_metadata`; contract: `sensors.input_contract`; cfg: the whole configuration (`cfg.data`,
-    `cfg.model.ratio` are read).
+    `cfg.model.ratio` are read). Fields that a configuration does not have, as msGFM's views, are not checked.
     """
     data = cfg.data
+    if cfg.model.name != "msgfm" and not meta.get("georeferenced", True):
+        raise ValueError(f"the dataset in {data.dir} has no georeference; only config.model.name='msgfm' learns from "
+                         "such images")
     for name, rule in contract["sensors"].items():
         if name not in meta["sensors"]:
             raise ValueError(
@@ -146,7 +166,7 @@ def check_dataset(meta: Mapping[str, Any], contract: Mapping[str, Any], cfg: Any
         if unstored := [band for band in rule["bands"] if band in sensors.SENSORS[name].unstored]:
             raise ValueError(f"the model takes {unstored} of {name!r}, which records do not hold; use `load` with arrays")
         for field in ("dates", "eval_dates"):
-            if name not in data[field] or data[field][name] < 1:
+            if field in data and (name not in data[field] or data[field][name] < 1):
                 raise ValueError(f"config.data.{field} needs a number of acquisitions >= 1 for {name!r}")
     for name in data.bands:
         if name not in contract["sensors"]:
@@ -159,8 +179,8 @@ def check_dataset(meta: Mapping[str, Any], contract: Mapping[str, Any], cfg: Any
             f"the dataset in {data.dir} has {meta['ratio']} HR pixels along a base pixel, "
             f"the model {contract['ratio']}; build the dataset with --ratio {contract['ratio']} or change the model"
         )
-    for field in ("global_size", "local_size") if data.n_local else ("global_size",):
-        if not 0 < data[field] <= meta["tile"]:
+    for field in ("global_size", "local_size") if data.get("n_local") else ("global_size",):
+        if field in data and not 0 < data[field] <= meta["tile"]:
             raise ValueError(
                 f"config.data.{field}={data[field]} must lie in 1..{meta['tile']}, the dataset's tile in base pixels"
             )

@@ -48,13 +48,34 @@ class Leaf(NamedTuple):
     dtype: np.dtype
 
 
+def sample_spec(cfg: Any, contract: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested dict of a global batch of one sensor's images (`data.samples`), with a `Leaf` in the place of every
+    array.
+
+    sensor int32 [B]: number of the sensor in the contract, the same in all rows. own, pair: what it and its pair
+    (sensors.SENSORS) measured, {"image" [B, S, S, C], "valid" [B, S, S], "bands" [B, C]} float32 in raw units; S =
+    config.model.img_size, C = bands of the contract's widest sensor, those behind a sensor's own are 0. paired float32
+    [B]: 1 where the place has both. place: {"index" int64 [B]}, the number of the place over all datasets.
+    """
+    batch, side = int(cfg.data.batch), int(cfg.model.img_size)
+    channels = max(len(rule["bands"]) for rule in contract["sensors"].values())
+    f32 = np.dtype(np.float32)
+    image = {"image": Leaf((batch, side, side, channels), f32), "valid": Leaf((batch, side, side), f32),
+             "bands": Leaf((batch, channels), f32)}
+    return {"sensor": Leaf((batch,), np.dtype(np.int32)), "own": image, "pair": dict(image),
+            "paired": Leaf((batch,), f32), "place": {"index": Leaf((batch,), np.dtype(np.int64))}}
+
+
 def batch_spec(cfg: Any, contract: Mapping[str, Any]) -> dict[str, Any]:
     """The nested dict of a global training batch (`pipeline.train_batch`) with a `Leaf` in the place of every array.
 
-    cfg: the whole configuration (`cfg.data` is read); contract: `sensors.input_contract`. Axes: B places, V views, T
+    cfg: the whole configuration (`cfg.data` is read); contract: `sensors.input_contract`. msGFM's batch is another one,
+    :func:`sample_spec`. Axes: B places, V views, T
     dates, then rows, columns, channels. "local" is absent when `config.data.n_local` is 0. Models and objectives are
     built from it, without data.
     """
+    if cfg.model.name == "msgfm":
+        return sample_spec(cfg, contract)
     data, batch = cfg.data, int(cfg.data.batch)
     f32, i32 = np.dtype(np.float32), np.dtype(np.int32)
 

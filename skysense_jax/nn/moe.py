@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from skysense_jax.core.sharding import by_expert, gathered
 from skysense_jax.nn.attention import gelu, trunc_normal, wide
 
 AUX = ("tutel", "vmoe", "gshard")
@@ -137,11 +138,11 @@ class MixtureOfExperts(nn.Module):
             shape, zeros = (self.experts, x.shape[-1], features), nn.initializers.zeros
             kernel = self.param(name, trunc_normal, shape, jnp.float32).astype(self.dtype)
             bias = self.param(f"{name}_bias", zeros, (self.experts, features), jnp.float32).astype(self.dtype)
-            return jnp.einsum("gepc,ecf->gepf", x, kernel) + bias[:, None]
+            return by_expert(jnp.einsum("gepc,ecf->gepf", x, gathered(kernel, x, experts=True)) + bias[:, None], 1)
 
         pick = jax.vmap(lambda rows, at: rows[at])
         packed = pick(tokens, routing.source)
-        packed = jnp.where(routing.taken[..., None], packed, 0)
+        packed = by_expert(jnp.where(routing.taken[..., None], packed, 0), 1)
         packed = layer("fc2", gelu(layer("fc1", packed, int(channels * self.mlp_ratio))), channels)
         slot = jnp.where(routing.kept, routing.slot, 0)  # a dropped token's is never used
         out = pick(packed.reshape(len(packed), -1, channels), routing.expert * packed.shape[2] + slot)

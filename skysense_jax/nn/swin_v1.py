@@ -21,12 +21,14 @@ Stats = dict[str, jax.Array]
 
 class Encoded(NamedTuple):
     """stages: map [B,H_i,W_i,width*2^i] after the blocks of each stage, before merging. final: the last one normalised.
-    moe: {"stage<i>": what the mixtures of a stage report, one row per layer} of the stages that have them.
+    moe: {"stage<i>": what the mixtures of a stage report, one row per layer} of the stages that have them. merged: what
+    the last stage's blocks begin with, the map after the last merging (where GFM compares with its teacher).
     """
 
     stages: tuple[jax.Array, ...]
     final: jax.Array
     moe: dict[str, Stats]
+    merged: jax.Array
 
 
 def position_bias(table: jax.Array, window: int, table_window: int) -> jax.Array:
@@ -118,7 +120,7 @@ class Pair(nn.Module):
 
 class Stage(nn.Module):
     """Optional merging, then `rates.shape[0]` blocks, laid out by nn.swin.stage_plan: [B,H,W,C] -> (map of the
-    stage, Stats with a row per mixture). moe: of the odd blocks.
+    stage, map in front of its blocks, Stats with a row per mixture). moe: of the odd blocks.
     """
 
     block: Mapping[str, Any]
@@ -127,10 +129,11 @@ class Stage(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, rates: jax.Array) -> tuple[jax.Array, Stats]:
+    def __call__(self, x: jax.Array, rates: jax.Array) -> tuple[jax.Array, jax.Array, Stats]:
         stats: Stats = {}
         if self.merge:
             x = ConcatMerging(self.block["eps"], self.block["dtype"], name="downsample")(x)
+        merged = x
         for kind, first, count in stage_plan(rates.shape[0], 0):
             if kind == "pairs":
                 pairs = nn.scan(
@@ -141,7 +144,7 @@ class Stage(nn.Module):
             else:  # the last block of an odd number: an even one, unshifted
                 single = nn.remat(Block) if self.remat else Block
                 x, _ = single(shifted=False, moe={}, name=f"block{first}", **self.block)(x, rates[first])
-        return x, stats
+        return x, merged, stats
 
 
 class SwinTransformerV1(nn.Module):
@@ -175,8 +178,9 @@ class SwinTransformerV1(nn.Module):
             }
             moe = {**self.moe, "train": train} if stage in self.moe_stages else {}
             done = sum(self.depths[:stage])
-            x, stats = Stage(block, moe, stage > 0, self.remat, name=f"stage{stage}")(x, rates[done:done + depth])
+            layers = Stage(block, moe, stage > 0, self.remat, name=f"stage{stage}")
+            x, merged, stats = layers(x, rates[done:done + depth])
             maps.append(x)
             if stats:
                 reports[f"stage{stage}"] = stats
-        return Encoded(tuple(maps), layer_norm(self.eps, "norm")(x).astype(self.dtype), reports)
+        return Encoded(tuple(maps), layer_norm(self.eps, "norm")(x).astype(self.dtype), reports, merged)

@@ -35,6 +35,7 @@ class Objective(NamedTuple):
         so that names start with "params/", "teacher/" or "memory/"; strict (core.sharding): each leaf by exactly one
         rule, each rule used.
     flops(spec) -> float: analytic model FLOPs of one step of the global batch (what is counted: core.flops).
+    lr_scale(batch) -> scalar: factor on the learning rate of this batch's update (not on its gradient).
     streams: names of the random streams `loss` draws from (core.rngs.keys).
     schedule_keys: names `loss` and `settle` read from the schedule, beside what the optimiser itself needs.
         SkySense: "teacher_temp" (temperature of the teacher's softmax), "last_layer_frozen" (1 while the prototypes
@@ -50,3 +51,4 @@ class Objective(NamedTuple):
     flops: Callable[[Tree], float]
     streams: tuple[str, ...]
     schedule_keys: tuple[str, ...]
+    lr_scale: Callable[[Tree], Any] = lambda batch: 1.0

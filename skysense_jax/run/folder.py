@@ -23,7 +23,7 @@ COMPLETE = "TRAIN_COMPLETE"
 """The mark of a run that is done: a file in its folder."""
 
 MAY_CHANGE = (
-    "run.", "mesh.", "eval.", "data.dir", "data.threads", "data.prefetch", "data.max_bad_records")
+    "run.", "mesh.", "eval.", "data.dir", "data.also", "data.threads", "data.prefetch", "data.max_bad_records")
 """Fields a resumed run may have otherwise: how it runs, not what it computes (a dataset is known by its id)."""
 
 

@@ -16,6 +16,8 @@ from skysense_jax.run import checkpoint
 from skysense_jax.run.state import TrainState
 
 TAKEN = ("params", "teacher", "memory")
+IMPORTED = "parts"
+"""Folder of modules inside imported weights."""
 
 WIDENED = "heads/fused/mlp0/kernel"
 """The fused head's first layer, [channels, hidden]: geo-context adds channels behind those it had. Their rows start at
@@ -28,11 +30,13 @@ def init_from(
     """A fresh state with the parameters, teacher and memory of a workdir or checkpoint; optimiser and step stay fresh.
 
     Returns (state, {"taken", "new", "widened", "left": names of leaves}): "new" keep their fresh values, "left" are
-    those of the checkpoint this run has no use for. Raises ValueError where the input contract is another one or a leaf
-    has another shape; errors of checkpoint.load_tree.
+    those of the checkpoint this run has no use for. This run may take sensors the checkpoint does not know. Raises
+    ValueError where the input contract is otherwise another one or a leaf has another shape; errors of
+    checkpoint.load_tree.
     """
     meta = checkpoint.load_meta(path)
-    if meta["contract"] != contract:
+    known = {name: rule for name, rule in contract["sensors"].items() if name in meta["contract"]["sensors"]}
+    if {**contract, "sensors": known} != meta["contract"]:
         raise ValueError(f"--init_from {path}: its input contract (bands, statistics or ratio) is not that of this run")
     report: dict[str, list[str]] = {"taken": [], "new": [], "widened": [], "left": []}
     parts = {}
@@ -58,6 +62,25 @@ def _leaf(part: str, name: str, fresh: jax.Array, old: Mapping[str, np.ndarray],
     else:
         report["taken"].append(full)
     return jax.device_put(value, fresh.sharding)
+
+
+def with_teacher(cfg: Any, fresh: TrainState) -> TrainState:
+    """A fresh state whose frozen teacher has the weights of config.objective.distill.path: a workdir or checkpoint of
+    msGFM, or imported weights. ValueError naming the leaf that is missing or has another shape.
+    """
+    path = pathlib.Path(cfg.objective.distill.path)
+    if not cfg.objective.distill.path:
+        raise ValueError("config.objective.distill.weight is set: give config.objective.distill.path, the teacher")
+    parts = fresh.teacher["encoder"]
+    if (path / IMPORTED).is_dir():
+        found = {name: checkpoint.load_part(path / IMPORTED, name) for name in parts}
+    else:
+        found = checkpoint.load_tree(path, "params")["encoder"]
+    old, report = trees.flatten({"encoder": found}), {"taken": [], "new": [], "widened": []}
+    teacher = trees.map_named(lambda name, leaf: _leaf("teacher", name, leaf, old, report), fresh.teacher)
+    if report["new"]:
+        raise ValueError(f"config.objective.distill.path={path} lacks {', '.join(report['new'][:5])}")
+    return fresh._replace(teacher=teacher)
 
 
 def with_regions(cfg: Any, fresh: TrainState) -> TrainState:

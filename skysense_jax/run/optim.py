@@ -22,6 +22,10 @@ DECAY_RULES: trees.Rules = (
     (r"(?!.*/cpb[^/]*/).*/kernel", True),
     (r".*/cpb[^/]*/kernel", False),
     (r".*/last_layer_v", True),
+    (r".*/moe/(gate|fc[12])", True),
+    (r".*/moe/fc[12]_bias", False),
+    # The tables of relative positions decay in SimMIM's and GFM's pretraining: their exclusion by name never matches.
+    (r".*/attn/table", True),
     (r".*/last_layer_g", False),
     (r"(.*/)?([qv]_)?bias", False),
     (r".*/scale", False),
@@ -70,7 +74,16 @@ def lr_gfm(step: Scalar, total: int, warmup: int, peak: float, warmup_lr: float,
     return jnp.where(s < warmup, warmup_lr + s * (peak - warmup_lr) / max(warmup, 1), _cosine(peak, final, s / total))
 
 
-LR_RULES = {"cosine": lr_cosine, "linear": lr_linear, "gfm": lr_gfm}
+def lr_multistep(
+    step: Scalar, total: int, warmup: int, peak: float, warmup_lr: float, final: float
+) -> jax.Array:
+    """SimMIM's rule of 800 epochs: linear warm-up, the peak, and `final` (a tenth of it) for the last eighth."""
+    s = _float(step)
+    return jnp.where(s < total * 7 / 8, _warmed(lambda peak, final, progress: peak)(
+        s, total, warmup, peak, warmup_lr, final), final)
+
+
+LR_RULES = {"cosine": lr_cosine, "linear": lr_linear, "gfm": lr_gfm, "multistep": lr_multistep}
 
 
 def teacher_temperature(step: Scalar, warmup: int, first: float, last: float) -> jax.Array:

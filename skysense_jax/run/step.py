@@ -33,6 +33,7 @@ def make_step(
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         schedule = schedule_at(state.step)
+        schedule = {**schedule, "lr": schedule["lr"] * objective.lr_scale(batch)}
         keys = rngs.keys(cfg.seed, objective.streams, state.step)
         (loss, (terms, settle_inputs)), grads = jax.value_and_grad(objective.loss, has_aux=True)(
             state.params, state.teacher, state.memory, batch, keys, schedule)

@@ -1,0 +1,163 @@
+"""The msGFM objective: masked image modelling of one sensor's images, of a place's other sensor half of the time.
+
+    s, images, partners = batch                     one input sensor s, t = pair(s): s2 - s1, hr - dsm
+    x, y  = normalised(images), normalised(partners)
+    mask  = ceil(mask_ratio * n) cells of mask_cell pixels, drawn for each image
+    z     = encode(embed_s(x) with the mask token in hidden places)
+    cross = place has both and coin(objective.cross), for each image
+    L_MIM = sum over hidden pixels of (|decode_t(z) - y| if cross else |decode_s(z) - x|), mean over the bands
+            / (hidden pixels + 1e-5)                the reference's normalisation, over the whole batch
+    L     = L_MIM + aux_weight * sum over mixtures of their auxiliary loss
+            - distill.weight * mean cos(project(third merging of z), the same of a frozen teacher)
+
+Pixels that were not measured do not count. The paper's text is known in parts only: SimMIM and GFM (models/simmim.py)
+give the masking, the loss and the distillation (on images of the sensor hr, which is what its teachers know); that the
+coin is tossed for each sample, and the partner is compared under the input's mask, is our reading.
+
+The batch says which sensor it holds, a number: one compiled step serves all sensors, the encoder runs once, and
+`lax.switch` picks patch embedding and decoders. The learning rate of the update is scaled by optim.lr_scale of the
+batch's sensor; a patch embedding without a gradient moves by what Adam remembers of it.
+
+Metrics (float32 scalars; "nan" where this batch has none of it):
+  loss/total, loss/mim       the sums above
+  loss/<input>-<target>      mean absolute error over the hidden pixels, in deviations of the target's bands. 0.8 = as
+                             good as the mean (of a normal distribution)
+  cross/share                images that reconstruct their partner
+  moe/aux                    sum over mixtures of the auxiliary loss, unweighted
+  moe/dropped                share of tokens that no expert had a place for. Rising: raise moe.capacity or aux_weight
+  moe/load_entropy           entropy of the load of the experts / log E, mean over mixtures. 1 = even, 0 = one expert
+  moe/load_max               share of the tokens that the most loaded expert was chosen by. 1/E = even
+  distill/cosine             mean cosine with the teacher's features
+"""
+from __future__ import annotations
+
+from typing import Any, Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from skysense_jax.core import flops as count
+from skysense_jax.core.rngs import name_hash
+from skysense_jax.models import msgfm
+from skysense_jax.objectives import gfm
+from skysense_jax.objectives.base import Objective
+from skysense_jax.objectives.msgfm_views import encoder_features, normalised
+from skysense_jax.ops.masking import masked_sums, pixel_mask, random_cells
+from skysense_jax.sensors import SENSORS
+
+Tree = Any
+
+
+def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
+    """The objective of a whole configuration and an input contract. See objectives.base for the functions' contracts.
+
+    params = {"encoder": models.msgfm's}; teacher = memory = {}. With distillation params has "projector" {"kernel",
+    "bias"} and teacher "encoder", the frozen network, whose weights somebody must put there (run.init_from). Raises
+    ValueError where the configuration contradicts itself.
+    """
+    model, o, names = msgfm.make_model(cfg.model, contract), cfg.objective, tuple(contract["sensors"])
+    cell, side = int(o.mask_cell), int(cfg.model.img_size)
+    if side % cell or cell % cfg.model.patch:
+        raise ValueError(f"config.objective.mask_cell={cell} must divide model.img_size={side} and be a multiple of "
+                         f"model.patch={cfg.model.patch}")
+    if cfg.model.moe.stages and int(cfg.data.batch) % cfg.model.moe.group:
+        raise ValueError(f"config.model.moe.group={cfg.model.moe.group} does not divide data.batch={cfg.data.batch}")
+    bands = {name: len(rule["bands"]) for name, rule in contract["sensors"].items()}
+    targets = {name: tuple(one for one in (name, SENSORS[name].pair) if one in names) for name in names}
+    teach = gfm.make_teacher(cfg, contract) if o.distill.weight else None
+    scales = tuple(float(cfg.optim.lr_scale[name]) for name in names)
+
+    def init(rng: jax.Array, spec: Tree) -> tuple[Tree, Tree, Tree]:
+        params = {"encoder": model.init(rng)}
+        if teach is None:
+            return params, {}, {}
+        student, teacher = (jax.random.fold_in(rng, name_hash(name)) for name in ("projector", "teacher"))
+        return {**params, "projector": gfm.projector(student, teach.width)}, {"encoder": teach.init(teacher)}, {}
+
+    def embedding(name: str) -> Callable[..., jax.Array]:
+        def branch(params: Tree, own: Tree, mask: jax.Array) -> jax.Array:
+            return model.embed(params, name, normalised(contract, name, own)[0], mask)
+        return branch
+
+    def errors(name: str) -> Callable[..., jax.Array]:
+        """[4]: summed error and pixels of the images that reconstruct themselves, and their partner."""
+        def one(params: Tree, target: str, part: Tree, final: jax.Array, mask: jax.Array) -> tuple[jax.Array, ...]:
+            image, measured = normalised(contract, target, part)
+            return masked_sums(model.decode(params, target, final), image, measured * mask[..., None])
+
+        def branch(
+            params: Tree, batch: Tree, final: jax.Array, mask: jax.Array, crossing: jax.Array
+        ) -> jax.Array:
+            sums = one(params, name, batch["own"], final, mask * (1 - crossing)[:, None, None])
+            across = (jnp.zeros(()), jnp.zeros(()))
+            for pair in targets[name][1:]:
+                across = one(params, pair, batch["pair"], final, mask * crossing[:, None, None])
+            return jnp.stack([*sums, *across]).astype(jnp.float32)
+        return branch
+
+    def loss(
+        params: Tree, teacher: Tree, memory: Tree, batch: Tree, keys: Mapping[str, jax.Array],
+        schedule: Mapping[str, jax.Array],
+    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Tree]]:
+        encoder, sensor = params["encoder"], batch["sensor"][0]
+        size = batch["sensor"].shape[0]
+        cells = random_cells(keys["mask"], size, side // cell, o.mask_ratio)
+        crossing = jax.random.bernoulli(keys["cross"], o.cross, (size,)) * batch["paired"]
+        outer = {name: part for name, part in encoder.items() if name != msgfm.ENCODER}
+        tokens = jax.lax.switch(sensor, [embedding(name) for name in names], outer, batch["own"],
+                                pixel_mask(cells, cell // cfg.model.patch))
+        encoded = model.encode(encoder, tokens, train=True, rng=keys["encoder"])
+        sums = jax.lax.switch(
+            sensor, [errors(name) for name in names], outer, batch, encoded.final, pixel_mask(cells, cell), crossing)
+        mim = (sums[0] + sums[2]) / (sums[1] + sums[3] + jnp.float32(1e-5))
+        mixtures, metrics = moe_metrics(encoded.moe)
+        total = mim + o.aux_weight * mixtures
+        if teach is not None:
+            cosine, known = teach.cosine(params["projector"], teacher["encoder"], encoded.merged, batch)
+            total = total - o.distill.weight * cosine
+            metrics["distill/cosine"] = jnp.where(known, cosine, jnp.nan)
+        metrics |= {"loss/total": total, "loss/mim": mim, "cross/share": crossing.mean()}
+        for number, name in enumerate(names):
+            for at, target in zip((0, 2), targets[name]):
+                seen = (sensor == number) & (sums[at + 1] > 0)
+                metrics[f"loss/{name}-{target}"] = jnp.where(seen, sums[at] / jnp.maximum(sums[at + 1], 1.0), jnp.nan)
+        return total, (jax.lax.stop_gradient(metrics), {})
+
+    def settle(
+        params: Tree, teacher: Tree, memory: Tree, settle_inputs: Tree, schedule: Mapping[str, jax.Array]
+    ) -> tuple[Tree, Tree]:
+        return teacher, memory
+
+    def features(params: Tree, inputs: Tree) -> dict[str, jax.Array]:
+        return encoder_features(cfg.model, contract, model, params["encoder"], inputs)
+
+    def lr_scale(batch: Tree) -> jax.Array:
+        return jnp.asarray(scales, jnp.float32)[batch["sensor"][0]]
+
+    return Objective(
+        init, loss, settle, features, sharding_rules(cfg, teach is not None),
+        lambda spec: count.msgfm_step(cfg, bands, targets), ("mask", "cross", "encoder"), (), lr_scale)
+
+
+def moe_metrics(moe: Mapping[str, Mapping[str, jax.Array]]) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(sum of the auxiliary losses, metrics) of what the mixtures of all stages report; (0, {}) of a dense encoder."""
+    if not moe:
+        return jnp.float32(0), {}
+    stats = {key: jnp.concatenate([stage[key] for stage in moe.values()]) for key in ("aux", "load", "dropped")}
+    load, aux = stats["load"], stats["aux"].sum()
+    entropy = -jnp.sum(jnp.where(load > 0, load * jnp.log(jnp.maximum(load, 1e-30)), 0), -1) / jnp.log(load.shape[-1])
+    return aux, {"moe/aux": aux, "moe/dropped": stats["dropped"].mean(), "moe/load_entropy": entropy.mean(),
+                 "moe/load_max": load.max(-1).mean()}
+
+
+def sharding_rules(cfg: Any, distils: bool) -> tuple[tuple[str, str], ...]:
+    """Rules over the joined tree {"params", "teacher", "memory"} (core.sharding has the tactics)."""
+    experts = r"params/encoder/encoder/.+/moe/fc[12](_bias)?"
+    rules = [(r"(params|teacher)/encoder/(embed|decoder)_[a-z0-9]+/.+", "fsdp"),
+             ("params/encoder/mask_token", "replicate"),
+             (rf"(?!{experts}$)(params|teacher)/encoder/encoder/.+", "fsdp")]
+    if cfg.model.moe.stages:
+        rules.append((experts, "expert"))
+    if distils:
+        rules.append((r"params/projector/(kernel|bias)", "fsdp"))
+    return tuple(rules)

@@ -1,0 +1,91 @@
+"""Pictures of what msGFM reconstructs: of one place, during training and afterwards."""
+from __future__ import annotations
+
+import pathlib
+from typing import Any, Callable, Mapping
+
+import jax
+import numpy as np
+from PIL import Image
+
+from skysense_jax.core import rngs
+from skysense_jax.data import panels, pipeline, sources
+from skysense_jax.models import msgfm
+from skysense_jax.objectives import msgfm_views
+
+FOLDER = "pictures"
+"""Folder of a workdir that holds them, one per step."""
+
+CANDIDATES = 16
+"""Places of a split among which the one with most sensors is drawn during training."""
+
+
+def place_inputs(contract: Mapping[str, Any], record: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
+    """PlaceInput [1, 1, ...] of the clearest acquisition of each sensor that the contract and the place have.
+    ValueError where they share none.
+    """
+    held = {"sensors": {name: rule for name, rule in contract["sensors"].items() if name in meta["sensors"]}}
+    plans = pipeline.sensor_plans(held, int(meta["ratio"]), dict.fromkeys(held["sensors"], 1))
+    inputs = pipeline.whole_place(record, plans, int(meta["tile"]))["sensors"]
+    found = {name: one for name, one in inputs.items() if one["valid"].any()}
+    if not found:
+        raise ValueError(f"the place has none of the model's sensors {', '.join(contract['sensors'])}")
+    return jax.tree.map(lambda leaf: leaf[None], found)
+
+
+def reconstructor(cfg: Any, contract: Mapping[str, Any], seed: int, **options: Any) -> Callable[..., dict[str, Any]]:
+    """The compiled objectives.msgfm_views.reconstructions of a configuration: (encoder, inputs). seed: of the masks;
+    options: of jit.
+    """
+    model = msgfm.make_model(cfg.model, contract)
+
+    def run(encoder: Any, inputs: Any) -> dict[str, Any]:
+        return msgfm_views.reconstructions(cfg, contract, model, encoder, inputs, rngs.key(seed, "picture"))
+
+    return jax.jit(run, **options)
+
+
+def picture(
+    contract: Mapping[str, Any], found: Mapping[str, Any], record: Mapping[str, Any], meta: Mapping[str, Any], what: str
+) -> Image.Image:
+    """The grid of reconstructions `found` of a place, under its name and `what`."""
+    found = jax.tree.map(np.asarray, dict(found))
+    side = next(iter(found.values()))["mask"].shape[0]
+    name = record["place"]
+    title = f"{name.decode() if isinstance(name, bytes) else name}   {what}"
+    step = (meta.get("gsd") or 1.0) * int(meta["tile"]) / side  # only shades, where no size on the ground is known
+    return panels.draw(contract, found, step, title, bool(meta.get("synthetic")))
+
+
+def in_training(
+    cfg: Any, contract: Mapping[str, Any], workdir: pathlib.Path, whole: Any, writes: bool
+) -> Callable[[Any, int], None]:
+    """draw(params, step): every config.run.picture_every steps and after the last one writes
+    WORKDIR/pictures/step-<step>.png, of the same place and masks at every step: of the first places of split "test" (of
+    the training split where there is none) the one with most sensors. Nothing where the configuration has no such
+    field.
+
+    Every process computes, the one that `writes` draws. whole: sharding of the result, replicated over the mesh.
+    """
+    every = int(cfg.run.get("picture_every", 0))
+    if not every:
+        return lambda params, step: None
+    meta = sources.read_metadata(cfg.data.dir)
+    split = "test" if "test" in sources.splits(cfg.data.dir) else cfg.data.split
+    places = sources.open_places(cfg.data.dir, split, int(cfg.data.max_bad_records))
+    records = [places[number] for number in range(min(len(places), CANDIDATES))]
+    shared = [name for name in contract["sensors"] if name in meta["sensors"]]
+    record = max(records, key=lambda one: sum(len(pipeline.usable(one, name)) > 0 for name in shared))
+    inputs = place_inputs(contract, record, meta)
+    compiled = reconstructor(cfg, contract, int(cfg.seed), out_shardings=whole)
+    folder = workdir / FOLDER
+    folder.mkdir(exist_ok=True)
+
+    def draw(params: Any, step: int) -> None:
+        if step % every and step < cfg.steps:
+            return
+        found = compiled(params["encoder"], inputs)
+        if writes:
+            picture(contract, found, record, meta, f"step {step}").save(folder / f"step-{step:06d}.png")
+
+    return draw

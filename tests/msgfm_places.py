@@ -1,0 +1,45 @@
+"""A dataset of places with four sensors, made of noise, at the size of configs/msgfm_tiny.py. Some places lack one."""
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from configs import msgfm_tiny
+from skysense_jax.data import spec
+from tests import tiny
+
+SENSORS = ("hr", "s2", "s1", "dsm")
+PLACES = 20
+
+
+def record(number: int) -> dict[str, Any]:
+    """tiny.record with a surface model, whose height is the red of hr, at every place with an even number."""
+    place = tiny.record(number)
+    count = 1 - number % 2
+    place["dsm_image"] = place["hr_image"][:count, ..., :1].astype(np.float32)
+    place["dsm_valid"], place["dsm_clear"] = place["hr_valid"][:count], place["hr_clear"][:count]
+    place["dsm_measured"] = np.ones((count, 1), np.uint8)
+    place["dsm_date"] = place["hr_date"][:count]
+    return place
+
+
+def write(folder: pathlib.Path, places: int = PLACES, first: int = 0, sensors: tuple[str, ...] = SENSORS) -> str:
+    """Splits train and test of `places` places each, numbered from `first`; returns the folder as text."""
+    features = spec.record_features(sensors, tiny.TILE, tiny.RATIO, tiny.CLASSES)
+
+    def rows(begin: int) -> list[dict[str, Any]]:
+        return [{name: value for name, value in record(begin + i).items() if name in features} for i in range(places)]
+
+    meta = {"format": 1, "tile": tiny.TILE, "ratio": tiny.RATIO, "gsd": 10.0, "sensors": list(sensors),
+            "label_classes": ["a", "b", "c"], "label_map_classes": {"0": "a", "1": "b", "2": "c"}, "synthetic": True,
+            "dataset_id": f"noise-{places}-{first}-{'-'.join(sensors)}"}
+    return tiny.write_records(folder, features, {"train": rows(first), "test": rows(first + 1000)}, meta)
+
+
+def config(dataset: str) -> Any:
+    """configs/msgfm_tiny.py on this dataset."""
+    c = msgfm_tiny.get_config()
+    c.data.dir = dataset
+    return c
