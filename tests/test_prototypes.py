@@ -399,11 +399,11 @@ def test_a_second_stage_starts_from_a_run_without_a_bank(tmp_path):
 
     old = made(7, 4, unused=jnp.zeros(2))
     saver = checkpoint.Saver(tmp_path, keep=1)
-    saver.save(old, {}, {"config": {}, "contract": {"ratio": 4}})
+    saver.save(old, {}, {"config": {}, "contract": {"ratio": 4, "sensors": {}}})
     saver.wait()
     fresh = made(0, 6, bank={"visits": jnp.zeros(3, jnp.int32)})
     fresh.params["encoder"]["geo"] = {"query": {"kernel": jnp.ones((2, 2))}}
-    begun, report = init_from.init_from(tmp_path, fresh, {"ratio": 4})
+    begun, report = init_from.init_from(tmp_path, fresh, {"ratio": 4, "sensors": {}})
     assert report["new"] == ["params/encoder/geo/query/kernel", "memory/bank/visits"]
     assert report["left"] == ["memory/unused"] and begun.step == 0
     assert report["widened"] == [f"{part}/heads/fused/mlp0/kernel" for part in ("params", "teacher")]
@@ -414,7 +414,7 @@ def test_a_second_stage_starts_from_a_run_without_a_bank(tmp_path):
     np.testing.assert_array_equal(begun.memory["centre"]["s2"], old.memory["centre"]["s2"])
     assert (begun.params["encoder"]["geo"]["query"]["kernel"] == 1).all()
     with pytest.raises(ValueError, match="input contract"):
-        init_from.init_from(tmp_path, fresh, {"ratio": 8})
+        init_from.init_from(tmp_path, fresh, {"ratio": 8, "sensors": {}})
     fresh.params["encoder"]["s2"]["kernel"] = jnp.zeros((3, 4))
     with pytest.raises(ValueError, match=r"params/encoder/s2/kernel is float32\[3, 3\] there, float32\[3, 4\] here"):
-        init_from.init_from(tmp_path, fresh, {"ratio": 4})
+        init_from.init_from(tmp_path, fresh, {"ratio": 4, "sensors": {}})

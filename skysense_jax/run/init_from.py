@@ -3,8 +3,9 @@ contradicts is refused), and the regions of its training places.
 """
 from __future__ import annotations
 
+import json
 import pathlib
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping
 
 import jax
 import numpy as np
@@ -16,6 +17,8 @@ from skysense_jax.run import checkpoint
 from skysense_jax.run.state import TrainState
 
 TAKEN = ("params", "teacher", "memory")
+IMPORTED, PARTS = "model.json", "parts"
+"""Description and folder of modules of imported weights (`skysense_jax.import_torch`)."""
 
 WIDENED = "heads/fused/mlp0/kernel"
 """The fused head's first layer, [channels, hidden]: geo-context adds channels behind those it had. Their rows start at
@@ -25,22 +28,43 @@ WIDENED = "heads/fused/mlp0/kernel"
 def init_from(
     path: pathlib.Path | str, now: TrainState, contract: Mapping[str, Any]
 ) -> tuple[TrainState, dict[str, list[str]]]:
-    """A fresh state with the parameters, teacher and memory of a workdir or checkpoint; optimiser and step stay fresh.
+    """A fresh state with the parameters, teacher and memory of a workdir or checkpoint, or with the encoder of a folder
+    that import-torch wrote; optimiser and step stay fresh.
 
     Returns (state, {"taken", "new", "widened", "left": names of leaves}): "new" keep their fresh values, "left" are
-    those of the checkpoint this run has no use for. Raises ValueError where the input contract is another one or a leaf
-    has another shape; errors of checkpoint.load_tree.
+    those of the checkpoint this run has no use for. This run may take sensors the checkpoint does not know. Raises
+    ValueError where the input contract is otherwise another one or a leaf has another shape; errors of
+    checkpoint.load_tree.
     """
-    meta = checkpoint.load_meta(path)
-    if meta["contract"] != contract:
+    there, read = _source(pathlib.Path(path))
+    known = {name: rule for name, rule in contract["sensors"].items() if name in there["sensors"]}
+    if {**contract, "sensors": known} != there:
         raise ValueError(f"--init_from {path}: its input contract (bands, statistics or ratio) is not that of this run")
     report: dict[str, list[str]] = {"taken": [], "new": [], "widened": [], "left": []}
     parts = {}
     for part in TAKEN:
-        old = trees.flatten(checkpoint.load_tree(path, part, meta["step"])) if part in meta["digests"] else {}
+        old = trees.flatten(read(part))
         parts[part] = trees.map_named(lambda name, leaf: _leaf(part, name, leaf, old, report), getattr(now, part))
         report["left"] += [f"{part}/{name}" for name in old if name not in trees.flatten(parts[part])]
     return now._replace(**parts), report
+
+
+def _source(path: pathlib.Path) -> tuple[dict[str, Any], Callable[[str], Any]]:
+    """(input contract, what reads one of TAKEN as a tree, empty where it is not there) of a checkpoint, or of imported
+    weights: a SkySense teacher begins as the encoder it will follow.
+    """
+    if not (path / IMPORTED).is_file():
+        meta = checkpoint.load_meta(path)
+        return meta["contract"], lambda part: (
+            checkpoint.load_tree(path, part, meta["step"]) if part in meta["digests"] else {})
+    found = json.loads((path / IMPORTED).read_text())
+    encoders = ("params", "teacher") if found["model_type"] == "skysense" else ("params",)
+
+    def modules() -> dict[str, Any]:
+        read = (checkpoint.load_part(path / PARTS, name) for name in found["provenance"]["parts"])
+        return {name: tree for part in read for name, tree in part.items()}
+
+    return found["input_contract"], lambda part: {"encoder": modules()} if part in encoders else {}
 
 
 def _leaf(part: str, name: str, fresh: jax.Array, old: Mapping[str, np.ndarray], report: dict[str, list[str]]) -> Any:
