@@ -170,7 +170,7 @@ def import_swin(
     names, _ = swin_files.sensors_in(tensors, sensor)
     if unknown := [name for name in names if name not in bands]:
         raise ValueError(f"the configuration has no bands for {unknown}; give --bands {unknown[0]}=...")
-    contract = sensors.input_contract({name: bands[name] for name in names}, model.ratio)
+    contract = sensors.input_contract({name: bands[name] for name in bands if name in names}, model.ratio)
     imported, found = torch_import.import_swin(tensors, sensor, model, contract, leave_out)
     cfg = config_dict.ConfigDict(model.to_dict())
     with cfg.unlocked():

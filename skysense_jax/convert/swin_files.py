@@ -73,6 +73,7 @@ def fit(
     for name in sensors:
         if name not in contract["sensors"]:
             raise ValueError(f"the model takes no {name!r}; its input contract has {', '.join(contract['sensors'])}")
+    sensors = tuple(name for name in contract["sensors"] if name in sensors)
     prefix = "encoder." if named or "encoder.patch_embed.proj.weight" in tensors else ""
     optional = (msgfm.MASK_TOKEN, *(msgfm.DECODER.format(name) for name in sensors))
     modules = (msgfm.ENCODER, *(msgfm.EMBED.format(name) for name in sensors), *optional)
