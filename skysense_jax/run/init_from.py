@@ -59,12 +59,13 @@ def _source(path: pathlib.Path) -> tuple[dict[str, Any], Callable[[str], Any]]:
             checkpoint.load_tree(path, part, meta["step"]) if part in meta["digests"] else {})
     found = json.loads((path / IMPORTED).read_text())
     encoders = ("params", "teacher") if found["model_type"] == "skysense" else ("params",)
+    return found["input_contract"], lambda part: {"encoder": imported_modules(path)} if part in encoders else {}
 
-    def modules() -> dict[str, Any]:
-        read = (checkpoint.load_part(path / PARTS, name) for name in found["provenance"]["parts"])
-        return {name: tree for part in read for name, tree in part.items()}
 
-    return found["input_contract"], lambda part: {"encoder": modules()} if part in encoders else {}
+def imported_modules(path: pathlib.Path) -> dict[str, Any]:
+    """Parameters of a folder of imported weights by module. Errors of checkpoint.load_part."""
+    names = json.loads((path / IMPORTED).read_text())["provenance"]["parts"]
+    return {name: tree for part in names for name, tree in checkpoint.load_part(path / PARTS, part).items()}
 
 
 def _leaf(part: str, name: str, fresh: jax.Array, old: Mapping[str, np.ndarray], report: dict[str, list[str]]) -> Any:
