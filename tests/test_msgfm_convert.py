@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+import skysense_jax
 from skysense_jax import cli, sensors
 from skysense_jax.convert import bias_tables, expert_shards, keymap, tensor_files, torch_export, torch_import
 from skysense_jax.core import trees
@@ -504,3 +505,27 @@ def test_full_size_names_are_distinct_and_complete():
     assert len(set(names)) == len(names) == 327 + 9 + 3
     entries = keymap.msgfm_entries(full, msgfm.module_names(full, CONTRACT))
     assert {e.name for e in entries} == set(trees.flatten(msgfm.param_shapes(full, CONTRACT)))
+
+
+# ---------------------------------------------------------------------------------------------------------- all commands
+def test_the_commands_take_imported_weights_and_plain_torch_gives_load_s_features(tmp_path, monkeypatch, capsys):
+    torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
+    save_simmim(monkeypatch, tmp_path / "gfm.pth", layouts.simmim(*SIZES))
+    command = ["import-torch", str(tmp_path / "gfm.pth"), "--config", config_file(tmp_path, small()), "--out"]
+    assert cli.main([*command, str(tmp_path / "in")]) == 0
+    assert cli.main(["inspect", str(tmp_path / "in")]) == 0
+    said = capsys.readouterr().out
+    assert "imported weights" in said and "decoder_hr" in said and "embed_s2 " not in said
+    image = np.random.default_rng(0).uniform(0, 255, (1, 24, 24, 3)).astype(np.float32)
+    features = skysense_jax.load(tmp_path / "in").features({"hr": {"image": image}})
+    assert cli.main(["export-torch", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 0
+    assert "plain torch reproduces the frozen batch" in capsys.readouterr().out
+    assert cli.main(["verify", str(tmp_path / "out")]) == 0
+    for name, value in skysense_jax.load(tmp_path / "out").features({"hr": {"image": image}}).items():
+        np.testing.assert_array_equal(value, features[name])
+    meta = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "do not state it" in meta["provenance"]["licence"]
+    with torch.no_grad():
+        given = {"hr": {"image": torch.from_numpy(image.transpose(0, 3, 1, 2)[None])}}
+        maps = modelling(tmp_path / "out").load(tmp_path / "out")(given)["maps"]["hr"]
+    assert torch_export.relative_l2(maps.mean((3, 4))[0, 0].numpy(), features["hr_image"]) <= 3e-5
