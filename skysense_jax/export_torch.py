@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="prototype bank of a network with geo-context: own, none (without it), or another network's folder",
     )
     parser.add_argument(
-        "--per-module", action="store_true", help="SkySense: one file of weights per module with an index, instead of one"
+        "--per-module", action="store_true", help="SkySense: one file of weights per module, with an index"
     )
 
 

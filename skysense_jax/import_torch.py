@@ -64,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="names of tensors (shell patterns) that are not imported, where a file holds more than the model",
     )
     parser.add_argument(
-        "--licence", help=f"licence of the files, carried into every export (SkySense: {LICENCE}; others: {SWIN_LICENCE})"
+        "--licence",
+        help=f"licence of the files, carried into every export (SkySense: {LICENCE}; others: {SWIN_LICENCE})",
     )
     parser.add_argument(
         "--sensor",
@@ -158,10 +159,10 @@ def import_swin(
 ) -> pathlib.Path:
     """Imports the weights of a Swin-V1 as those of msGFM; returns `out`.
 
-    files: one, or those of Swin-MoE's processes. model: config.model of the whole architecture. bands: sensor -> bands in
-    the model's order. sensor: whose patch embedding and decoder a file of one sensor holds, None = "hr". What the model
-    has beyond the files (other sensors, decoders, the mask token) is named, and left to `train --init_from`. Errors as
-    :func:`import_files`, and those of `swin_files.fit` and `expert_shards.join`.
+    files: one, or those of Swin-MoE's processes. model: config.model of the whole architecture. bands: sensor -> bands
+    in the model's order. sensor: whose patch embedding and decoder a file of one sensor holds, None = "hr". What the
+    model has beyond the files (other sensors, decoders, the mask token) is named, and left to `train --init_from`.
+    Errors as :func:`import_files`, and those of `swin_files.fit` and `expert_shards.join`.
     """
     out, started = _empty(out), time.monotonic()
     hidden = {stage: int(model.embed_dims * 2**stage * model.mlp_ratio) for stage in range(len(model.depths))}

@@ -1,5 +1,5 @@
-"""msGFM: full-size parameter counts, shapes, masks, windows, precision, its loss, and what it refuses. Exactness against
-the reference code is tests/test_parity.py's; PyTorch files are tests/test_msgfm_convert.py's."""
+"""msGFM: full-size parameter counts, shapes, masks, windows, precision, its loss, and what it refuses. Exactness
+against the reference code is tests/test_parity.py's; PyTorch files are tests/test_msgfm_convert.py's."""
 import pathlib
 import runpy
 

@@ -62,18 +62,18 @@ def parts(folder):
     return {name: tree for part in read for name, tree in part.items()}, meta
 
 
-# ---------------------------------------------------------------------------------------------------------- SimMIM, GFM
+# -------------------------------------------------------------------------------------------------------- SimMIM, GFM
 def test_a_simmim_checkpoint_is_one_sensor_of_the_model():
     cfg, file = small(moe=DENSE), layouts.simmim(*SIZES)
     got, found = imported(file, cfg)
-    params = got.params
-    block, ours = "encoder.layers.1.blocks.3.", params["encoder"]["stage1"]["pairs0"]["shifted"]
+    params, stage1 = got.params, got.params["encoder"]["stage1"]
+    block, ours = "encoder.layers.1.blocks.3.", stage1["pairs0"]["shifted"]
     checks = {
         f"{block}attn.qkv.weight": ours["attn"]["qkv"]["kernel"][1].T,
         f"{block}attn.relative_position_bias_table": ours["attn"]["table"][1],
         f"{block}mlp.fc2.bias": ours["fc2"]["bias"][1],
         "encoder.layers.0.blocks.0.norm1.weight": params["encoder"]["stage0"]["pairs0"]["plain"]["norm1"]["scale"][0],
-        "encoder.layers.0.downsample.reduction.weight": params["encoder"]["stage1"]["downsample"]["reduction"]["kernel"].T,
+        "encoder.layers.0.downsample.reduction.weight": stage1["downsample"]["reduction"]["kernel"].T,
         "encoder.patch_embed.proj.weight": params["embed_hr"]["proj"]["kernel"].transpose(3, 2, 0, 1),
         "decoder.0.weight": params["decoder_hr"]["proj"]["kernel"].T[:, :, None, None],
         "encoder.norm.bias": params["encoder"]["norm"]["bias"], "encoder.mask_token": params["mask_token"]}
@@ -121,7 +121,7 @@ def test_a_tensor_that_does_not_fit_is_refused_by_name(change, message):
                                      r"configuration \(2, 4\)"),
     (((2, 4, 2), 4, (1, 2, 4), 4, 16), {}, r"model\.depths = \(2, 4, 2\)"),
     (((2, 4), 8, (1, 2), 4, 16), {}, r"patch_embed\.proj\.weight \(8, 3, 2, 2\): the file has model\.embed_dims = 8"),
-    (((2, 4), 4, (2, 2), 4, 16), {}, r"bias_table \(49, 2\): the file has model\.num_heads\[0\] = 2, the configuration 1"),
+    (((2, 4), 4, (2, 2), 4, 16), {}, r"bias_table \(49, 2\): the file has model\.num_heads\[0\] = 2, the \S+ 1"),
     (SIZES, {"patch": 4}, r"\(4, 3, 4, 4\): the file has model\.patch = 4, the configuration 2"),
     (SIZES, {"ratio": 4}, r"layers\.0\.blocks\.0\.mlp\.fc1\.weight \(16, 4\): the file has model\.mlp_ratio = 4\.0"),
     (SIZES, {"channels": 13}, r"patch_embed\.proj\.weight \(4, 13, 2, 2\) takes 13 bands, hr has R, G, B; .*--sensor"),
@@ -141,7 +141,7 @@ def test_the_sensor_is_one_of_the_model_s_and_takes_the_file_s_bands():
         imported({"a": np.zeros(2, np.float32)}, cfg)
 
 
-# ------------------------------------------------------------------------------------------------- supervised, Swin-MoE
+# ----------------------------------------------------------------------------------------------- supervised, Swin-MoE
 def test_a_supervised_checkpoint_with_another_window():
     cfg = small(moe=DENSE)
     file = layouts.swin((2, 4), 4, (1, 2), 7, 28) | {"head.weight": np.zeros((10, 8), np.float32),
@@ -246,7 +246,8 @@ def test_swin_moe_computes_its_tables_and_has_no_second_biases():
     steps = torch.arange(-3.0, 4) / 3 * 8
     coords = torch.stack(torch.meshgrid(steps, steps, indexing="ij"), -1)
     coords = torch.sign(coords) * torch.log2(coords.abs() + 1) / 3
-    first, second, third = (torch.from_numpy(file[f"{attn}cpb_mlp.{key}"]) for key in ("0.weight", "0.bias", "2.weight"))
+    keys = ("0.weight", "0.bias", "2.weight")
+    first, second, third = (torch.from_numpy(file[f"{attn}cpb_mlp.{key}"]) for key in keys)
     table = (torch.relu(coords @ first.T + second) @ third.T).reshape(49, 2)
     moe = got.params["encoder"]["stage1"]["pairs0"]["shifted"]
     np.testing.assert_allclose(moe["attn"]["table"][0], table.numpy(), rtol=1e-4, atol=1e-4)
@@ -286,7 +287,7 @@ def test_shards_that_contradict_each_other():
     with pytest.raises(ValueError, match=r"batched_fc2_bias is \(1, 8\) in m.rank0 and \(1, 9\) in rank2"):
         join()
     del files["m.rank2"][name]
-    with pytest.raises(ValueError, match=r"m\.rank2 holds no layers\.1\.blocks\.3\.mlp\._moe_layer\.experts\.batched_fc2_b"):
+    with pytest.raises(ValueError, match=r"m\.rank2 holds no layers\.1\.blocks\.3\.\S+\.batched_fc2_bias"):
         join()
     files["m.rank2"] |= {name: kept, "norm.weight": np.zeros(8, np.float32)}
     with pytest.raises(ValueError, match="m.rank2 holds another norm.weight|m.master holds another norm.weight"):
@@ -310,7 +311,7 @@ def test_an_mlp_becomes_every_expert():
         f"normal, 0.02, seed 0): encoder.layers.1.blocks.1.{keymap.EXPERTS}gates.0.wg.weight, ..." in found.notes
 
 
-# ----------------------------------------------------------------------------------------------------------- the command
+# --------------------------------------------------------------------------------------------------------- the command
 class CfgNode(dict):
     """Stands in for yacs.config.CfgNode, which SimMIM and GFM save beside the tensors."""
 
@@ -337,7 +338,8 @@ def test_gfm_pth_becomes_a_folder_of_weights(tmp_path, monkeypatch, capsys):
     assert cli.main([*command, str(tmp_path / "in")]) == 0
     said = capsys.readouterr().out
     assert "recomputed from the sizes" in said and "every expert is a copy" in said
-    assert "new in a run that starts from here: embed_s2, embed_s1, embed_dsm, decoder_s2, decoder_s1, decoder_dsm" in said
+    new = [f"{part}_{sensor}" for part in ("embed", "decoder") for sensor in ("s2", "s1", "dsm")]
+    assert f"new in a run that starts from here: {', '.join(new)}" in said
     params, meta = parts(tmp_path / "in")
     equal(params, imported(file, cfg)[0].params)
     assert meta["model_type"] == "msgfm" and list(meta["input_contract"]["sensors"]) == ["hr"]
@@ -359,15 +361,16 @@ def test_a_run_begins_with_imported_weights(tmp_path, monkeypatch, capsys):
     """`train --init_from`: what the file held is taken, other sensors stay new and are named."""
     cfg = small(moe=DENSE)
     save_simmim(monkeypatch, tmp_path / "gfm.pth", layouts.simmim(*SIZES))
-    command = ["import-torch", str(tmp_path / "gfm.pth"), "--config", config_file(tmp_path, cfg), "--out", str(tmp_path / "in")]
-    assert cli.main(command) == 0
+    command = ["import-torch", str(tmp_path / "gfm.pth"), "--config", config_file(tmp_path, cfg), "--out"]
+    assert cli.main([*command, str(tmp_path / "in")]) == 0
     fresh = {"encoder": jax.tree.map(jax.numpy.asarray, random_params(cfg, CONTRACT, seed=7))}
     begun, report = init_from.init_from(
         tmp_path / "in", state.TrainState(0, fresh, {}, {"encoder": {}}, {}, 0), json.loads(json.dumps(CONTRACT)))
     held = parts(tmp_path / "in")[0]
     equal({name: begun.params["encoder"][name] for name in held}, held)
     new = [name for name in report["new"] if name.startswith("params/")]
-    assert {name.split("/")[2] for name in new} == {f"{part}_{s}" for part in ("embed", "decoder") for s in ("s2", "s1", "dsm")}
+    others = {f"{part}_{sensor}" for part in ("embed", "decoder") for sensor in ("s2", "s1", "dsm")}
+    assert {name.split("/")[2] for name in new} == others
     assert not report["left"]
     for name in new:
         leaf = name.removeprefix("params/")
@@ -377,7 +380,7 @@ def test_a_run_begins_with_imported_weights(tmp_path, monkeypatch, capsys):
         init_from.init_from(tmp_path / "in", state.TrainState(0, fresh, {}, {}, {}, 0), json.loads(json.dumps(other)))
 
 
-# ---------------------------------------------------------------------------------------------------------------- export
+# -------------------------------------------------------------------------------------------------------------- export
 def modelling(folder):
     """The folder's own modelling file, imported."""
     spec = importlib.util.spec_from_file_location("modeling_msgfm", folder / "modeling_msgfm.py")
@@ -507,7 +510,7 @@ def test_full_size_names_are_distinct_and_complete():
     assert {e.name for e in entries} == set(trees.flatten(msgfm.param_shapes(full, CONTRACT)))
 
 
-# ---------------------------------------------------------------------------------------------------------- all commands
+# -------------------------------------------------------------------------------------------------------- all commands
 def test_the_commands_take_imported_weights_and_plain_torch_gives_load_s_features(tmp_path, monkeypatch, capsys):
     torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
     save_simmim(monkeypatch, tmp_path / "gfm.pth", layouts.simmim(*SIZES))

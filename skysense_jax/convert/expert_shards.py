@@ -46,8 +46,8 @@ class Shards(NamedTuple):
             absent = ", ".join(f"{self.stem}.rank{rank}" for rank in range(len(self.files), whole))
             raise ValueError(
                 f"{name} is {shapes[0]} in each of {len(self.files)} files ({self.stem}.rank*): "
-                f"{len(self.files) * local} x {kernel[1]} hidden channels, the model has {self.count} experts (model.moe."
-                f"experts) x {hidden}" + (f"; missing: {absent}" if absent else ""))
+                f"{len(self.files) * local} x {kernel[1]} hidden channels, the model has {self.count} experts "
+                f"(model.moe.experts) x {hidden}" + (f"; missing: {absent}" if absent else ""))
         width = rest[0] * slices
         if name.endswith("fc2_bias"):  # cut into equal slices, so that the last one may reach beyond
             width = min(width, self.files[0].shapes[name.removesuffix("bias") + "w"][2])
@@ -64,8 +64,8 @@ def join(files: Mapping[str, Tensors], experts: int, hidden: Mapping[int, int]) 
     """One mapping of the files of a checkpoint: those of all ranks and what they share, or files that are no shards.
 
     files: path -> tensors. experts: of the model. hidden: stage -> channels inside an expert there. Raises ValueError
-    naming a rank that is missing or given twice, ranks that do not make the model's experts, and a tensor that two files
-    hold differently.
+    naming a rank that is missing or given twice, ranks that do not make the model's experts, and a tensor that two
+    files hold differently.
     """
     ranks: dict[int, str] = {}
     for path in files:

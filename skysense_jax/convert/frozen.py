@@ -109,8 +109,8 @@ def msgfm_inputs(cfg: Any, contract: Mapping[str, Any], seed: int = 0) -> Inputs
 def msgfm_outputs(
     params: Params, cfg: Any, contract: Mapping[str, Any], inputs: Mapping[str, Mapping[str, np.ndarray]],
 ) -> dict[str, np.ndarray]:
-    """For every sensor, each acquisition brought to model.img_size and encoded alone: maps.<sensor> [B,T,D,h,w], the last
-    normalised one; stages.<sensor>.<i> [B,T,C_i,h_i,w_i]; mask.<sensor> [B,T], 1 where anything was measured;
+    """For every sensor, each acquisition brought to model.img_size and encoded alone: maps.<sensor> [B,T,D,h,w], the
+    last normalised one; stages.<sensor>.<i> [B,T,C_i,h_i,w_i]; mask.<sensor> [B,T], 1 where anything was measured;
     pixels.<sensor>.<target> [B,T,C,S,S], the normalised reconstruction by every decoder.
     """
     model, side, flat = msgfm.make_model(cfg, contract), int(cfg.img_size), {}
@@ -119,7 +119,8 @@ def msgfm_outputs(
     def embed(params: Params, name: str, sensor: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         image, valid = normalise(sensor, contract["sensors"][name])
         fold = lambda x: x.reshape(-1, *x.shape[2:])
-        image = jax.image.resize(fold(image), (valid.shape[0] * valid.shape[1], side, side, image.shape[-1]), "bilinear")
+        b, t, *_, bands = image.shape
+        image = jax.image.resize(fold(image), (b * t, side, side, bands), "bilinear")
         hidden = fold(sensor["hidden"]) if "hidden" in sensor else None
         return model.embed(params, name, image, hidden), valid.max((2, 3))
 

@@ -2,10 +2,11 @@
 configuration.
 
 One table serves both directions (torch_import, torch_export) and gradients. Names are those of the SkySense release:
-backbone_hr., backbone_s2., backbone_s1., head_s2., head_s1., fusion. (with its `porj_linear`), ctpe. The release holds no
-prototype bank; `glbank.` is what its training code called one (SkySense++, the trainer's freeze list), the rest is ours.
-For msGFM they are those of SimMIM and GFM checkpoints, encoder. and decoder., with the experts as Swin-MoE (Tutel) has
-them; a file of several sensors has patch_embeds.SENSOR. and decoders.SENSOR. in the place of patch_embed. and decoder.
+backbone_hr., backbone_s2., backbone_s1., head_s2., head_s1., fusion. (with its `porj_linear`), ctpe. The release holds
+no prototype bank; `glbank.` is what its training code called one (SkySense++, the trainer's freeze list), the rest is
+ours. For msGFM they are those of SimMIM and GFM checkpoints, encoder. and decoder., with the experts as Swin-MoE
+(Tutel) has them; a file of several sensors has patch_embeds.SENSOR. and decoders.SENSOR. in the place of patch_embed.
+and decoder.
 """
 from __future__ import annotations
 

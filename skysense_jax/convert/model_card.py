@@ -15,13 +15,15 @@ def model_card(config: Mapping[str, Any]) -> str:
     counts = [f"| {name} | {count:,} |" for name, count in config["parameters"].items()]
     origin = [f"- {key}: {json.dumps(value)}" for key, value in provenance.items()] or ["- not recorded"]
     figures = config["parity"].get("torch_rel_l2")
-    measured = f"plain torch within {max(figures.values()):.1e} of JAX (relative L2)" if figures else "nothing, without torch"
+    measured = "nothing, without torch"
+    if figures:
+        measured = f"plain torch within {max(figures.values()):.1e} of JAX (relative L2)"
     title, grid, call, shapes, result, size = (_msgfm if config["model_type"] == "msgfm" else _skysense)(config)
     return "\n".join([
         *title, "",
         "## Input", "", "| sensor | bands, in this order | unit | pixel |", "|---|---|---|---|", *rows, "",
-        f"{grid} Give raw units: the model normalises, with the statistics in `config.json`. Invalid pixels and unmeasured "
-        "bands are declared by masks.", "",
+        f"{grid} Give raw units: the model normalises, with the statistics in `config.json`. Invalid pixels and "
+        "unmeasured bands are declared by masks.", "",
         "## Use (PyTorch, this folder only)", "",
         "```python", f"from {code} import load", "", "model = load('.')",
         f"outputs = model({{{call}}})", f"# {shapes}",
@@ -54,10 +56,10 @@ def _msgfm(config: Mapping[str, Any]) -> tuple[list[str], str, str, str, str, st
     experts = f"{moe['experts']} experts in the odd blocks of stages {moe['stages']}" if moe["stages"] else "no experts"
     return (
         ["# msGFM weights exported by skysense_jax", "",
-         "One Swin encoder for all sensors, each with its own patch embedding and decoder to pixels. Parameter names are "
-         "SimMIM's, and Swin-MoE's for the experts."],
-        f"Every acquisition is encoded alone, at {architecture['img_size']} x {architecture['img_size']} pixels; others are "
-        "resized.",
+         "One Swin encoder for all sensors, each with its own patch embedding and decoder to pixels. Parameter names "
+         "are SimMIM's, and Swin-MoE's for the experts."],
+        f"Every acquisition is encoded alone, at {architecture['img_size']} x {architecture['img_size']} pixels; "
+        "others are resized.",
         f"'{next(iter(contract['sensors']))}': {{'image': image}}", "image: [B,T,C,H,W] in raw units",
         "outputs['maps'], outputs['stages'], outputs['pixels']",
         f"Swin with {tuple(architecture['depths'])} blocks, window {architecture['window']}, {experts}.")

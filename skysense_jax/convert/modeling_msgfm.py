@@ -9,9 +9,9 @@ and safetensors; where `transformers` is installed, MsGFMModel is a PreTrainedMo
 
 Inputs are raw physical units as `input_contract` in config.json declares them (bands and their order, unit,
 statistics); the model normalises. Per sensor: image [B,T,C,H,W], every acquisition encoded alone and brought to the
-training's image size first (`embed`, `encode` and `decode` take normalised images of any size); optional valid [B,T,H,W]
-(1 = measured), bands [B,T,C] (1 = measured), hidden [B,T,h,w] (1 = this patch of the resized image is replaced by the
-mask token). Any subset of the sensors will do.
+training's image size first (`embed`, `encode` and `decode` take normalised images of any size); optional valid
+[B,T,H,W] (1 = measured), bands [B,T,C] (1 = measured), hidden [B,T,h,w] (1 = this patch of the resized image is
+replaced by the mask token). Any subset of the sensors will do.
 
 In evaluation a token always gets its expert. In training mode an expert has room for a share of the tokens of `group`
 images and the gate is noisy, as in pretraining; stochastic depth and the auxiliary loss are not here.
@@ -150,7 +150,8 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
     def attend(self, x):
-        """Pad, roll, cut into windows, attend, undo it. Padding is not masked; other regions of a rolled map get -100."""
+        """Pad, roll, cut into windows, attend, undo it. Padding is not masked; other regions of a rolled map get
+        -100."""
         _, height, width, channels = x.shape
         w = min(self.window, height, width)
         shift = self.window // 2 if self.shifted and min(height, width) > self.window else 0
@@ -265,9 +266,9 @@ class MsGFMParts:
         return image, use.flatten(2).any(2).to(image.dtype)
 
     def forward(self, inputs):
-        """inputs: see the top of the file. Returns, by sensor: maps [B,T,D,h,w], the last normalised one; stages, a list
-        of [B,T,C_i,h_i,w_i] before every merging; mask [B,T], 1 where anything was measured; pixels {sensor: [B,T,C,S,S]},
-        the normalised reconstruction by every decoder."""
+        """inputs: see the top of the file. Returns, by sensor: maps [B,T,D,h,w], the last normalised one; stages, a
+        list of [B,T,C_i,h_i,w_i] before every merging; mask [B,T], 1 where anything was measured; pixels {sensor:
+        [B,T,C,S,S]}, the normalised reconstruction by every decoder."""
         if not inputs or set(inputs) - set(self.contract["sensors"]):
             raise ValueError(f"sensors {list(inputs)} given; the model takes any of {list(self.contract['sensors'])}")
         out = {"maps": {}, "stages": {}, "mask": {}, "pixels": {}}

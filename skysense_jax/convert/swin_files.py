@@ -45,8 +45,9 @@ class Found(NamedTuple):
 
 
 def sensors_in(tensors: Tensors, sensor: str | None) -> tuple[tuple[str, ...], bool]:
-    """(sensors whose patch embeddings a file holds, whether it names them). One that does not, holds one: `sensor`, "hr"
-    where that is None. Raises ValueError for a file without a patch embedding, and a `sensor` for one that names them.
+    """(sensors whose patch embeddings a file holds, whether it names them). One that does not, holds one: `sensor`,
+    "hr" where that is None. Raises ValueError for a file without a patch embedding, and a `sensor` for one that names
+    them.
     """
     named = [found[1] for name in tensors if (found := re.match(r"encoder\.patch_embeds\.(\w+)\.proj\.weight$", name))]
     if named and sensor is not None:
@@ -64,10 +65,10 @@ def fit(
 ) -> Found:
     """The tensors of a file as those of `models.msgfm.make_model(cfg, contract)`.
 
-    A mask token and decoders that the file does not have stay new; so does the gate where a block with experts gets them
-    from an MLP (every expert is a copy of it). Bias tables of another window are resized. What else is missing or too
-    much `torch_import.fill` refuses. leave_out: patterns of names that are not wanted. Raises ValueError where the file
-    is of another architecture, naming tensor, shape and fix.
+    A mask token and decoders that the file does not have stay new; so does the gate where a block with experts gets
+    them from an MLP (every expert is a copy of it). Bias tables of another window are resized. What else is missing or
+    too much `torch_import.fill` refuses. leave_out: patterns of names that are not wanted. Raises ValueError where the
+    file is of another architecture, naming tensor, shape and fix.
     """
     sensors, named = sensors_in(tensors, sensor)
     for name in sensors:
@@ -159,8 +160,9 @@ def check_bands(readers: Readers, entries: Mapping[str, Sequence[keymap.Entry]],
         kernel = next((e.torch for e in entries.get(msgfm.EMBED.format(sensor), ()) if e.kind == "conv"), "")
         shape = readers[kernel][0] if kernel in readers else ()
         if len(shape) == 4 and shape[1] != len(rule["bands"]):
-            raise ValueError(f"{kernel} {shape} takes {shape[1]} bands, {sensor} has {', '.join(rule['bands'])}; choose the "
-                             f"sensor with --sensor, or its bands in the order of the kernel with --bands {sensor}=...")
+            raise ValueError(
+                f"{kernel} {shape} takes {shape[1]} bands, {sensor} has {', '.join(rule['bands'])}; choose the sensor with "
+                f"--sensor, or its bands in the order of the kernel with --bands {sensor}=...")
 
 
 def with_tables(readers: Readers, prefix: str, trained: Mapping[str, int], cfg: Any) -> list[str]:
@@ -178,7 +180,8 @@ def with_tables(readers: Readers, prefix: str, trained: Mapping[str, int], cfg: 
             if name in readers:
                 (count, *_), read = readers[name]
                 if count != rows and bias_tables.window_of(count) is not None:
-                    readers[name] = ((rows, heads), lambda read=read, window=window: bias_tables.resized(read(), window))
+                    readers[name] = (
+                        (rows, heads), lambda read=read, window=window: bias_tables.resized(read(), window))
                     resized.append(f"{count} to {rows}")
             elif all(key in readers for key in network):
                 reads = [readers.pop(key)[1] for key in network]
@@ -190,9 +193,9 @@ def with_tables(readers: Readers, prefix: str, trained: Mapping[str, int], cfg: 
 
 
 def with_experts(readers: Readers, prefix: str, cfg: Any) -> list[str]:
-    """What blocks with experts need where the file has an MLP there: every expert a copy of it ("upcycling"), a new gate.
-    And the bias of the second layer, zeros where no MLP of the file has one, as in Swin-MoE. In place; returns the
-    notes.
+    """What blocks with experts need where the file has an MLP there: every expert a copy of it ("upcycling"), a new
+    gate. And the bias of the second layer, zeros where no MLP of the file has one, as in Swin-MoE. In place; returns
+    the notes.
     """
     notes, made = [], []
     dense = [name for name in readers if name.endswith("mlp.fc2.weight")]
@@ -208,8 +211,8 @@ def with_experts(readers: Readers, prefix: str, cfg: Any) -> list[str]:
                 upcycle(readers, torch, int(cfg.moe.experts), jax.random.fold_in(jax.random.key(GATE_SEED), len(made)))
                 made.append(f"{torch}{keymap.EXPERTS}gates.0.wg.weight")
     if made:
-        notes.append(f"{len(made)} blocks have an MLP in the file and experts in the model: every expert is a copy; new "
-                     f"gates (truncated normal, 0.02, seed {GATE_SEED}): {made[0]}{', ...' if made[1:] else ''}")
+        notes.append(f"{len(made)} blocks have an MLP in the file and experts in the model: every expert is a copy; "
+                     f"new gates (truncated normal, 0.02, seed {GATE_SEED}): {made[0]}{', ...' if made[1:] else ''}")
     return notes
 
 

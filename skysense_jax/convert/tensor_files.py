@@ -5,6 +5,7 @@ for. Files in torch's zip format are memory-mapped; older ones are read whole, w
 """
 from __future__ import annotations
 
+import collections
 import importlib.util
 import pathlib
 import pickle
@@ -27,12 +28,10 @@ UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, IndexErro
 """What torch's unpickler raises on files that are damaged, or that ask for more than tensors."""
 
 
-class Inert(dict):
-    """What a checkpoint's configuration (a yacs CfgNode, a dict) is read as: its values, and none of its code."""
-
-
-INERT = [(Inert, "yacs.config.CfgNode")]
-"""Classes of SimMIM, GFM and Swin checkpoints that are not tensors: read as a plain stand-in."""
+INERT = [(collections.OrderedDict, "yacs.config.CfgNode")]
+"""(what stands in for it, class): the configuration that SimMIM, GFM and Swin checkpoints hold is a dict with methods;
+its values are read, and none of its code.
+"""
 
 
 class Tensors(Mapping[str, np.ndarray]):

@@ -31,8 +31,8 @@ def fill(
     """The tree of `shapes` (arrays or ShapeDtypeStructs) from torch tensors, by the entries of a module.
 
     Every tensor must be expected and every expected one present with the right shape; recomputed buffers
-    (keymap.BUFFERS) may be there. float16, bfloat16 and float64 become float32; a table of integers (int32, int64) stays
-    one. Raises ValueError naming every missing, unexpected and wrongly shaped tensor at once.
+    (keymap.BUFFERS) may be there. float16, bfloat16 and float64 become float32; a table of integers (int32, int64)
+    stays one. Raises ValueError naming every missing, unexpected and wrongly shaped tensor at once.
     """
     leaves = trees.flatten(shapes)
     stray = set(leaves) ^ {e.name for e in entries}
@@ -70,8 +70,8 @@ def fill(
 
 
 def import_state(state: Mapping[str, np.ndarray], cfg: Any, contract: Mapping[str, Any]) -> Imported:
-    """A whole model (`cfg.name`) from tensors in official names (backbone_hr., ... as :func:`keymap.model_entries`), with the
-    account of it.
+    """A whole model (`cfg.name`) from tensors in official names (backbone_hr., ... as :func:`keymap.model_entries`),
+    with the account of it.
     """
     return fill(state, keymap.model_entries(cfg, contract), keymap.MODELS[cfg.name].param_shapes(cfg, contract))
 
