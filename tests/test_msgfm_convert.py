@@ -338,7 +338,7 @@ def test_gfm_pth_becomes_a_folder_of_weights(tmp_path, monkeypatch, capsys):
     assert cli.main([*command, str(tmp_path / "in")]) == 0
     said = capsys.readouterr().out
     assert "recomputed from the sizes" in said and "every expert is a copy" in said
-    new = [f"{part}_{sensor}" for part in ("embed", "decoder") for sensor in ("s2", "s1", "dsm")]
+    new = [f"{part}_{sensor}" for part in ("embed", "decoder") for sensor in ("dsm", "s1", "s2")]
     assert f"new in a run that starts from here: {', '.join(new)}" in said
     params, meta = parts(tmp_path / "in")
     equal(params, imported(file, cfg)[0].params)
