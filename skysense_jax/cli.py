@@ -25,8 +25,8 @@ COMMANDS = {
     "reconstruct": "draw what a trained msGFM makes of a place behind a mask, and of its other sensor",
     "eval": "score frozen features (kNN, linear probe) beside two baselines, with intervals over places",
     "prototypes": "look at a network's prototype bank: a region's prototypes, and maps of them over a place",
-    "export-torch": "write the teacher's weights for PyTorch: safetensors with official names, config.json, code",
-    "import-torch": "read the released SkySense and SkySense++ weights, strictly, module by module",
+    "export-torch": "write a network's weights for PyTorch: safetensors with official names, config.json, code",
+    "import-torch": "read released weights, strictly: SkySense and SkySense++; for msGFM GFM, SimMIM, Swin-B, Swin-MoE",
     "verify": "run an exported folder's frozen batch in JAX and in plain torch, and print the differences",
     "inspect": "print what a dataset, a checkpoint, an exported folder or a configuration is and what input it expects",
 }

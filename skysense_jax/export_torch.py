@@ -1,5 +1,5 @@
-"""`skysense-jax export-torch`: the teacher of a run, or imported weights, as a folder PyTorch reads, with where they
-come from written into it."""
+"""`skysense-jax export-torch`: the network of a run (of SkySense its teacher), or imported weights, as a folder PyTorch
+reads, with where they come from written into it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="prototype bank of a network with geo-context: own, none (without it), or another network's folder",
     )
     parser.add_argument(
-        "--per-module", action="store_true", help="one file of weights per module with an index, instead of one for all"
+        "--per-module", action="store_true", help="SkySense: one file of weights per module, with an index"
     )
 
 
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         provenance = found.provenance | provenance
     else:
         provenance |= {
-            "source": "teacher of a skysense_jax run",
+            "source": "msGFM of a skysense_jax run" if found.model.name == "msgfm" else "teacher of a skysense_jax run",
             "step": found.step,
             "dataset_id": found.provenance["dataset id"],
             "trained_with": found.provenance["code"],

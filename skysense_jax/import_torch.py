@@ -1,8 +1,10 @@
-"""`skysense-jax import-torch`: the released SkySense and SkySense++ weights as a folder `load`, `eval`, `inspect` and
-`export-torch` read, module by module.
+"""`skysense-jax import-torch`: PyTorch weights as a folder `load`, `eval`, `inspect`, `export-torch` and `train
+--init_from` read: those of SkySense and SkySense++, or, with a configuration of msGFM, those of a Swin-V1 (GFM, SimMIM,
+ImageNet, Swin-MoE).
 
 OUT/parts/<module>/ is one Orbax checkpoint per module, each with digests; OUT/model.json, written last, says what the
-model is (architecture, input contract) and where every module comes from. One module is in memory at a time.
+model is (architecture, input contract) and where every module comes from. Of SkySense, one module is in memory at a
+time.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ import jax
 from ml_collections import config_dict
 
 from skysense_jax import __version__, embed, sensors
-from skysense_jax.convert import keymap, released, tensor_files, torch_import
+from skysense_jax.convert import expert_shards, keymap, released, swin_files, tensor_files, torch_import
 from skysense_jax.data.parts import write_atomically
+from skysense_jax.models import msgfm
 from skysense_jax.models.skysense import param_shapes
 from skysense_jax.run import checkpoint
 
@@ -29,6 +32,7 @@ FULL_SIZE = pathlib.Path(__file__).resolve().parents[1] / "configs" / "skysense_
 """The released architecture, in a checkout."""
 
 LICENCE = "non-commercial research, inherited from the released SkySense weights"
+SWIN_LICENCE = "that of the imported files, which do not state it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "files",
         nargs="+",
         metavar="FILE",
-        help=".pth, .pt, .ckpt, .bin or .safetensors; MODULE=FILE says which module a file holds "
-        f"({', '.join(keymap.PREFIXES)})",
+        help=".pth, .pt, .ckpt, .bin or .safetensors; MODULE=FILE says which module a file of SkySense holds "
+        f"({', '.join(keymap.PREFIXES)}). Swin-MoE: FILE.rank0 FILE.rank1 ... FILE.master",
     )
     parser.add_argument("--out", required=True, help="folder to write; must not hold imported weights yet")
     parser.add_argument("--config", default=str(FULL_SIZE), help="configuration of the model (the released size)")
@@ -59,7 +63,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN",
         help="names of tensors (shell patterns) that are not imported, where a file holds more than the model",
     )
-    parser.add_argument("--licence", default=LICENCE, help=f"licence of the files, carried into every export ({LICENCE})")
+    parser.add_argument(
+        "--licence",
+        help=f"licence of the files, carried into every export (SkySense: {LICENCE}; others: {SWIN_LICENCE})",
+    )
+    parser.add_argument(
+        "--sensor",
+        choices=tuple(sensors.SENSORS),
+        help="msGFM: the sensor whose patch embedding and decoder a file of one sensor holds (hr)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,10 +79,18 @@ def run(args: argparse.Namespace) -> int:
     if not pathlib.Path(args.config).is_file():
         raise FileNotFoundError(f"{args.config}: no such configuration; give --config FILE with the model's sizes")
     config = embed.read_config(args.config)
+    swin = config.model.name == "msgfm"
+    if args.sensor is not None and not swin or args.calendar is not None and swin:
+        raise ValueError(f"--{'calendar' if swin else 'sensor'} means nothing for a model {config.model.name!r}")
     bands = {name: tuple(names) for name, names in config.data.bands.items()} | _bands(args.bands)
     if args.calendar:
         config.model.calendar = args.calendar
-    print(import_files(args.files, config.model, bands, args.out, args.leave_out, args.licence))
+    if swin:
+        licence = SWIN_LICENCE if args.licence is None else args.licence
+        print(import_swin(args.files, config.model, bands, args.sensor, args.out, args.leave_out, licence))
+    else:
+        licence = LICENCE if args.licence is None else args.licence
+        print(import_files(args.files, config.model, bands, args.out, args.leave_out, licence))
     return 0
 
 
@@ -100,19 +120,13 @@ def import_files(
     Raises FileNotFoundError; ValueError where a file cannot be read safely, a tensor is missing, unknown or misshapen,
     modules do not make a model, the disk has no room, or `out` holds weights already.
     """
-    out = pathlib.Path(out)
-    if (out / embed.MODEL_FILE).exists():
-        raise ValueError(f"{out} already holds imported weights; choose another folder")
+    out = _empty(out)
     parts = released.gather(dict(_open(file) for file in files), leave_out)
     cfg, contract = describe(parts, model, bands)
     shapes = param_shapes(cfg, contract)
     wanted = [name for name in parts if name in shapes]
     unused = {name: part.path.name for name, part in parts.items() if name not in wanted}
-    need = sum(math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(shapes))
-    free = shutil.disk_usage(_existing(out)).free
-    print(f"{', '.join(wanted)}: up to {need / 2**30:.2f} GiB on disk, {free / 2**30:.2f} GiB free", flush=True)
-    if free < need:
-        raise ValueError(f"{out}: {need / 2**30:.2f} GiB are needed, {free / 2**30:.2f} GiB are free")
+    _check_room(out, wanted, shapes)
     origins = {}
     for name in wanted:
         part, started = _fitted(parts.pop(name), name, cfg, contract), time.monotonic()
@@ -130,13 +144,81 @@ def import_files(
         del imported
     for name, file in unused.items():
         print(f"{name}: in {file}, not part of this model (no fusion to use it)", flush=True)
+    _describe(out, cfg, contract, origins, licence)
+    return out
+
+
+def import_swin(
+    files: Sequence[str],
+    model: Any,
+    bands: Mapping[str, Sequence[str]],
+    sensor: str | None,
+    out: str | pathlib.Path,
+    leave_out: Sequence[str] = (),
+    licence: str = SWIN_LICENCE,
+) -> pathlib.Path:
+    """Imports the weights of a Swin-V1 as those of msGFM; returns `out`.
+
+    files: one, or those of Swin-MoE's processes. model: config.model of the whole architecture. bands: sensor -> bands
+    in the model's order. sensor: whose patch embedding and decoder a file of one sensor holds, None = "hr". What the
+    model has beyond the files (other sensors, decoders, the mask token) is named, and left to `train --init_from`.
+    Errors as :func:`import_files`, and those of `swin_files.fit` and `expert_shards.join`.
+    """
+    out, started = _empty(out), time.monotonic()
+    hidden = {stage: int(model.embed_dims * 2**stage * model.mlp_ratio) for stage in range(len(model.depths))}
+    experts = int(model.moe.get("experts", 0))
+    tensors = expert_shards.join({file: tensor_files.open_tensors(file) for file in files}, experts, hidden)
+    names, _ = swin_files.sensors_in(tensors, sensor)
+    if unknown := [name for name in names if name not in bands]:
+        raise ValueError(f"the configuration has no bands for {unknown}; give --bands {unknown[0]}=...")
+    contract = sensors.input_contract({name: bands[name] for name in bands if name in names}, model.ratio)
+    imported, found = torch_import.import_swin(tensors, sensor, model, contract, leave_out)
+    cfg = config_dict.ConfigDict(model.to_dict())
+    with cfg.unlocked():
+        cfg.modules = found.modules
+    _check_room(out, list(found.modules), imported.params)
+    digests = {pathlib.Path(file).name: _sha256(pathlib.Path(file)) for file in files}
+    origins = {}
+    for name in found.modules:
+        checkpoint.save_part(out / embed.PARTS, name, {name: imported.params[name]})
+        count = sum(leaf.size for leaf in jax.tree.leaves(imported.params[name]))
+        origins[name] = {"files": digests, "parameters": count}
+        print(f"{name}: {count:,} parameters", flush=True)
+    whole = msgfm.module_names(model, {"sensors": bands})
+    new = [name for name in whole if name not in found.modules]
+    notes = [*found.notes, f"not in the files, new in a run that starts from here: {', '.join(new) or 'nothing'}"]
+    origins[msgfm.ENCODER]["notes"] = notes
+    for note in notes:
+        print(f"  {note}", flush=True)
+    print(f"from {', '.join(digests)} in {time.monotonic() - started:.1f} s", flush=True)
+    _describe(out, cfg, contract, origins, licence)
+    return out
+
+
+def _empty(out: str | pathlib.Path) -> pathlib.Path:
+    if (pathlib.Path(out) / embed.MODEL_FILE).exists():
+        raise ValueError(f"{out} already holds imported weights; choose another folder")
+    return pathlib.Path(out)
+
+
+def _check_room(out: pathlib.Path, names: Sequence[str], shapes: Any) -> None:
+    need = sum(math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(shapes))
+    free = shutil.disk_usage(_existing(out)).free
+    print(f"{', '.join(names)}: up to {need / 2**30:.2f} GiB on disk, {free / 2**30:.2f} GiB free", flush=True)
+    if free < need:
+        raise ValueError(f"{out}: {need / 2**30:.2f} GiB are needed, {free / 2**30:.2f} GiB are free")
+
+
+def _describe(
+    out: pathlib.Path, cfg: Any, contract: Mapping[str, Any], origins: Mapping[str, Any], licence: str
+) -> None:
+    """Writes OUT/model.json, which makes the folder one of imported weights."""
     description = {
-        "format": 1, "model_type": "skysense", "architecture": json.loads(cfg.to_json()), "input_contract": contract,
+        "format": 1, "model_type": cfg.name, "architecture": json.loads(cfg.to_json()), "input_contract": contract,
         "provenance": {"source": "imported PyTorch weights", "parts": origins, "imported_with": __version__,
                        "licence": licence},
     }
     write_atomically(out / embed.MODEL_FILE, (json.dumps(description, indent=1) + "\n").encode())
-    return out
 
 
 def describe(

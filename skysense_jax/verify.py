@@ -16,7 +16,7 @@ from typing import Mapping
 import numpy as np
 import safetensors.numpy
 
-from skysense_jax.convert import torch_export, torch_import
+from skysense_jax.convert import frozen, torch_export, torch_import
 from skysense_jax.convert.tensor_files import torch_is_there
 
 EXIT_DIFFERS = 1
@@ -53,7 +53,7 @@ def in_jax(folder: pathlib.Path) -> dict[str, float]:
         if kind == "input":
             value = np.moveaxis(value, -3, -1) if path[1] == "image" else value
             inputs.setdefault(path[0], {})[path[1]] = value
-    outputs = torch_export.frozen_outputs(params, cfg, contract, inputs)
+    outputs = frozen.outputs(params, cfg, contract, inputs)
     missing = {key for key in stored if key.startswith("output.")} ^ {f"output.{key}" for key in outputs}
     if missing:
         raise ValueError(f"{folder}/parity.safetensors and the model disagree about the outputs {sorted(missing)}")
@@ -61,11 +61,12 @@ def in_jax(folder: pathlib.Path) -> dict[str, float]:
 
 
 def in_torch(folder: pathlib.Path) -> dict[str, float]:
-    """The same from the folder's own modeling_skysense.py in a process without JAX. Raises ValueError where it fails."""
-    code = "import json, modeling_skysense; print(json.dumps(modeling_skysense.check('.')))"
+    """The same from the folder's own modelling file in a process without JAX. Raises ValueError where it fails."""
+    module = f"modeling_{json.loads((folder / 'config.json').read_text())['model_type']}"
+    code = f"import json, {module}; print(json.dumps({module}.check('.')))"
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f"{folder}/modeling_skysense.py failed: {done.stderr.strip().splitlines()[-1]}")
+        raise ValueError(f"{folder}/{module}.py failed: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout)
 
 

@@ -10,7 +10,8 @@ import numpy as np
 from ml_collections import config_dict
 
 from skysense_jax.convert import keymap
-from skysense_jax.convert.torch_import import import_simmim
+from skysense_jax.convert.tensor_files import in_memory
+from skysense_jax.convert.torch_import import import_swin
 from skysense_jax.models import msgfm
 from skysense_jax.nn.swin_v1 import position_bias
 from skysense_jax.ops.masking import masked_l1, pixel_mask
@@ -41,7 +42,7 @@ def model_config(case: Case) -> tuple[config_dict.ConfigDict, dict[str, Any]]:
 def simmim(case: Case) -> Arrays:
     cfg, contract = model_config(case)
     model, entries = msgfm.make_model(cfg, contract), keymap.simmim_entries(cfg, SENSOR)
-    params = import_simmim(case.weights, SENSOR, cfg, contract).params
+    params = import_swin(in_memory(case.weights), SENSOR, cfg, contract)[0].params
     mask = jnp.asarray(case.arrays["x_mask"])
 
     def run(p: Any, x: jax.Array) -> dict[str, Any]:

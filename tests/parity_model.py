@@ -43,6 +43,7 @@ def model_config(case: Case) -> tuple[config_dict.ConfigDict, dict[str, Any]]:
     stages = len(hr["depths"])
     ratio = hr["patch"] * 2 ** (stages - 1)
     fields = {
+        "name": "skysense",
         "dtype": case.dtype, "remat": False, "width": hr["width"] * 2 ** (stages - 1), "ratio": ratio,
         "calendar": "s2" if "ctpe" in case.weights else "none",
         "hr": {"patch": hr["patch"], "embed_dims": hr["width"], "depths": hr["depths"], "num_heads": hr["heads"],

@@ -160,7 +160,7 @@ def test_reading_pytorch_files(tmp_path):
 
 def test_a_folder_of_another_model(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(ValueError, match="not 'skysense'"):
+    with pytest.raises(ValueError, match="not one of 'skysense', 'msgfm'"):
         torch_import.load_folder(tmp_path)
 
 

@@ -20,7 +20,7 @@ FLOORS = {
 }  # every other module directly in the package is a command: floor 5
 COMMANDS = 5
 SAME_FLOOR = {("nn", "ops")}  # a layer may need a pure function
-SHIPS_ALONE = {"convert/modeling_skysense.py"}  # plain torch, no import of ours
+SHIPS_ALONE = {"convert/modeling_skysense.py", "convert/modeling_msgfm.py"}  # plain torch, no import of ours
 
 
 def room(path: pathlib.PurePath) -> str:

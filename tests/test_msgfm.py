@@ -1,5 +1,5 @@
-"""msGFM: full-size parameter counts, shapes, masks, windows, precision, its loss, SimMIM checkpoints in, and what it
-refuses. Exactness against the reference code is tests/test_parity.py's."""
+"""msGFM: full-size parameter counts, shapes, masks, windows, precision, its loss, and what it refuses. Exactness
+against the reference code is tests/test_parity.py's; PyTorch files are tests/test_msgfm_convert.py's."""
 import pathlib
 import runpy
 
@@ -11,8 +11,6 @@ from ml_collections import config_dict
 
 from skysense_jax import cli, sensors
 from skysense_jax.convert import keymap
-from skysense_jax.convert.torch_export import state_from_params
-from skysense_jax.convert.torch_import import import_simmim
 from skysense_jax.models import msgfm
 from skysense_jax.nn.swin import OTHER_REGION, relative_index, shift_regions
 from skysense_jax.nn.swin_v1 import Block, position_bias
@@ -185,52 +183,7 @@ def test_masked_l1_against_numpy():
     close(ratio, 1 / 1.00001, 1e-6)  # the small term counts where little is masked
 
 
-# ------------------------------------------------------------------------------------------------------------- import
-@pytest.fixture(scope="module")
-def checkpoint():
-    """A SimMIM checkpoint's tensors, made from parameters of ours: (cfg, params, state)."""
-    cfg = config(moe=DENSE)
-    params = random_params(cfg)
-    mine = {k: v for k, v in params.items() if k in ("encoder", "mask_token", "embed_hr", "decoder_hr")}
-    return cfg, mine, state_from_params(mine, keymap.simmim_entries(cfg, "hr"))
-
-
-def test_a_checkpoint_becomes_one_sensor_of_a_model_bitwise(checkpoint):
-    cfg, params, state = checkpoint
-    extra = {"encoder.layers.0.blocks.1.attn_mask": np.zeros((4, 16, 16), np.float32),
-             "encoder.layers.0.blocks.0.attn.relative_position_index": np.zeros((16, 16), np.int64),
-             "projector.weight": np.zeros((8, 8), np.float32), "teacher.norm.weight": np.zeros(8, np.float32)}
-    imported = import_simmim(state | extra, "hr", cfg, CONTRACT)
-    jax.tree.map(np.testing.assert_array_equal, imported.params, params)
-    assert sorted(imported.ignored) == sorted(extra) and not imported.filled
-
-
-@pytest.mark.parametrize("change, message", [
-    (lambda s: s.pop("encoder.mask_token"), "missing: encoder.mask_token"),
-    (lambda s: s.update({"encoder.absolute_pos_embed": np.zeros((1, 64, 4), np.float32)}),
-     "unexpected: encoder.absolute"),
-    (lambda s: s.update(
-        {"encoder.layers.1.blocks.1.attn.relative_position_bias_table": np.zeros((121, 2), np.float32)}),
-     r"wrong shape: .*blocks\.1\.attn\.relative_position_bias_table is \(121, 2\), the model needs \(49, 2\)"),
-])
-def test_a_checkpoint_that_does_not_fit_is_refused_by_name(checkpoint, change, message):
-    cfg, _, state = checkpoint
-    state = dict(state)
-    change(state)
-    with pytest.raises(ValueError, match=message):
-        import_simmim(state, "hr", cfg, CONTRACT)
-
-
-def test_a_model_that_the_checkpoint_is_not_for(checkpoint):
-    cfg, _, state = checkpoint
-    with pytest.raises(ValueError, match="takes no 'dsm'"):
-        import_simmim(state, "dsm", cfg, CONTRACT)
-    with pytest.raises(ValueError, match=r"model.moe.stages = \(1,\)"):
-        import_simmim(state, "hr", config(), CONTRACT)
-    with pytest.raises(ValueError, match=r"wrong shape: encoder.patch_embed.proj.weight is \(4, 3, 2, 2\)"):
-        import_simmim(state, "s1", cfg, CONTRACT)
-
-
+# ------------------------------------------------------------------------------------------------------------ buffers
 def test_our_index_and_regions_are_the_reference_buffers():
     with np.load(ROOT / "tests" / "golden" / "gfm_simmim_img16_w4.npz") as case:
         index = {k: case[k] for k in case.files if k.endswith("relative_position_index")}

@@ -2,9 +2,11 @@
 configuration.
 
 One table serves both directions (torch_import, torch_export) and gradients. Names are those of the SkySense release:
-backbone_hr., backbone_s2., backbone_s1., head_s2., head_s1., fusion. (with its `porj_linear`), ctpe; and, for msGFM,
-those of SimMIM and GFM checkpoints: encoder., decoder. The release holds no prototype bank; `glbank.` is what its
-training code called one (SkySense++, the trainer's freeze list), the rest is ours.
+backbone_hr., backbone_s2., backbone_s1., head_s2., head_s1., fusion. (with its `porj_linear`), ctpe. The release holds
+no prototype bank; `glbank.` is what its training code called one (SkySense++, the trainer's freeze list), the rest is
+ours. For msGFM they are those of SimMIM and GFM checkpoints, encoder. and decoder., with the experts as Swin-MoE
+(Tutel) has them; a file of several sensors has patch_embeds.SENSOR. and decoders.SENSOR. in the place of patch_embed.
+and decoder.
 """
 from __future__ import annotations
 
@@ -12,9 +14,12 @@ from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
-from skysense_jax.models import msgfm
-from skysense_jax.models.skysense import has_calendar, module_names
+from skysense_jax.models import msgfm, skysense
 from skysense_jax.nn.swin import stage_plan
+
+
+MODELS = {"skysense": skysense, "msgfm": msgfm}
+"""model.name -> what builds it."""
 
 
 class Entry(NamedTuple):
@@ -35,6 +40,7 @@ TRANSFORMS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.nda
     "conv": (lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1)),  # OIHW <-> HWIO
     "conv1x1": (lambda a: a[:, :, 0, 0].T, lambda a: a.T[:, :, None, None]),  # (out, in, 1, 1) <-> [in, out]
     "column": (lambda a: a[:, 0], lambda a: a[:, None]),  # (n, 1) <-> [n]
+    "experts": (lambda a: a.transpose(0, 2, 1), lambda a: a.transpose(0, 2, 1)),  # (E, out, in) <-> [E, in, out]
 }
 """kind -> (torch to ours, ours to torch). All are reorderings: a round trip is bitwise."""
 
@@ -44,6 +50,10 @@ BUFFERS = ("relative_coords_table", "relative_position_index", "attn_mask")
 PREFIXES = {"hr": "backbone_hr.", "s2": "backbone_s2.", "s1": "backbone_s1.",
             "head_s2": "head_s2.", "head_s1": "head_s1.", "fusion": "fusion.", "geo": "glbank."}
 """Our top-level parameter name -> prefix of the official names in a whole-model file. `ctpe` has none."""
+
+
+EXPERTS = "mlp._moe_layer."
+"""Where a Swin-MoE block has its mixture of experts."""
 
 
 def _affine(torch: str, name: str, index: int | None, kind: str = "linear") -> list[Entry]:
@@ -163,27 +173,40 @@ def module_entries(module: str, cfg: Any) -> list[Entry]:
 
 
 def model_entries(cfg: Any, contract: Mapping[str, Any]) -> list[Entry]:
-    """All tensors of `make_model(cfg, contract)` in the official names of a whole-model file."""
-    modules = module_names(cfg, contract)
+    """All tensors of the model `cfg.name` with this configuration and contract, in the names of a whole-model file."""
+    modules = MODELS[cfg.name].module_names(cfg, contract)
+    if cfg.name == "msgfm":
+        return msgfm_entries(cfg, modules)
     entries = [e for key in modules for e in placed(module_entries(key, cfg), PREFIXES[key], f"{key}/")]
-    return entries + ([Entry("ctpe", "ctpe")] if has_calendar(cfg, modules) else [])
+    return entries + ([Entry("ctpe", "ctpe")] if skysense.has_calendar(cfg, modules) else [])
 
 
-def swin_v1_block_entries(torch: str, name: str, index: int | None = None) -> list[Entry]:
+def experts_entries(torch: str, name: str, index: int | None) -> list[Entry]:
+    """A nn.moe.MixtureOfExperts as Tutel stores it behind a Swin-MoE block: the second layer is [hidden, out] there."""
+    return [
+        Entry(f"{torch}gates.0.wg.weight", f"{name}gate", index, "linear"),
+        Entry(f"{torch}experts.batched_fc1_w", f"{name}fc1", index, "experts"),
+        Entry(f"{torch}experts.batched_fc1_bias", f"{name}fc1_bias", index),
+        Entry(f"{torch}experts.batched_fc2_w", f"{name}fc2", index),
+        Entry(f"{torch}experts.batched_fc2_bias", f"{name}fc2_bias", index),
+    ]
+
+
+def swin_v1_block_entries(torch: str, name: str, index: int | None = None, experts: bool = False) -> list[Entry]:
     """A nn.swin_v1.Block in Microsoft's names; `torch` ends with ".", `name` with "/"."""
     attn, ours = f"{torch}attn.", f"{name}attn/"
+    mlp = [*_affine(f"{torch}mlp.fc1", f"{name}fc1", index), *_affine(f"{torch}mlp.fc2", f"{name}fc2", index)]
     return [
         *_norm(f"{torch}norm1", f"{name}norm1", index),
         Entry(f"{attn}relative_position_bias_table", f"{ours}table", index),
         *_affine(f"{attn}qkv", f"{ours}qkv", index),
         *_affine(f"{attn}proj", f"{ours}proj", index),
         *_norm(f"{torch}norm2", f"{name}norm2", index),
-        *_affine(f"{torch}mlp.fc1", f"{name}fc1", index),
-        *_affine(f"{torch}mlp.fc2", f"{name}fc2", index),
+        *(experts_entries(f"{torch}{EXPERTS}", f"{name}moe/", index) if experts else mlp),
     ]
 
 
-def swin_v1_entries(depths: Sequence[int]) -> list[Entry]:
+def swin_v1_entries(depths: Sequence[int], moe_stages: Sequence[int]) -> list[Entry]:
     """SwinTransformerV1, which begins after the patch embedding. There a merging belongs to the stage before it."""
     entries: list[Entry] = []
     for stage, depth in enumerate(depths):
@@ -198,23 +221,44 @@ def swin_v1_entries(depths: Sequence[int]) -> list[Entry]:
                 for i in range(count):
                     for half, block in enumerate(("plain", "shifted")):
                         entries += swin_v1_block_entries(
-                            f"{torch}{first + 2 * i + half}.", f"{name}pairs{first}/{block}/", i)
+                            f"{torch}{first + 2 * i + half}.", f"{name}pairs{first}/{block}/", i,
+                            bool(half) and stage in moe_stages)
             else:
                 entries += swin_v1_block_entries(f"{torch}{first}.", f"{name}block{first}/")
     return entries + _norm("norm", "norm")
 
 
-def simmim_entries(cfg: Any, sensor: str) -> list[Entry]:
-    """The part of a msGFM model that a SimMIM or GFM checkpoint holds: encoder and mask token, and, there for RGB, the
-    patch embedding and the decoder of one sensor.
+def msgfm_entries(cfg: Any, modules: Iterable[str]) -> list[Entry]:
+    """Tensors of these top-level parameters of `models.msgfm.make_model(cfg, ...)` in the names of a file of several
+    sensors.
     """
-    embed = _affine("patch_embed.proj", "proj", None, "conv") + _norm("patch_embed.norm", "norm")
-    return [
-        Entry("encoder.mask_token", msgfm.MASK_TOKEN),
-        *placed(embed, "encoder.", msgfm.EMBED.format(sensor) + "/"),
-        *placed(swin_v1_entries(cfg.depths), "encoder.", msgfm.ENCODER + "/"),
-        *placed(uphead_entries(), "", msgfm.DECODER.format(sensor) + "/"),
-    ]
+    embed, decoder = (name.format("") for name in (msgfm.EMBED, msgfm.DECODER))
+    entries: list[Entry] = []
+    for module in modules:
+        if module == msgfm.MASK_TOKEN:
+            entries.append(Entry("encoder.mask_token", module))
+        elif module == msgfm.ENCODER:
+            entries += placed(swin_v1_entries(cfg.depths, cfg.moe.stages), "encoder.", f"{module}/")
+        elif module.startswith(embed):
+            parts = _affine("proj", "proj", None, "conv") + _norm("norm", "norm")
+            entries += placed(parts, f"encoder.patch_embeds.{module.removeprefix(embed)}.", f"{module}/")
+        else:
+            torch = f"decoders.{module.removeprefix(decoder)}.0"
+            entries += placed(_affine("", "proj", None, "conv1x1"), torch, f"{module}/")
+    return entries
+
+
+def simmim_entries(cfg: Any, sensor: str) -> list[Entry]:
+    """The part of a msGFM model that a SimMIM or GFM checkpoint holds, in its names: encoder and mask token, and, there
+    for RGB, the patch embedding and the decoder of one sensor.
+    """
+    modules = (msgfm.ENCODER, msgfm.MASK_TOKEN, msgfm.EMBED.format(sensor), msgfm.DECODER.format(sensor))
+    return [entry._replace(torch=one_sensor(entry.torch, sensor)) for entry in msgfm_entries(cfg, modules)]
+
+
+def one_sensor(torch: str, sensor: str) -> str:
+    """The name in a file of one sensor of a name in a file of several."""
+    return torch.replace(f"patch_embeds.{sensor}.", "patch_embed.").replace(f"decoders.{sensor}.", "decoder.")
 
 
 def torch_shape(entry: Entry, leaf_shape: Sequence[int]) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ for. Files in torch's zip format are memory-mapped; older ones are read whole, w
 """
 from __future__ import annotations
 
+import collections
 import importlib.util
 import pathlib
 import pickle
@@ -20,8 +21,17 @@ WRAPPERS = ("state_dict", "model", "module")
 
 ENDINGS = (".pth", ".pt", ".ckpt", ".bin")
 
+PARTS = re.compile(r"\.(rank\d+|master|global)")
+"""What Swin-MoE appends to the name of a file that one process wrote."""
+
 UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, IndexError, KeyError, ValueError, AttributeError)
 """What torch's unpickler raises on files that are damaged, or that ask for more than tensors."""
+
+
+INERT = [(collections.OrderedDict, "yacs.config.CfgNode")]
+"""(what stands in for it, class): the configuration that SimMIM, GFM and Swin checkpoints hold is a dict with methods;
+its values are read, and none of its code.
+"""
 
 
 class Tensors(Mapping[str, np.ndarray]):
@@ -58,6 +68,11 @@ class Tensors(Mapping[str, np.ndarray]):
         return Tensors({**self.shapes, name: shape}, read)
 
 
+def in_memory(arrays: Mapping[str, np.ndarray]) -> Tensors:
+    """Arrays as tensors of a file."""
+    return Tensors({name: tuple(value.shape) for name, value in arrays.items()}, lambda name: arrays[name])
+
+
 def joined(files: Sequence[Tensors]) -> Tensors:
     """The tensors of several files as one mapping. Raises ValueError for a name that two of them hold."""
     owner: dict[str, Tensors] = {}
@@ -84,7 +99,7 @@ def open_tensors(path: str | pathlib.Path) -> Tensors:
         raise FileNotFoundError(f"{path}: no such file")
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
-    if path.suffix not in ENDINGS:
+    if path.suffix not in ENDINGS and not PARTS.fullmatch(path.suffix):
         raise ValueError(f"{path}: weights are read from .safetensors, {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]} files")
     if not torch_is_there():
         raise ValueError(f"{path}: reading PyTorch files needs torch; install the extra `torch`, or use .safetensors")
@@ -118,16 +133,18 @@ def _open_torch(path: pathlib.Path) -> Tensors:
     import torch
 
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with torch.serialization.safe_globals(INERT):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except UNREADABLE as error:
         asked = re.findall(r"GLOBAL (\w+(?:\.\w+)+)", str(error))
         if zipfile.is_zipfile(path):  # all of them, where the format lets torch look ahead
-            asked = torch.serialization.get_unsafe_globals_in_checkpoint(str(path)) or asked
+            found = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+            asked = [name for name in found if name not in (known for _, known in INERT)] or asked
         if asked:
             raise ValueError(
                 f"{path}: reading it would run code that its pickle asks for ({', '.join(sorted(set(asked)))}), which is "
                 "refused. Where you trust the file, load it in a process of its own and save the tensors alone: "
-                "torch.save(checkpoint['state_dict'], FILE)"
+                "torch.save(checkpoint['state_dict'], FILE), or checkpoint['model'] where it has that"
             ) from error
         raise ValueError(f"{path}: not a sound PyTorch file: {(str(error).splitlines() or [''])[0]}") from error
     found = content

@@ -11,17 +11,18 @@ from typing import Any, Mapping, Sequence
 import jax
 import numpy as np
 import safetensors.numpy
-from ml_collections import config_dict
 
-from skysense_jax.convert import keymap
+from skysense_jax.convert import frozen, keymap
+from skysense_jax.convert.model_card import model_card
 from skysense_jax.core import trees
-from skysense_jax.models.skysense import PLACE, Params, make_model, per_stage
-from skysense_jax.ops import regions
+from skysense_jax.models.skysense import Params
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 """Hugging Face's names of the weights in one file, and of the index of several."""
 
-MODELING = pathlib.Path(__file__).with_name("modeling_skysense.py")
+CLASSES = {"skysense": "SkySense", "msgfm": "MsGFM"}
+"""model.name -> the name its classes begin with in the modelling file, modeling_<model.name>.py."""
+
 PARITY_REL_L2 = 3e-5
 """Relative L2 within which another implementation must reproduce the frozen batch."""
 
@@ -47,57 +48,6 @@ def state_from_params(params: Any, entries: Sequence[keymap.Entry]) -> dict[str,
     return state
 
 
-def frozen_inputs(cfg: Any, contract: Mapping[str, Any], seed: int = 0) -> dict[str, dict[str, np.ndarray]]:
-    """A small deterministic PlaceInput in raw units: two places, with invalid pixels, a masked date and an unmeasured
-    band.
-    """
-    rng = np.random.default_rng(seed)
-    cells = 4
-    if "hr" in contract["sensors"]:
-        windows = per_stage(cfg.hr.window, len(cfg.hr.depths), "window")
-        cells = max(-(-window * cfg.hr.patch * 2**stage // cfg.ratio) for stage, window in enumerate(windows))
-    inputs = {}
-    for name, rule in contract["sensors"].items():
-        dates = 1 if name == "hr" else 3
-        side, bands = cells * (cfg.ratio if rule["grid"] == "hr" else 1), len(rule["bands"])
-        noise = rng.standard_normal((2, dates, side, side, bands))
-        valid = np.ones((2, dates, side, side), np.float32)
-        valid[0, 0, : side // 4] = 0
-        measured = np.ones((2, dates, bands), np.float32)
-        if dates > 1:
-            valid[1, -1] = 0
-            measured[0, 1, 0] = 0
-        days = rng.integers(0, 365, (2, dates)) if name != "hr" else np.full((2, dates), -1)
-        inputs[name] = {
-            "image": (np.asarray(rule["mean"]) + np.asarray(rule["std"]) * noise).astype(np.float32),
-            "valid": valid, "bands": measured, "dates": np.sort(days, axis=1).astype(np.int32)}
-    return inputs
-
-
-def frozen_place(bank: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Where the two frozen places are: in the first region of the bank that was visited, and nowhere."""
-    cells = np.asarray(bank["cells"])[np.asarray(bank["visits"]) > 0]
-    here = regions.cell_centre(cells[0], bank["lon_edges"], bank["lat_edges"]) if len(cells) else (0.0, 0.0)
-    return {name: np.array([value, np.nan], np.float32) for name, value in zip(("lon", "lat"), here)}
-
-
-def frozen_outputs(
-    params: Params, cfg: Any, contract: Mapping[str, Any], inputs: Mapping[str, Mapping[str, np.ndarray]],
-) -> dict[str, np.ndarray]:
-    """Outputs on a frozen batch in float32 at full matmul precision, flat, in torch's layout: fused [B,E,h,w],
-    fused_mask, maps.<sensor> [B,T,D,h,w], mask.<sensor>, hr_stages.<i> [B,T,C,H,W]."""
-    model = make_model(config_dict.ConfigDict({**cfg.to_dict(), "dtype": "float32"}), contract)
-    with jax.default_matmul_precision("highest"):
-        outputs = jax.device_get(jax.jit(model.apply)(params, inputs))
-    flat = {}
-    if "fused" in outputs:
-        flat = {"fused": _channels_first(outputs["fused"]), "fused_mask": outputs["fused_mask"]}
-    flat |= {f"maps.{name}": _channels_first(x) for name, x in outputs["maps"].items()}
-    flat |= {f"mask.{name}": x for name, x in outputs["mask"].items()}
-    flat |= {f"hr_stages.{i}": _channels_first(x) for i, x in enumerate(outputs.get("hr_stages", ()))}
-    return {k: np.ascontiguousarray(v) for k, v in flat.items()}
-
-
 def relative_l2(value: np.ndarray, expected: np.ndarray) -> float:
     """|value - expected| / |expected|, in float64."""
     value, expected = np.asarray(value, np.float64), np.asarray(expected, np.float64)
@@ -110,32 +60,34 @@ def export(
 ) -> pathlib.Path:
     """Write the folder and return its path.
 
-    params: the encoder of make_model(cfg, contract). cfg: config.model. provenance: JSON-able account of where the
-    weights come from (commit, config, dataset id, steps, licence, inherited licence). per_module: one file of weights
-    per module as the release has them, with Hugging Face's index, instead of one for all: at full size it needs a
-    module's memory less. Raises ValueError if out_dir holds another export.
+    params: of the model cfg.name with this configuration and contract. cfg: config.model. provenance: JSON-able account
+    of where the weights come from (commit, config, dataset id, steps, licence, inherited licence). per_module: one file
+    of weights per module as the SkySense release has them, with Hugging Face's index, instead of one for all: at full
+    size it needs a module's memory less. Raises ValueError if out_dir holds another export, and for per_module with a
+    model that was never released in parts.
     """
     out = pathlib.Path(out_dir)
+    if per_module and cfg.name != "skysense":
+        raise ValueError(f"{cfg.name} is one encoder for all sensors; --per-module is for skysense")
     if weight_files(out):
         raise ValueError(f"{out} already holds exported weights; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    inputs = frozen_inputs(cfg, contract)
-    if "geo" in params:
-        inputs[PLACE] = frozen_place(params["geo"]["bank"])
-    frozen = {f"input.{name}.{key}": _channels_first(x) if key == "image" else x
+    inputs, outputs = frozen.batch(params, cfg, contract)
+    stored = {f"input.{name}.{key}": frozen.channels_first(x) if key == "image" else x
               for name, sensor in inputs.items() for key, x in sensor.items()}
-    frozen |= {f"output.{k}": v for k, v in frozen_outputs(params, cfg, contract, inputs).items()}
+    stored |= {f"output.{key}": value for key, value in outputs.items()}
+    code, classes = f"modeling_{cfg.name}", CLASSES[cfg.name]
     config = {
-        "model_type": "skysense", "format": 1, "architectures": ["SkySenseModel"],
-        "auto_map": {"AutoConfig": "modeling_skysense.SkySenseConfig", "AutoModel": "modeling_skysense.SkySenseModel"},
+        "model_type": cfg.name, "format": 1, "architectures": [f"{classes}Model"],
+        "auto_map": {"AutoConfig": f"{code}.{classes}Config", "AutoModel": f"{code}.{classes}Model"},
         "architecture": _plain(cfg), "input_contract": _plain(contract), "provenance": _plain(provenance),
         "parameters": count_parameters(params),
         "parity": {"tolerance_rel_l2": PARITY_REL_L2, "computed_with": f"jax {jax.__version__}, float32"},
     }
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (out / "README.md").write_text(model_card(config))
-    shutil.copyfile(MODELING, out / MODELING.name)
-    _save(out / "parity.safetensors", {k: np.ascontiguousarray(v) for k, v in frozen.items()})
+    shutil.copyfile(pathlib.Path(__file__).with_name(f"{code}.py"), out / f"{code}.py")
+    _save(out / "parity.safetensors", {k: np.ascontiguousarray(v) for k, v in stored.items()})
     if not per_module:
         _save(out / WEIGHTS, state_from_params(params, keymap.model_entries(cfg, contract)))
         return out
@@ -195,44 +147,6 @@ def count_parameters(params: Params) -> dict[str, int]:
     """Number of parameters by top-level name, and "total". Works on ShapeDtypeStructs."""
     counts = {key: sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(part)) for key, part in params.items()}
     return counts | {"total": sum(counts.values())}
-
-
-def model_card(config: Mapping[str, Any]) -> str:
-    """README.md of an exported folder: what it is, what it eats, how to load it, where it comes from."""
-    architecture, contract, provenance = config["architecture"], config["input_contract"], config["provenance"]
-    rows = [f"| {name} | {', '.join(rule['bands'])} | {rule['unit']} | {rule['gsd']} m |"
-            for name, rule in contract["sensors"].items()]
-    counts = [f"| {name} | {count:,} |" for name, count in config["parameters"].items()]
-    origin = [f"- {key}: {json.dumps(value)}" for key, value in provenance.items()] or ["- not recorded"]
-    figures = config["parity"].get("torch_rel_l2")
-    measured = f"plain torch within {max(figures.values()):.1e} of JAX (relative L2)" if figures else "nothing, without torch"
-    outputs = "outputs['maps'], outputs.get('hr_stages')"
-    if "fusion" in config["parameters"]:
-        outputs = f"outputs['fused'], {outputs}"
-    sensor = next(iter(contract["sensors"]))
-    where = ", 'place': {'lon': degrees, 'lat': degrees}" if "geo" in config["parameters"] else ""
-    return "\n".join([
-        "# SkySense weights exported by skysense_jax", "",
-        "Encoders per sensor on one grid, a fusion transformer per cell. Parameter names are the SkySense release's.",
-        "",
-        "## Input", "", "| sensor | bands, in this order | unit | pixel |", "|---|---|---|---|", *rows, "",
-        f"One base cell is one Sentinel-2 pixel; {contract['ratio']} HR pixels lie along it. "
-        "Give raw units: the model normalises, with the statistics in `config.json`. Invalid pixels and unmeasured "
-        "bands are declared by masks.", "",
-        "## Use (PyTorch, this folder only)", "",
-        "```python", "from modeling_skysense import load", "", "model = load('.')",
-        f"outputs = model({{'{sensor}': {{'image': image, 'dates': day_of_year}}{where}}})",
-        "# image: [B,T,C,H,W] in raw units, dates: [B,T]",
-        outputs, "```", "",
-        "`python modeling_skysense.py` runs the frozen batch in `parity.safetensors` and prints the differences.",
-        f"Measured at export: {measured}.", "",
-        "## Size", "", "| part | parameters |", "|---|---|", *counts, "",
-        f"Width of the common grid {architecture['width']}, calendar `{architecture['calendar']}`.", "",
-        "## Provenance", "", *origin, ""])
-
-
-def _channels_first(x: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(np.moveaxis(np.asarray(x), -1, -3))
 
 
 def _plain(value: Any) -> Any:

@@ -8,14 +8,11 @@ from typing import Any, Mapping, NamedTuple, Sequence
 import numpy as np
 from ml_collections import config_dict
 
-from skysense_jax.convert import keymap, torch_export
-from skysense_jax.convert.tensor_files import joined, open_tensors
+from skysense_jax.convert import keymap, swin_files, torch_export
+from skysense_jax.convert.tensor_files import Tensors, joined, open_tensors
 from skysense_jax.core import trees
 from skysense_jax.models import msgfm
 from skysense_jax.models.skysense import param_shapes
-
-SIMMIM_UNUSED = ("teacher.", "projector.")
-"""Prefixes of what a GFM checkpoint holds for its distillation alone: left out, and reported."""
 
 
 class Imported(NamedTuple):
@@ -29,21 +26,20 @@ class Imported(NamedTuple):
 
 
 def fill(
-    state: Mapping[str, np.ndarray], entries: Sequence[keymap.Entry], shapes: Any, ignore: Sequence[str] = (),
+    state: Mapping[str, np.ndarray], entries: Sequence[keymap.Entry], shapes: Any,
 ) -> Imported:
     """The tree of `shapes` (arrays or ShapeDtypeStructs) from torch tensors, by the entries of a module.
 
     Every tensor must be expected and every expected one present with the right shape; recomputed buffers
-    (keymap.BUFFERS) and the names in `ignore` may be there. float16, bfloat16 and float64 become float32; a table of
-    integers (int32, int64) stays one. Raises
-    ValueError naming every missing, unexpected and wrongly shaped tensor at once.
+    (keymap.BUFFERS) may be there. float16, bfloat16 and float64 become float32; a table of integers (int32, int64)
+    stays one. Raises ValueError naming every missing, unexpected and wrongly shaped tensor at once.
     """
     leaves = trees.flatten(shapes)
     stray = set(leaves) ^ {e.name for e in entries}
     if stray:
         raise ValueError(f"the key table and the model disagree about {sorted(stray)}")
     known = {e.torch for e in entries}
-    ignored = [k for k in state if k not in known and (k.split(".")[-1] in keymap.BUFFERS or k in ignore)]
+    ignored = [k for k in state if k not in known and k.split(".")[-1] in keymap.BUFFERS]
     problems = [f"unexpected: {k} {tuple(state[k].shape)}" for k in state if k not in known and k not in ignored]
     arrays: dict[str, np.ndarray] = {}
     filled = []
@@ -74,16 +70,14 @@ def fill(
 
 
 def import_state(state: Mapping[str, np.ndarray], cfg: Any, contract: Mapping[str, Any]) -> Imported:
-    """A whole model from tensors in official names (backbone_hr., ... as :func:`keymap.model_entries`), with the
-    account of it.
+    """A whole model (`cfg.name`) from tensors in official names (backbone_hr., ... as :func:`keymap.model_entries`),
+    with the account of it.
     """
-    return fill(state, keymap.model_entries(cfg, contract), param_shapes(cfg, contract))
+    return fill(state, keymap.model_entries(cfg, contract), keymap.MODELS[cfg.name].param_shapes(cfg, contract))
 
 
 def params_from_torch(state: Mapping[str, np.ndarray], cfg: Any, contract: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of `make_model(cfg, contract)` (numpy, float32) from tensors in official names. Strict: see
-    :func:`fill`.
-    """
+    """Parameters of that model (numpy, float32) from tensors in official names. Strict: see :func:`fill`."""
     return import_state(state, cfg, contract).params
 
 
@@ -100,22 +94,17 @@ def import_module(
     return imported._replace(params=imported.params["ctpe"]) if module == "ctpe" else imported
 
 
-def import_simmim(
-    state: Mapping[str, np.ndarray], sensor: str, cfg: Any, contract: Mapping[str, Any],
-) -> Imported:
-    """A SimMIM or GFM checkpoint's encoder, mask token, patch embedding and decoder as those of one sensor of
-    `models.msgfm.make_model(cfg, contract)`; params is that part of the model's tree. Strict: see :func:`fill`.
-    Raises ValueError, too, for a sensor the model does not take and a model with mixtures of experts.
+def import_swin(
+    tensors: Tensors, sensor: str | None, cfg: Any, contract: Mapping[str, Any], leave_out: Sequence[str] = (),
+) -> tuple[Imported, swin_files.Found]:
+    """The weights of a Swin-V1 file (SimMIM, GFM, supervised, Swin-MoE, an export of msGFM) as parts of
+    `models.msgfm.make_model(cfg, contract)`: params has those of the top-level parameters the file holds, the patch
+    embedding and the decoder of a file of one sensor as those of `sensor`. Strict: see :func:`fill` and
+    `swin_files.fit`.
     """
-    if sensor not in contract["sensors"]:
-        raise ValueError(f"the model takes no {sensor!r}; its input contract has {', '.join(contract['sensors'])}")
-    if cfg.moe.stages:
-        raise ValueError(f"a SimMIM checkpoint has no experts, model.moe.stages = {tuple(cfg.moe.stages)} wants "
-                         "them; () is the dense model")
-    entries = keymap.simmim_entries(cfg, sensor)
-    parts = {entry.name.split("/")[0] for entry in entries}
-    shapes = {name: leaf for name, leaf in msgfm.param_shapes(cfg, contract).items() if name in parts}
-    return fill(state, entries, shapes, [name for name in state if name.startswith(SIMMIM_UNUSED)])
+    found = swin_files.fit(tensors, sensor, cfg, contract, leave_out)
+    shapes = msgfm.param_shapes(cfg, contract)
+    return fill(found.tensors, found.entries, {name: shapes[name] for name in found.modules}), found
 
 
 def tuples(value: Any) -> Any:
@@ -133,8 +122,9 @@ def load_folder(
     """
     folder = pathlib.Path(folder)
     meta = json.loads((folder / "config.json").read_text())
-    if meta.get("model_type") != "skysense":
-        raise ValueError(f"{folder}/config.json: model_type is {meta.get('model_type')!r}, not 'skysense'")
+    if meta.get("model_type") not in keymap.MODELS:
+        raise ValueError(f"{folder}/config.json: model_type is {meta.get('model_type')!r}, not one of "
+                         f"{', '.join(map(repr, keymap.MODELS))}")
     cfg = config_dict.ConfigDict(tuples(meta["architecture"]))
     files = torch_export.weight_files(folder)
     if not files:

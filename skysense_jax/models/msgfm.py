@@ -135,6 +135,15 @@ def make_model(cfg: Any, contract: Mapping[str, Any]) -> Model:
     return Model(init, embed, encode, decode)
 
 
+def module_names(cfg: Any, contract: Mapping[str, Any]) -> tuple[str, ...]:
+    """Top-level parameters of a model in order: all of them, or, of weights from a file that lacked some, those in
+    model.modules.
+    """
+    names = (ENCODER, MASK_TOKEN, *(kind.format(name) for kind in (EMBED, DECODER) for name in contract["sensors"]))
+    return tuple(name for name in names if name in cfg.get("modules", names))
+
+
 def param_shapes(cfg: Any, contract: Mapping[str, Any]) -> Params:
     """The parameter tree of a model as ShapeDtypeStructs; nothing is allocated."""
-    return jax.eval_shape(make_model(cfg, contract).init, jax.random.key(0))
+    shapes = jax.eval_shape(make_model(cfg, contract).init, jax.random.key(0))
+    return {name: shapes[name] for name in module_names(cfg, contract)}

@@ -3,21 +3,22 @@ contradicts is refused), and the regions of its training places.
 """
 from __future__ import annotations
 
+import json
 import pathlib
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping
 
 import jax
 import numpy as np
 
-from skysense_jax.core import trees
+from skysense_jax.core import paths, trees
 from skysense_jax.data import sources
 from skysense_jax.ops import regions
 from skysense_jax.run import checkpoint
 from skysense_jax.run.state import TrainState
 
 TAKEN = ("params", "teacher", "memory")
-IMPORTED = "parts"
-"""Folder of modules inside imported weights."""
+IMPORTED, PARTS = "model.json", "parts"
+"""Description and folder of modules of imported weights (`skysense_jax.import_torch`)."""
 
 WIDENED = "heads/fused/mlp0/kernel"
 """The fused head's first layer, [channels, hidden]: geo-context adds channels behind those it had. Their rows start at
@@ -27,24 +28,46 @@ WIDENED = "heads/fused/mlp0/kernel"
 def init_from(
     path: pathlib.Path | str, now: TrainState, contract: Mapping[str, Any]
 ) -> tuple[TrainState, dict[str, list[str]]]:
-    """A fresh state with the parameters, teacher and memory of a workdir or checkpoint; optimiser and step stay fresh.
+    """A fresh state with the parameters, teacher and memory of a workdir or checkpoint, or with the encoder of a folder
+    that import-torch wrote; optimiser and step stay fresh.
 
     Returns (state, {"taken", "new", "widened", "left": names of leaves}): "new" keep their fresh values, "left" are
     those of the checkpoint this run has no use for. This run may take sensors the checkpoint does not know. Raises
     ValueError where the input contract is otherwise another one or a leaf has another shape; errors of
     checkpoint.load_tree.
     """
-    meta = checkpoint.load_meta(path)
-    known = {name: rule for name, rule in contract["sensors"].items() if name in meta["contract"]["sensors"]}
-    if {**contract, "sensors": known} != meta["contract"]:
+    there, read = _source(path)
+    known = {name: rule for name, rule in contract["sensors"].items() if name in there["sensors"]}
+    if {**contract, "sensors": known} != there:
         raise ValueError(f"--init_from {path}: its input contract (bands, statistics or ratio) is not that of this run")
     report: dict[str, list[str]] = {"taken": [], "new": [], "widened": [], "left": []}
     parts = {}
     for part in TAKEN:
-        old = trees.flatten(checkpoint.load_tree(path, part, meta["step"])) if part in meta["digests"] else {}
+        old = trees.flatten(read(part))
         parts[part] = trees.map_named(lambda name, leaf: _leaf(part, name, leaf, old, report), getattr(now, part))
         report["left"] += [f"{part}/{name}" for name in old if name not in trees.flatten(parts[part])]
     return now._replace(**parts), report
+
+
+def _source(path: pathlib.Path | str) -> tuple[dict[str, Any], Callable[[str], Any]]:
+    """(input contract, what reads one of TAKEN as a tree, empty where it is not there) of a checkpoint, or of imported
+    weights: a SkySense teacher begins as the encoder it will follow.
+    """
+    path = paths.path(path)
+    if not (path / IMPORTED).is_file():
+        meta = checkpoint.load_meta(path)
+        return meta["contract"], lambda part: (
+            checkpoint.load_tree(path, part, meta["step"]) if part in meta["digests"] else {})
+    found = json.loads((path / IMPORTED).read_text())
+    encoders = ("params", "teacher") if found["model_type"] == "skysense" else ("params",)
+    return found["input_contract"], lambda part: {"encoder": imported_modules(path)} if part in encoders else {}
+
+
+def imported_modules(path: pathlib.Path | str) -> dict[str, Any]:
+    """Parameters of a folder of imported weights by module. Errors of checkpoint.load_part."""
+    path = paths.path(path)
+    names = json.loads((path / IMPORTED).read_text())["provenance"]["parts"]
+    return {name: tree for part in names for name, tree in checkpoint.load_part(path / PARTS, part).items()}
 
 
 def _leaf(part: str, name: str, fresh: jax.Array, old: Mapping[str, np.ndarray], report: dict[str, list[str]]) -> Any:
@@ -68,15 +91,10 @@ def with_teacher(cfg: Any, fresh: TrainState) -> TrainState:
     """A fresh state whose frozen teacher has the weights of config.objective.distill.path: a workdir or checkpoint of
     msGFM, or imported weights. ValueError naming the leaf that is missing or has another shape.
     """
-    path = pathlib.Path(cfg.objective.distill.path)
-    if not cfg.objective.distill.path:
+    path = cfg.objective.distill.path
+    if not path:
         raise ValueError("config.objective.distill.weight is set: give config.objective.distill.path, the teacher")
-    parts = fresh.teacher["encoder"]
-    if (path / IMPORTED).is_dir():
-        found = {name: checkpoint.load_part(path / IMPORTED, name) for name in parts}
-    else:
-        found = checkpoint.load_tree(path, "params")["encoder"]
-    old, report = trees.flatten({"encoder": found}), {"taken": [], "new": [], "widened": []}
+    old, report = trees.flatten(_source(path)[1]("params")), {"taken": [], "new": [], "widened": []}
     teacher = trees.map_named(lambda name, leaf: _leaf("teacher", name, leaf, old, report), fresh.teacher)
     if report["new"]:
         raise ValueError(f"config.objective.distill.path={path} lacks {', '.join(report['new'][:5])}")
