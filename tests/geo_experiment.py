@@ -19,7 +19,6 @@ import argparse
 import json
 import pathlib
 import shlex
-import subprocess
 import sys
 from typing import Any, Mapping
 
@@ -28,7 +27,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from scipy import stats
 
-from skysense_jax import embed
+from skysense_jax import cli, embed
 from skysense_jax.data import pipeline, sources
 from skysense_jax.data.parts import write_atomically
 from skysense_jax.data.synthetic_world import WORLDS
@@ -40,15 +39,14 @@ from tests import tiny
 CONFIG = pathlib.Path(__file__).resolve().parents[1] / "configs" / "skysense_tiny.py"
 
 SETTINGS = (
-    "steps=150", "data.batch=16", "data.global_size=8", "data.local_size=4", "model.s2.drop_path=0.0",
+    "data.batch=16", "data.global_size=8", "data.n_local=0", "model.s2.drop_path=0.0",
     "model.s1.drop_path=0.0", "model.fusion.drop_path=0.0", "model.geo_context.width=32", "schedule.warmup_steps=20",
     "schedule.warmup_teacher_temp_steps=40", "schedule.freeze_last_layer_steps=20", "run.save_every=1000",
     "run.log_every=25", "eval.patch=16",
 )
-"""Of every run, on the test-size configuration with the two time series: 150 steps of 16 places."""
+"""Of every run, on the test-size configuration with the two time series."""
 
 BANK = "model.geo_context.bank=on"
-PLACES = {"regional": 384, "permuted": 384, "plain": 256}
 
 VARIANTS = {
     "none": "no geo-context",
@@ -62,28 +60,30 @@ VARIANTS = {
 MARKS = "<!-- rows: python -m tests.geo_experiment -->", "<!-- end of rows -->"
 
 
-def call(*command: object) -> None:
-    """Runs `python -m ...` and shows it; CalledProcessError where it fails."""
-    line = [sys.executable, "-m", *map(str, command)]
-    print(shlex.join(line), file=sys.stderr, flush=True)
-    subprocess.run(line, check=True)
+def call(*words: object) -> None:
+    """Runs and shows `skysense-jax ...` in this process; RuntimeError where it fails."""
+    line = [str(word) for word in words]
+    print(shlex.join(["skysense-jax", *line]), file=sys.stderr, flush=True)
+    if code := cli.main(line):
+        raise RuntimeError(f"{shlex.join(line)}: exit code {code}")
 
 
-def train(workdir: pathlib.Path, data: pathlib.Path, seed: int, *settings: str, start: pathlib.Path | None = None) -> None:
+def train(workdir: pathlib.Path, data: pathlib.Path, seed: int, steps: int, *settings: str,
+          start: pathlib.Path | None = None) -> None:
     """One run, continued where it was stopped."""
-    given = [f"--config.{one}" for one in (*SETTINGS, f"data.dir={data}", f"seed={seed}", *settings)]
-    call("skysense_jax.train", "--config", f"{CONFIG}:series", "--workdir", workdir, *given,
+    given = [f"--config.{one}" for one in (*SETTINGS, f"steps={steps}", f"data.dir={data}", f"seed={seed}", *settings)]
+    call("train", "--config", f"{CONFIG}:series", "--workdir", workdir, *given,
          *(["--init_from", start] if start else []))
 
 
-def make_places(folder: pathlib.Path, world: str, seed: int) -> pathlib.Path:
+def make_places(folder: pathlib.Path, world: str, seed: int, places: int) -> pathlib.Path:
     """The dataset of a synthetic world: `data synth` and `data build`."""
     catalog, data = folder / "rasters" / "catalog.csv", folder / "data"
     if not catalog.exists():
-        call("skysense_jax.cli", "data", "synth", "--out", catalog.parent, "--world", world, "--seed", seed,
-             "--places", PLACES[world], "--ratio", 4)
+        call("data", "synth", "--out", catalog.parent, "--world", world, "--seed", seed, "--places", places,
+             "--ratio", 4, "--workers", 1)
     if not (data / sources.METADATA).exists():
-        call("skysense_jax.cli", "data", "build", "--catalog", catalog, "--out", data, "--ratio", 4, "--sensors", "s2,s1")
+        call("data", "build", "--catalog", catalog, "--out", data, "--ratio", 4, "--sensors", "s2,s1", "--workers", 1)
     return data
 
 
@@ -161,20 +161,22 @@ def region_scores(fit: tuple[rows.Rows, np.ndarray], test: tuple[rows.Rows, np.n
     return score
 
 
-def one_seed(folder: pathlib.Path, world: str, seed: int, data: pathlib.Path | None) -> None:
+def one_seed(
+    folder: pathlib.Path, world: str, seed: int, data: pathlib.Path | None, places: int, steps: int
+) -> None:
     """Places, runs and scores of one seed, what is missing of them."""
     done = folder / "scores.json"
     if done.exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    data = data or make_places(folder, world, seed)
+    data = data or make_places(folder, world, seed, places)
     shuffled = folder / "shuffled_data"
     if not (shuffled / sources.METADATA).exists():
         shuffle_places(data, shuffled, seed)
     first = folder / "first"
-    train(first, data, seed)
+    train(first, data, seed, steps)
     for name, where, settings in (("none", data, ()), ("bank", data, (BANK,)), ("shuffled", shuffled, (BANK,))):
-        train(folder / name, where, seed, *settings, start=first)
+        train(folder / name, where, seed, steps, *settings, start=first)
     task = "patch" if world == "real" else "scene"
     parts = {split: collect(folder, data, task, split) for split in ("train", "test")}
     cfg = embed.read_description(folder / "none").config
@@ -183,6 +185,7 @@ def one_seed(folder: pathlib.Path, world: str, seed: int, data: pathlib.Path | N
     result["region"] = region_scores(parts["train"], parts["test"])
     with (folder / "bank" / "metrics.jsonl").open() as file:
         last = json.loads(file.readlines()[-1])
+    result["steps"], result["settings"] = steps, list(SETTINGS)
     result["monitors"] = {name: value for name, value in last.items() if name.startswith("geo/")}
     print(compare.table(result, f"{world} {seed}, {task}"), flush=True)
     write_atomically(done, (json.dumps(result, indent=1) + "\n").encode())
@@ -192,7 +195,7 @@ def mean_and_interval(values: list[float]) -> str:
     """Mean over seeds and its 95 % interval (Student's t)."""
     mean, n = np.mean(values), len(values)
     if n < 2:
-        return f"{mean:+.3f}"
+        return f"{mean:.3f}"
     half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5
     return f"{mean:.3f} [{mean - half:.3f}, {mean + half:.3f}]"
 
@@ -227,13 +230,16 @@ def main() -> None:
     parser.add_argument("--world", choices=(*WORLDS, "real"), default="regional")
     parser.add_argument("--data", type=pathlib.Path, help="the dataset of --world real (tests/real_data.py makes one)")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--places", type=int, default=384, help="of a synthetic world, a quarter of them held out")
+    parser.add_argument("--steps", type=int, default=150, help="of 16 places, of each of the two stages")
     parser.add_argument("--table", action="store_true", help="only the table of the scores that are there")
     parser.add_argument("--out", type=pathlib.Path, help="file with the marks to write the table between")
     args = parser.parse_args()
     if (args.world == "real") != (args.data is not None) and not args.table:
         parser.error("--data DATASET goes with --world real, and only with it")
     for seed in () if args.table else args.seeds:
-        one_seed(args.folder.resolve() / f"{args.world}-{seed}", args.world, seed, args.data and args.data.resolve())
+        one_seed(args.folder.resolve() / f"{args.world}-{seed}", args.world, seed, args.data and args.data.resolve(),
+                 args.places, args.steps)
     text = table(args.folder)
     print(text)
     if args.out:
