@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+from rasterio.warp import transform
 
 from skysense_jax.data import synthetic
 from skysense_jax.data import synthetic_sensors as sensors
 from skysense_jax.data import synthetic_world as world
 from skysense_jax.data.catalog import COLUMNS, read_catalog
+from skysense_jax.ops import regions
 
 PLACES = 24
 
@@ -98,8 +100,59 @@ def test_some_places_miss_a_sensor_and_scenes_are_balanced(rows):
         world.SCENES, PLACES // len(world.SCENES)
     )
     # Held-out places: the same share of every scene type.
-    held = [synthetic.scene_of(i) for i in range(320) if synthetic.split_of(i, 0.25) == "test"]
+    sites = [world.site("plain", 3, i) for i in range(320)]
+    held = [site.label for site in sites if synthetic.split_of(site.turn, 0.25) == "test"]
     assert {held.count(scene) for scene in world.SCENES} == {10}
+    assert all(site.label == site.scene and site.region is None for site in sites)
+
+
+@pytest.mark.parametrize("kind", ["regional", "permuted"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_in_a_regional_world_only_image_and_region_together_tell_the_label(kind, seed):
+    labels, count = world.WORLDS[kind], len(world.REGIONS)
+    sites = [world.site(kind, seed, i) for i in range(labels * count * 8)]
+    assert sites == [world.site(kind, seed, i) for i in range(len(sites))]
+    for split, share in (("train", 6), ("test", 2)):
+        chosen = [site for site in sites if synthetic.split_of(site.turn, 0.25) == split]
+        pairs = [(site.region, site.label) for site in chosen]
+        assert {pairs.count(pair) for pair in pairs} == {share} and len(set(pairs)) == labels * count
+        # Over all regions every label is as frequent with every type, so that the type alone is worth nothing.
+        pairs = [(site.scene, site.label) for site in chosen]
+        assert {pairs.count(pair) for pair in pairs} == {share} and len(set(pairs)) == labels * len(world.SCENES)
+    looks = {}
+    for site in sites:
+        looks.setdefault(site.region, {})[site.label] = site.scene
+    assert all(len(set(look.values())) == labels for look in looks.values()), "one label per type in a region"
+    assert len({tuple(sorted(look.items())) for look in looks.values()}) == count, "no two regions agree"
+    if kind == "permuted":
+        assert all(set(look.values()) == set(world.SCENES) for look in looks.values())
+
+
+def test_the_seed_draws_what_labels_look_like_and_unknown_worlds_are_refused(tmp_path):
+    drawn = {tuple(world.site("regional", seed, i).scene for i in range(32)) for seed in range(5)}
+    assert len(drawn) == 5
+    with pytest.raises(ValueError, match="unknown world 'flat'; known: plain, regional, permuted"):
+        synthetic.synthesise(tmp_path / "flat", 1, kind="flat")
+    assert not (tmp_path / "flat").exists()
+
+
+def test_regions_are_different_squares_of_the_grid_and_their_places_lie_in_them():
+    edges, cells = regions.grid_edges(1e6), []
+    for region in range(len(world.REGIONS)):
+        rng, corners = np.random.default_rng(region), []
+        for _ in range(50):
+            crs, west, north = synthetic._location(rng, False, 160.0, region)
+            corners.append((west, north))
+        lon, lat = transform(crs, "EPSG:4326", *zip(*corners))
+        cells.append(set(regions.cell_ids(np.float32(lon), np.float32(lat), *edges).tolist()))
+    assert all(len(found) == 1 for found in cells) and len(set.union(*cells)) == len(world.REGIONS)
+
+
+def test_a_regional_world_as_a_catalog(tmp_path):
+    synthetic.synthesise(tmp_path / "r", 5, seed=2, tile=8, ratio=2, workers=1, kind="regional")
+    catalog = read_catalog(tmp_path / "r" / "catalog.csv")
+    assert set(catalog.label_classes) == {f"label {k}" for k in range(4)}
+    assert "world regional" in (tmp_path / "r" / "SYNTHETIC.txt").read_text()
 
 
 def test_every_raster_says_synthetic_and_has_a_real_crs(folder, rows):

@@ -81,12 +81,18 @@ def _dates(rng: np.random.Generator, low: int, high: int) -> list[datetime.date]
     return [_FIRST_DAY + datetime.timedelta(int(d)) for d in sorted(chosen)]
 
 
-def _location(rng: np.random.Generator, south: bool, ground: float) -> tuple[CRS, float, float]:
-    """(CRS, west, north): a UTM zone of the temperate belts and a corner on the ground grid of `ground` metres."""
-    zone = int(rng.choice(_ZONES_SOUTH if south else _ZONES_NORTH))
-    latitude = rng.uniform(26, 40) if south else rng.uniform(36, 57)
+def _location(rng: np.random.Generator, south: bool, ground: float, region: int | None) -> tuple[CRS, float, float]:
+    """(CRS, west, north): a UTM zone of the temperate belts, or a place within 60 km of a region's centre, and a corner
+    on the ground grid of `ground` metres."""
+    if region is None:
+        zone, reach = int(rng.choice(_ZONES_SOUTH if south else _ZONES_NORTH)), 150e3
+        latitude = rng.uniform(26, 40) if south else rng.uniform(36, 57)
+    else:
+        (zone, latitude), reach = world.REGIONS[region], 40e3
+        latitude += rng.uniform(-0.4, 0.4)
     northing = 1e7 - 110_600 * latitude if south else 110_950 * latitude
-    west, north = (float(np.round(value / ground) * ground) for value in (rng.uniform(350e3, 650e3), northing))
+    easting = rng.uniform(500e3 - reach, 500e3 + reach)
+    west, north = (float(np.round(value / ground) * ground) for value in (easting, northing))
     return CRS.from_epsg((32700 if south else 32600) + zone), west, north
 
 
@@ -96,35 +102,31 @@ def _row(place: str, sensor: str, split: str, **fields: Any) -> dict[str, str]:
     return row
 
 
-def scene_of(index: int) -> str:
-    """Scene type of place `index`: the types in turn, so that every type is as frequent."""
-    return world.SCENES[index % len(world.SCENES)]
-
-
-def split_of(index: int, test_fraction: float) -> str:
-    """Split, "train" or "test", of place `index`, with the same share of test places in every scene type."""
-    turn = index // len(world.SCENES)
+def split_of(turn: int, test_fraction: float) -> str:
+    """Split, "train" or "test", of the places of a turn (world.Site): the same share of every label in every region."""
     return "test" if int((turn + 1) * test_fraction) > int(turn * test_fraction) else "train"
 
 
 def write_place(
-    out: str | Path, index: int, seed: int, tile: int, ratio: int, gsd: float, test_fraction: float
+    out: str | Path, index: int, seed: int, tile: int, ratio: int, gsd: float, test_fraction: float, kind: str
 ) -> list[dict[str, str]]:
-    """Renders place `index` into `out` and returns its catalog rows. Deterministic in (seed, index) and the sizes."""
+    """Renders place `index` into `out` and returns its catalog rows. Deterministic in (seed, index), the sizes
+    and the kind of world (world.WORLDS)."""
     rng = np.random.default_rng([seed, index])
-    place, scene, split = f"synthetic_{index:05d}", scene_of(index), split_of(index, test_fraction)
+    site = world.site(kind, seed, index)
+    place, split = f"synthetic_{index:05d}", split_of(site.turn, test_fraction)
     folder = Path(out) / place
     folder.mkdir(parents=True, exist_ok=True)
-    south = bool(rng.uniform() < 0.2)
-    crs, west, north = _location(rng, south, tile * gsd)
+    south = bool(rng.uniform() < 0.2) and site.region is None
+    crs, west, north = _location(rng, south, tile * gsd, site.region)
     climate = sensors.draw_climate(rng, south)
-    land = world.make_land(rng, tile, ratio, gsd, scene)
+    land = world.make_land(rng, tile, ratio, gsd, site.scene)
     area = sensors.fractions(land, ratio)
     share = sensors.fractions(land, ratio, land.vigour * land.tone.clip(0.6, 1.5))
     missing = rng.uniform(size=4) < np.array([0.08, 0.04, 0.1, 0.12])
     if missing[0] and missing[1]:
         missing[1] = False
-    rows = [_row(place, "label", split, classes=scene)]
+    rows = [_row(place, "label", split, classes=site.label)]
 
     def add(
         sensor: str,
@@ -233,11 +235,13 @@ def synthesise(
     gsd: float = 10.0,
     test_fraction: float = 0.25,
     workers: int | None = None,
+    kind: str = "plain",
 ) -> Path:
     """Writes `places` synthetic places into `out` and returns the path of its catalog.csv.
 
     tile: side of a place in base pixels of `gsd` metres; ratio: HR pixels along one of them. workers: processes (all
-    cores where None). Raises ValueError where `out` already has a catalog, or for sizes below 1.
+    cores where None). kind: of world.WORLDS. Raises ValueError where `out` already has a catalog, for sizes below 1, or
+    for an unknown world.
     """
     out = Path(out)
     if places < 1 or tile < 4 or ratio < 1 or not 0 <= test_fraction < 1 or gsd <= 0:
@@ -245,16 +249,17 @@ def synthesise(
             f"places {places}, tile {tile}, ratio {ratio}, gsd {gsd}, test fraction {test_fraction}: need places >= 1, "
             "tile >= 4, ratio >= 1, gsd > 0 and 0 <= fraction < 1"
         )
+    world.site(kind, seed, 0)  # an unknown world, before anything is written
     catalog = out / "catalog.csv"
     if catalog.exists():
         raise ValueError(
             f"{catalog} exists: synthetic places are never written over a catalog; choose another --out or delete it"
         )
     out.mkdir(parents=True, exist_ok=True)
-    (out / "SYNTHETIC.txt").write_text(_NOTICE + f"places {places} seed {seed} tile {tile} ratio {ratio} gsd {gsd}\n")
+    (out / "SYNTHETIC.txt").write_text(_NOTICE + f"places {places} seed {seed} tile {tile} ratio {ratio} gsd {gsd} world {kind}\n")
     workers = workers or os.cpu_count() or 1
     chunks = [range(at, min(at + 8, places)) for at in range(0, places, 8)]
-    jobs = [(chunk, str(out), seed, tile, ratio, gsd, test_fraction) for chunk in chunks]
+    jobs = [(chunk, str(out), seed, tile, ratio, gsd, test_fraction, kind) for chunk in chunks]
     rows: list[dict[str, str]] = []
     if workers == 1 or len(jobs) == 1:
         done = map(_write_places, jobs)
@@ -288,7 +293,8 @@ def _collect(done: Any, places: int) -> list[dict[str, str]]:
 
 def _run_synth(args: argparse.Namespace) -> int:
     catalog = synthesise(
-        args.out, args.places, args.seed, args.tile, args.ratio, args.gsd, args.test_fraction, args.workers
+        args.out, args.places, args.seed, args.tile, args.ratio, args.gsd, args.test_fraction, args.workers,
+        args.world,
     )
     print(f"SYNTHETIC data: {args.places} places, catalog {catalog}")
     return 0
@@ -310,4 +316,8 @@ def add_parsers_synth(subparsers: Any) -> None:
         "--test-fraction", type=float, default=0.25, help="share of held-out places, the same in every scene type"
     )
     parser.add_argument("--workers", type=int, default=None, help="processes (default: all cores)")
+    parser.add_argument(
+        "--world", choices=tuple(world.WORLDS), default="plain",
+        help="plain: a label is a scene type. regional, permuted: which scene type a label looks like depends on the "
+        "region (for tests of geo-context)")
     parser.set_defaults(run=_run_synth)

@@ -45,6 +45,48 @@ SCENES = (
 """Scene types: pairs that share their materials and differ in season (forests, crops), in texture (pasture, orchard) or
 in structure (towns)."""
 
+REGIONS = ((10, 45.0), (13, 34.0), (15, 45.0), (18, 34.0), (31, 45.0), (34, 45.0), (36, 34.0), (49, 34.0))
+"""Where the regions of a regional world lie: (northern UTM zone, latitude). Each is well inside a square of 1000 km of
+the equal-area grid, no two in one; all in the north, so that no season tells a region."""
+
+WORLDS = {"plain": len(SCENES), "regional": 4, "permuted": len(SCENES)}
+"""World -> number of scene labels.
+plain: the label of a place is its scene type, wherever it lies.
+regional: every region has the same four labels; which scene type each of them looks like depends on the region, and a
+    region shows four of the eight types. Over all regions, a place of any type has each label equally often: an image
+    says nothing about the label, image and region together say it.
+permuted: the same with eight labels: every region shows all types, so that regions differ in nothing but in what the
+    types are called.
+The last two are constructed so that location carries information; the Earth need not be like that."""
+
+
+class Site(NamedTuple):
+    """What is decided before a place is drawn. label: text. scene: of SCENES. region: of REGIONS, None: anywhere.
+    turn: how many places before this one have the same label and region; no turn is complete without all of them."""
+
+    label: str
+    scene: str
+    region: int | None
+    turn: int
+
+
+def site(world: str, seed: int, index: int) -> Site:
+    """Place `index` of a world: labels and, in a world that has them, regions in turn, so that each is as frequent.
+
+    In region r label k looks like type order[(shift[r] + k) mod 8] with order and shift drawn from the seed: one label
+    per type and region, and all labels over the regions. ValueError: no such world.
+    """
+    if world not in WORLDS:
+        raise ValueError(f"unknown world {world!r}; known: {', '.join(WORLDS)}")
+    labels = WORLDS[world]
+    turn, label = divmod(index, labels)
+    if world == "plain":
+        return Site(SCENES[label], SCENES[label], None, turn)
+    turn, region = divmod(turn, len(REGIONS))
+    rng = np.random.default_rng([seed, 0, 1])  # places are seeded by [seed, index]
+    order, shift = rng.permutation(len(SCENES)), rng.permutation(len(SCENES))
+    return Site(f"label {label}", SCENES[order[(shift[region] + label) % len(SCENES)]], region, turn)
+
 
 class Land(NamedTuple):
     """Ground of one place, S = tile * ratio fine pixels.

@@ -1,0 +1,52 @@
+"""The geo-context experiment: what it shuffles, what it appends, and the table it writes."""
+import json
+
+import numpy as np
+import pytest
+
+from skysense_jax.data import sources
+from skysense_jax.models.skysense import PLACE
+from tests import geo_experiment, tiny
+
+
+def test_shuffled_places_have_each_others_locations_and_nothing_else_changes(tmp_path):
+    data = tiny.write_dataset(tmp_path / "data")
+    geo_experiment.shuffle_places(tmp_path / "data", tmp_path / "other", seed=1)
+    assert sources.read_metadata(tmp_path / "other")["dataset_id"] != sources.read_metadata(data)["dataset_id"]
+    for split, count in (("train", 10), ("test", 5)):
+        before, after = (sources.open_places(folder, split) for folder in (data, tmp_path / "other"))
+        lon = [[float(places[i]["lon"]) for i in range(count)] for places in (before, after)]
+        assert lon[0] != lon[1] and sorted(lon[0]) == sorted(lon[1])
+        for i in range(count):
+            one, other = before[i], after[i]
+            assert set(one) == set(other)
+            assert all(np.array_equal(one[name], other[name]) for name in one if name not in ("lon", "lat"))
+
+
+def test_location_is_repeated_for_every_patch():
+    inputs = {PLACE: {"lon": np.float32([1, 2]), "lat": np.float32([3, 4])}}
+    assert geo_experiment.location(inputs, "scene", ())["scene"].tolist() == [[1, 3], [2, 4]]
+    patches = geo_experiment.location(inputs, "patch", (2, 2))["patch"]
+    assert patches.shape == (2, 2, 2, 2) and (patches[1] == [2, 4]).all()
+
+
+def test_the_table_has_the_mean_over_seeds_and_students_interval_of_the_paired_gain(tmp_path):
+    for seed, gain in ((0, 0.1), (1, 0.3)):
+        scores = [{"method": name, "probe": probe, "scores": {"accuracy": {"value": 0.5 + gain * (name == "bank")}}}
+                  for name in geo_experiment.VARIANTS for probe in ("linear", "knn")]
+        (tmp_path / f"regional-{seed}").mkdir()
+        (tmp_path / f"regional-{seed}" / "scores.json").write_text(
+            json.dumps({"results": scores, "region": dict.fromkeys(geo_experiment.VARIANTS, 0.25)}))
+    lines = geo_experiment.table(tmp_path).splitlines()
+    assert len(lines) == 2 + len(geo_experiment.VARIANTS)
+    half = 12.7062 * 0.1  # t of one degree of freedom, standard error 0.1
+    assert f"| 0.700 [{0.7 - half:.3f}, {0.7 + half:.3f}] | 0.200 [{0.2 - half:.3f}, {0.2 + half:.3f}] |" in lines[4]
+    assert lines[2].startswith("| regional, 2 | no geo-context | 0.500 [0.500, 0.500] |  |")
+    assert geo_experiment.mean_and_interval([0.25]) == "0.250"
+
+
+@pytest.mark.parametrize("words", [["--world", "real"], ["--world", "regional", "--data", "x"]])
+def test_a_dataset_is_given_for_the_real_world_only(words, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["geo_experiment", str(tmp_path), *words])
+    with pytest.raises(SystemExit):
+        geo_experiment.main()
