@@ -1,7 +1,6 @@
 """`skysense-jax prototypes`: the report of a region and the maps of its places, against the same worked out by hand."""
 import itertools
 import json
-import shutil
 
 import jax
 import numpy as np

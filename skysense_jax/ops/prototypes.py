@@ -16,7 +16,6 @@ places, the devices they lie on and their number change rounding only.
 
 from __future__ import annotations
 
-from typing import Any, Mapping, NamedTuple
 
 import jax
 import jax.numpy as jnp
