@@ -16,6 +16,7 @@ places, the devices they lie on and their number change rounding only.
 
 from __future__ import annotations
 
+from typing import Mapping, NamedTuple
 
 import jax
 import jax.numpy as jnp
