@@ -130,8 +130,7 @@ def check(cfg: config_dict.ConfigDict, topology: str, slices: int, effort: float
         "model_flops": plan.flops, "executed_flops": executed,
     }
     if compiled is None:
-        needed = re.search(r"\(([\d.]+)([GM])\)", refusal)
-        temporaries = int(float(needed.group(1)) * (GIB if needed.group(2) == "G" else 2**20)) if needed else None
+        temporaries = asked_for(refusal)
         state = sum(result[f"{name}_bytes"] for name in checkpoint.TREES)
         peak = None if temporaries is None else temporaries + state
         unknown = dict.fromkeys(("collective_bytes", "roofline_step_seconds", "roofline_mfu"))
@@ -156,6 +155,12 @@ def check(cfg: config_dict.ConfigDict, topology: str, slices: int, effort: float
         "roofline_seconds": times, "roofline_step_seconds": step,
         "roofline_mfu": plan.flops / len(devices) / (chip.flops / per_chip) / step,
     }
+
+
+def asked_for(refusal: str) -> int | None:
+    """Bytes that the compiler's refusal asks for: the first size in it, "(10.51T)"; the limit follows. None without."""
+    found = re.search(r"\(([\d.]+)([KMGT])\)", refusal)
+    return int(float(found.group(1)) * 2 ** (10 * (1 + "KMGT".index(found.group(2))))) if found else None
 
 
 def held(tree: trees.Tree) -> int:

@@ -228,6 +228,14 @@ def test_the_paper_s_recipe_is_fitted_to_larger_pods_and_that_is_said(places, pa
     assert said in note and bool(note) == (then != (places, parts)) == ("`train` needs the same values" in note)
 
 
+@pytest.mark.parametrize("size, asked", [("10.51T", 10.51 * 2**40), ("21.61G", 21.61 * 2**30), ("512.5M", 512.5 * 2**20)])
+def test_what_a_refusal_asks_for_is_read_in_every_unit(size, asked):
+    refusal = (f"RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries ({size}) "
+               "exceeds available HBM (15.75G).")
+    assert checks.asked_for(refusal) == int(asked)
+    assert checks.asked_for("RESOURCE_EXHAUSTED") is None
+
+
 @pytest.mark.parametrize("argument, words", [
     ("--json=nowhere/row.json", "there is no folder nowhere"), ("--slices=0", "--slices=0"), ("--effort=2", "--effort=2")])
 def test_what_would_be_lost_after_the_compilation_is_refused_before(argument, words, capfd):
