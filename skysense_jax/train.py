@@ -138,7 +138,7 @@ def make_plan(cfg: config_dict.ConfigDict, contract: Mapping[str, Any], mesh: ja
     share = int(cfg.data.batch) // meshes.batch_sharding(mesh).num_devices
     if share % cfg.objective.get("microbatches", 1):
         raise ValueError(f"config.objective.microbatches={cfg.objective.microbatches} does not divide the {share} places "
-                         "of a device: some would wait for others")
+                         "of a device, and some would wait for others; 1 always does")
     shapes = state.state_shapes(objective, batch, cfg.seed, mesh)
     update = step.make_step(objective, cfg, optim.decay_mask(shapes.params))
     return Plan(dict(contract), spec, objective, shapes, batch, update, float(objective.flops(batch)))
@@ -224,7 +224,7 @@ def run(options: Options, process: int, processes: int, preemption: Preemption) 
 
     # 1. A folder, and what is to be learnt from: the dataset and the input contract.
     check_config(cfg)
-    window = profiler.Window(options.profile, workdir)
+    window = profiler.Window(options.profile, workdir, cfg.steps)
     paths.make_folder(workdir)
     data, contract = DATA.get(cfg.model.name, pipeline), make_contract(cfg)
     meta = folder.run_meta(cfg, contract, data.check(cfg, contract))
@@ -282,7 +282,8 @@ def run(options: Options, process: int, processes: int, preemption: Preemption) 
                         log.close()
                         say(f"preempted: saved at step {done}")
                         return EXIT_PREEMPTED
-                    draw(now.params, done)
+                    with timers("eval"):
+                        draw(now.params, done)
                     with timers("data"):
                         batch = state.put_batch(next(batches), plan.batch)
                     window.before_step(done, now)
@@ -298,7 +299,8 @@ def run(options: Options, process: int, processes: int, preemption: Preemption) 
                 skipped = log.flush()
                 if skipped > cfg.run.max_skipped:
                     return not_finite()
-                draw(now.params, done)
+                with timers("eval"):
+                    draw(now.params, done)
                 save()
                 saver.wait()
                 log.close()

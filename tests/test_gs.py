@@ -151,7 +151,7 @@ def test_the_lines_in_a_bucket_hold_every_synced_step_once(bucket):
 @needs_gcsfs
 def test_a_trace_and_the_stacks_of_a_hung_run_reach_the_bucket(bucket):
     workdir = paths.path(f"{bucket}/watched")
-    window = profiler.Window("1:2", workdir)
+    window = profiler.Window("1:2", workdir, 2)
     window.before_step(1, None)
     window.before_step(2, jax.numpy.ones(3) + 1)
     [folder] = (workdir / profiler.FOLDER / "plugins" / "profile").iterdir()

@@ -231,11 +231,13 @@ def test_a_bad_configuration_is_78_and_one_line(arguments, said, dataset, tmp_pa
 def test_a_profiler_window_traces_its_steps_and_no_others(tmp_path):
     for wrong in ("4:2", "2:2", "3", "a:b", "-1:2"):
         with pytest.raises(ValueError, match="FIRST < LAST"):
-            profiler.Window(wrong, tmp_path)
+            profiler.Window(wrong, tmp_path, 9)
+    with pytest.raises(ValueError, match="the run has 9 steps"):
+        profiler.Window("9:12", tmp_path, 9)
 
     def traced(text: str, begin: int, end: int) -> list[int]:
         """Numbers of done steps at whose next step a trace runs."""
-        window, found = profiler.Window(text, tmp_path), []
+        window, found = profiler.Window(text, tmp_path, 9), []
         for done in range(begin, end):
             window.before_step(done, jnp.ones(()))
             if running():

@@ -122,11 +122,11 @@ class Log:
         now, data = time.monotonic(), self._timers.seconds.get("data", 0.0)
         wall, steps = max(now - self._mark, 1e-9), max(step - self._mark_step, 1)
         rate = steps * self._places / wall
-        spent = sum(self._timers.seconds.values())
+        spent = max(sum(self._timers.seconds.values()), 1e-9)
+        shares = {name: seconds / spent for name, seconds in self._timers.seconds.items()}
         speed = {"places_per_s": rate, "imgs_per_s": rate * self._images / self._places,
-                 "goodput": self._timers.seconds.get("step", 0.0) / max(spent, 1e-9), "step_s": wall / steps,
-                 "input_wait": (data - self._mark_data) / wall,
-                 "peak_bytes": peak_memory()}
+                 "goodput": shares.get("step", 0.0), "step_s": wall / steps,
+                 "input_wait": (data - self._mark_data) / wall, "peak_bytes": peak_memory()}
         if self._peak is not None:
             speed["mfu"] = self._flops * steps / wall / self._peak
         self._mark, self._mark_step, self._mark_data = now, step, data
@@ -134,16 +134,19 @@ class Log:
             return
         record = {"step": step, **values, "time": {**speed, "unix": time.time(), "seconds": dict(self._timers.seconds)}}
         self._records.add(json.dumps(record) + "\n")
-        for name, value in {**values, **{f"time/{k}": v for k, v in speed.items()}}.items():
+        curves = {**values, **{f"time/{name}": value for name, value in speed.items()},
+                  **{f"time/share_{name}": share for name, share in shares.items()}}
+        for name, value in curves.items():
             if isinstance(value, (int, float)):
                 self._board.add_scalar(name, value, step)
         left = (self._total - step) * wall / steps
         mfu = f" | MFU {speed['mfu']:.1%}" if "mfu" in speed else ""
+        rest = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if name != "step" and share >= 0.005)
         loss = values["loss"] if isinstance(values["loss"], str) else f"{values['loss']:.4f}"
         skips = f" | skipped {values['skipped']}" if values["skipped"] else ""
         print(f"step {step}/{self._total} | loss {loss}{skips} | {rate:.1f} places/s, "
               f"{speed['imgs_per_s']:.0f} imgs/s{mfu} | input wait {speed['input_wait']:.0%} | "
-              f"{speed['peak_bytes'] / 2**30:.1f} GiB | goodput {speed['goodput']:.0%} | "
+              f"{speed['peak_bytes'] / 2**30:.1f} GiB | goodput {speed['goodput']:.0%}{rest and f' ({rest})'} | "
               f"ETA {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}", file=sys.stderr, flush=True)
 
     def sync(self) -> int:

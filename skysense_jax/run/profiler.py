@@ -18,15 +18,18 @@ FOLDER = "profile"
 class Window:
     """Traces the steps after `first` steps are done until `last` are; nothing for the empty window ''.
 
-    text: "FIRST:LAST" with 0 <= FIRST < LAST, counted as in the metrics. Raises ValueError for anything else. A window
-    that lies before the step a run resumes from is over; one that the end of the run cuts is written as far as it goes.
+    text: "FIRST:LAST" with 0 <= FIRST < LAST, counted as in the metrics. Raises ValueError for anything else, and for a
+    window behind the `total` steps of the run. A window that lies before the step a run resumes from is over; one that
+    the end of the run cuts is written as far as it goes.
     """
 
-    def __init__(self, text: str, workdir: epath.Path) -> None:
+    def __init__(self, text: str, workdir: epath.Path, total: int) -> None:
         found = re.fullmatch(r"(\d+):(\d+)", text)
         if text and not (found and int(found.group(1)) < int(found.group(2))):
             raise ValueError(f"--profile={text!r}: FIRST:LAST steps with FIRST < LAST, as 100:105")
         self._first, self._last = (int(found.group(1)), int(found.group(2))) if found else (-1, -1)
+        if self._first >= total:
+            raise ValueError(f"--profile={text!r}: the run has {total} steps, none of them in that window")
         self._folder, self._running = workdir / FOLDER, False
 
     def before_step(self, done: int, state: Any) -> None:
