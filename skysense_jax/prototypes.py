@@ -166,6 +166,7 @@ def region_report(bank: Mapping[str, np.ndarray], row: int, side: float) -> dict
         "bank": {
             "usage_entropy": assignment.entropy(bank["usage"][row]),
             "similarity_mean": float(pairs.mean()), "similarity_max": float(pairs.max()),
+            "directions": assignment.directions(own),
         },
         "prototypes": [
             {"number": k, "usage": float(bank["usage"][row, k]), "like": int(others[k].argmax()),
@@ -275,10 +276,10 @@ def text(report: Mapping[str, Any]) -> str:
     count = len(report["prototypes"])
     lines = [
         f"network  {network['path']} ({network['kind']}, step {network['step']})",
-        f"region   {region['row']} of {region['visited_regions']} visited ones: lon {west:.3f}..{east:.3f}, "
+        f"region   row {region['row']} (visited regions: {region['visited_regions']}): lon {west:.3f}..{east:.3f}, "
         f"lat {south:.3f}..{north:.3f}, {region['side_m'] / 1000:g} km square; {region['visits']} visits",
         f"bank     entropy of the usage {bank['usage_entropy']:.3f} of log {count}; similarity of two prototypes: mean "
-        f"{bank['similarity_mean']:.3f}, greatest {bank['similarity_max']:.3f}",
+        f"{bank['similarity_mean']:.3f}, greatest {bank['similarity_max']:.3f}; directions {bank['directions']:.1f}",
     ]
     if data:
         lines.append(

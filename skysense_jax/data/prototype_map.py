@@ -17,7 +17,7 @@ from skysense_jax.data.synthetic import SYNTHETIC_TAG
 NODATA = 65535
 """Value of a cell without valid input, in maps and GeoTIFFs; no prototype."""
 
-_SIDE, _GAP, _LINE, _ROWS, _SWATCHES = 256, 10, 18, 8, 16
+_SIDE, _GAP, _LINE, _ROWS, _SWATCHES = 224, 10, 18, 8, 16
 
 
 def write_geotiff(path: str | Path, assigned: np.ndarray, record: Mapping[str, Any], tags: Mapping[str, str]) -> None:
