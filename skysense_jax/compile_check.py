@@ -79,7 +79,7 @@ def with_every_chip_fed(cfg: config_dict.ConfigDict, devices: int) -> str:
     """At least one place per device, encoded in no more parts than a device has places: raises config.data.batch and
     lowers config.objective.microbatches to that, and says so ('' where nothing is changed).
     """
-    notes, before, parts = [], cfg.data.batch, cfg.objective.microbatches
+    notes, before, parts = [], cfg.data.batch, cfg.objective.get("microbatches", 1)
     if before < devices:
         cfg.data.batch = devices
         notes.append(f"config.data.batch={before} leaves devices without a place: compiled with {devices}")
@@ -98,6 +98,7 @@ def check(cfg: config_dict.ConfigDict, topology: str, slices: int, effort: float
     compiler_flags = prepare_environment(topology)
     devices = describe(topology, slices)
     note = with_every_chip_fed(cfg, len(devices))
+    cfg.data.statistics = "table"  # constants of the step: no dataset is needed to compile with other ones
     mesh = meshes.make_mesh(cfg.mesh.to_dict(), devices)
     plan = train.make_plan(cfg, train.make_contract(cfg), mesh)
     kind, per_chip = devices[0].device_kind, chips.devices_per_chip(devices)

@@ -47,6 +47,7 @@ ROWS = (
     *(Row("skysense_full", topology, fields=(NO_BANK, WHOLE))
       for topology in ("v5e:16x16", "v5p:8x8x8", "v5p:8x8x16", "v6e:16x16")),
     Row("skysense_base", "v5e:4x4", fields=(NO_BANK,)),
+    Row("msgfm_base", "v5e:4x4"),
 )
 
 MARKS = "<!-- rows: skysense-jax pods -->", "<!-- end of rows -->"
