@@ -64,19 +64,20 @@ def by_expert(x: jax.Array, axis: int) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*("expert" if i == axis else free for i in range(x.ndim))))
 
 
-def batch_parts() -> int:
-    """Devices of the mesh in use that a batch is split over; 1 without `jax.set_mesh`."""
-    return math.prod(jax.sharding.get_abstract_mesh().shape.get(axis, 1) for axis in BATCH_AXES)
+def batch_axes() -> dict[str, int]:
+    """Axes of the mesh in use that a batch is split over, with their sizes; none without `jax.set_mesh`."""
+    return {axis: size for axis, size in jax.sharding.get_abstract_mesh().shape.items() if axis in BATCH_AXES}
 
 
 def one_each(weight: jax.Array) -> jax.Array:
-    """[batch_parts, ...]: a whole weight once for each device that has a part of the batch, and lying there.
+    """[devices of batch_axes, ...]: a whole weight once for each device that has a part of the batch, and lying there.
 
     For a loop over the rows of a batch: the gradient that its steps sum up stays on the device and is reduced over the
     devices once, where the copies are one again. Of a weight that all share, every step's gradient would be reduced.
     """
-    copies = jnp.broadcast_to(weight, (batch_parts(), *weight.shape))
-    return jax.lax.with_sharding_constraint(copies, PartitionSpec(BATCH_AXES))
+    axes = batch_axes()
+    copies = jnp.broadcast_to(weight, (math.prod(axes.values()), *weight.shape))
+    return jax.lax.with_sharding_constraint(copies, PartitionSpec(tuple(axes)))
 
 
 class Report(NamedTuple):

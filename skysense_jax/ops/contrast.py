@@ -9,10 +9,12 @@ over pairs of unequal views, v2 = sum over all pairs, v3 = mean over all pairs, 
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
-from skysense_jax.core.sharding import batch_parts, one_each
+from skysense_jax.core.sharding import batch_axes, one_each
 
 
 def safe_mean(total: jax.Array, weight: jax.Array) -> jax.Array:
@@ -83,8 +85,8 @@ def distil(
     n, M] >= 0. student_prototypes, teacher_prototypes: [d, K] float32. centre: [K]. Loss per row: sum_m weight_m *
     CE(teacher_m, student), linear in the teacher's assignment, so the student's logits are made once. With n > chunk
     the rows are scanned in pieces that are rematerialised in the backward pass (65,536 prototypes x 16,000 rows of a
-    sample would be 4 GB), each device its own places: the pieces' gradients are summed over devices once. Returns (ce [B, n] = weighted
-    cross-entropies, entropy [B, n] = weighted teacher entropies, assigned [K] = sum of weight * teacher assignment),
+    sample would be 4 GB), each device its own places: the pieces' gradients are summed over devices once. Returns (ce
+    [B, n] = weighted cross-entropies, entropy [B, n] = weighted teacher entropies, assigned [K] = sum of weight * teacher assignment),
     float32; only `ce` carries gradient, and only into the student's side.
     """
     teacher, centre = jax.lax.stop_gradient((teacher, centre))
@@ -125,7 +127,7 @@ def distil(
         ce, entropy = (jnp.moveaxis(x, 0, 1).reshape(-1, pieces * size)[:, :n] for x in (ce, entropy))
         return ce, entropy, assigned
 
-    if (parts := batch_parts()) == 1:
+    if (parts := math.prod(batch_axes().values())) == 1:
         return scanned(student, teacher, weight, student_prototypes)
     each = [x.reshape(parts, batch // parts, *x.shape[1:]) for x in (student, teacher, weight)]
     ce, entropy, assigned = jax.vmap(scanned)(*each, one_each(student_prototypes))
