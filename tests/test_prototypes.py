@@ -197,6 +197,18 @@ def test_monitors_tell_collapse_and_death():
     bank, place, features, mask = world(1)
     _, healthy = step(bank, place, features, mask)
     assert abs(healthy["similarity"]) < 0.3 and healthy["dead"] == 0 and healthy["located"] < 1
+    assert monitors["directions"] < 1.2 / bank["prototypes"].shape[1] < 0.5 < healthy["directions"]
+
+
+def test_directions_tell_groups_that_the_mean_cosine_does_not():
+    bank, place, features, mask = world(1)
+    count, width = bank["prototypes"].shape[1:]
+    pairs = np.repeat(np.eye(2, width, dtype=np.float32), -(-count // 2), 0)[:count]
+    bank["prototypes"] = jnp.asarray(np.broadcast_to(pairs, bank["prototypes"].shape))
+    _, monitors = step(bank, place, features, mask)
+    gram = pairs @ pairs.T
+    np.testing.assert_allclose(monitors["directions"], count / np.square(gram).sum(), rtol=1e-6)
+    assert monitors["directions"] * count < 2.01
 
 
 def test_a_region_without_a_visit_gives_no_context():

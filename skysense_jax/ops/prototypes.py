@@ -79,7 +79,7 @@ def observe(
 
     place: {"lon", "lat"} [B]; queries: [B, V, N, D] features of V views in the bank's space; mask: [B, V, N], 0 = no
     valid input. Views without a valid cell and places without a region do not count. Returns (Observed, monitors:
-    scalars "located", "regions", "fit", "entropy", "similarity", "dead", see objectives.skysense).
+    scalars "located", "regions", "fit", "entropy", "similarity", "directions", "dead", see objectives.skysense).
     """
     ids = place_cells(bank, place)
     table = regions.claim(bank["cells"], ids)
@@ -99,6 +99,7 @@ def observe(
     attention = jax.nn.softmax(cosine * queries.shape[-1] ** 0.5, axis=-1)
     entropy = jax.scipy.special.entr(attention).sum(-1) / jnp.log(count)
     pairs = (jnp.square(own.sum(1)).sum(-1) - count) / max(count * (count - 1), 1)
+    spread = count / jnp.square(jnp.einsum("bpd,bqd->bpq", own, own)).sum((1, 2))  # groups of equal ones leave their mean low
     dead = (bank["usage"][row] < DEAD / count).mean(-1)
     monitors = {
         "located": weight.mean(),
@@ -106,6 +107,7 @@ def observe(
         "fit": safe_mean((cosine.max(-1) * mask).sum(), mask.sum()),
         "entropy": safe_mean((entropy * mask).sum(), mask.sum()),
         "similarity": safe_mean((pairs * weight).sum(), weight.sum()),
+        "directions": safe_mean((spread * weight).sum(), weight.sum()),
         "dead": safe_mean((dead * weight).sum(), weight.sum()),
     }
     return observed, monitors
