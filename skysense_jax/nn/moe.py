@@ -38,7 +38,7 @@ def route(scores: jax.Array, places: int) -> Routing:
     scores in the order of the tokens.
     """
     tokens, experts = scores.shape
-    expert, gate = jnp.argmax(scores, axis=-1).astype(jnp.int32), jnp.max(scores, axis=-1)
+    expert, gate = jnp.argmax(scores, axis=-1).astype(jnp.int32), chosen(scores)[:, 0]
     index = jnp.arange(tokens, dtype=jnp.int32)
     _, _, order = jax.lax.sort((expert, -jax.lax.stop_gradient(gate), index), num_keys=3)
     count = jnp.sum(expert[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
@@ -47,6 +47,13 @@ def route(scores: jax.Array, places: int) -> Routing:
     place = jnp.arange(places, dtype=jnp.int32)
     source = order[jnp.minimum(first[:, None] + place, tokens - 1)]
     return Routing(expert, gate, slot, slot < places, source, place < count[:, None])
+
+
+def chosen(x: jax.Array) -> jax.Array:
+    """The largest of each row, [T,E] -> [T,1]. By its place, not as a maximum: that one's gradient looks for values equal
+    to it, and finds none (0 / 0) where a partitioned program computes `x` twice and rounds it otherwise.
+    """
+    return jnp.take_along_axis(x, jnp.argmax(x, axis=-1, keepdims=True), axis=-1)
 
 
 def squared_variation(x: jax.Array) -> jax.Array:
@@ -70,7 +77,7 @@ def auxiliary_loss(logits: jax.Array, noisy: jax.Array, noise: float, kind: str)
         share = jnp.mean(jnp.argmax(scores, axis=-1)[:, None] == jnp.arange(experts), axis=0, dtype=scores.dtype)
         return experts * jnp.sum(share * jnp.mean(scores, axis=0))
     probabilities = jax.nn.softmax(logits, axis=-1)
-    distance = (probabilities if kind == "tutel" else logits) - jnp.max(noisy, axis=-1, keepdims=True)
+    distance = (probabilities if kind == "tutel" else logits) - chosen(noisy)
     load = jnp.sum(jax.scipy.special.ndtr(distance / noise), axis=0)
     return (squared_variation(jnp.sum(probabilities, axis=0)) + squared_variation(load)) / 2
 
