@@ -81,7 +81,8 @@ def contract_table(contract: Mapping[str, Any]) -> str:
             f"    {band:<8}{mean:>12.4f}{std:>12.4f}"
             for band, mean, std in zip(rule["bands"], rule["mean"], rule["std"])
         ]
-        lines += [f"    statistics: {rule['statistics_source']}", f"    missing: {rule['missing']}"]
+        lines += [f"    {key}: {rule[field]}" for key, field in (
+            ("statistics", "statistics_source"), ("datum", "datum"), ("missing", "missing")) if field in rule]
     return "\n".join(lines)
 
 

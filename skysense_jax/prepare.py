@@ -140,6 +140,8 @@ def _plausible(contract: Mapping[str, Any], name: str, image: np.ndarray, valid:
             f"{seen}: {outside:.1%} lie outside the plausible {row.plausible[0]:g} .. {row.plausible[1]:g} "
             f"{rule['unit']}; give raw values in this unit (normalisation belongs to the model)"
         )
+    if "datum" in rule:
+        values = values - np.percentile(values, 50, axis=0, method="lower")
     score = (values.mean(0) - np.asarray(rule["mean"])) / np.asarray(rule["std"])
     worst = int(np.abs(score).argmax())
     if abs(score[worst]) > MAX_SCORE:

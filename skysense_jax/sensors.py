@@ -30,7 +30,8 @@ class Sensor(NamedTuple):
     or None; it applies on top of the file's own nodata. offset_required: the additive offset must be known from metadata or
     the catalog (Sentinel-2, processing baseline 04.00). mean, std: default statistics per band in stored units;
     source: where they come from. unstored: bands a model may take that records do not hold -> (mean, std).
-    pair: the sensor that msGFM reconstructs from this one where a place has both; "" = none.
+    pair: the sensor that msGFM reconstructs from this one where a place has both; "" = none. heights: values above an
+    arbitrary datum, which models see above the median of each image (mean and std are of those).
     """
 
     name: str
@@ -50,6 +51,7 @@ class Sensor(NamedTuple):
     source: str
     unstored: Mapping[str, tuple[float, float]] = {}
     pair: str = ""
+    heights: bool = False
 
 
 _S2_BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B10", "B11", "B12")
@@ -92,9 +94,9 @@ SENSORS: dict[str, Sensor] = {
         Sensor(
             name="dsm", bands=("height",), aliases={"dsm": "height", "dem": "height", "elevation": "height"},
             unit="m", units_accepted=("m",), dtype="float32", grid="hr", dated=False, gsd=0.5, plausible=(-500.0, 9000.0),
-            nodata=None, offset_required=False, mean=(670.7,), std=(951.3,),
-            source="TerraMind's published DEM statistics (absolute heights in metres); compute your own with `data stats`",
-            pair="hr",
+            nodata=None, offset_required=False, mean=(0.0,), std=(10.0,),
+            source="a choice: 10 m above or below an image's median height is one unit; compute your own with `data stats`",
+            pair="hr", heights=True,
         ),
     )
 }
@@ -131,7 +133,7 @@ def input_contract(
     own statistics where absent.
 
     Returns {"format": 1, "ratio": R, "sensors": {name: {"bands": [...], "unit": str, "grid": "hr"|"s2", "gsd": metres, "mean": [...],
-    "std": [...], "statistics_source": str, "missing": rule}}} with mean/std in the model's band order.
+    "std": [...], "statistics_source": str, "missing": rule}}} with mean/std in the model's band order; "datum": rule, for heights only.
     Raises ValueError for an unknown sensor, an unknown or repeated band, a non-positive deviation.
     """
     contract: dict[str, Any] = {"format": 1, "ratio": int(ratio), "sensors": {}}
@@ -154,6 +156,8 @@ def input_contract(
             "statistics_source": str(given.get("source", row.source)),
             "missing": "invalid pixels and unmeasured bands are 0 after normalisation; absent dates are masked",
         }
+        if row.heights:
+            contract["sensors"][name]["datum"] = "the lower median of an image's valid pixels is subtracted first"
     return contract
 
 

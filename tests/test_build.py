@@ -328,6 +328,17 @@ def test_statistics_ignore_nodata_and_clouds(tmp_path):
     assert entry["n"][3] == 16 and "B04" in entry["unmeasured"]  # it never varies: nothing to normalise with
 
 
+def test_statistics_of_heights_do_not_know_the_datum(tmp_path):
+    relief = np.arange(256, dtype=np.float32).reshape(1, 16, 16)
+    rows = []
+    for place, datum in (("low", 0.0), ("high", 512.0)):
+        write(tmp_path / f"{place}.tif", relief + datum, step=5)
+        rows.append({"place": place, "sensor": "dsm", "path": f"{place}.tif", "units": "m", "split": "train"})
+    builder.build(catalog(tmp_path, rows), tmp_path / "d", OPTIONS, progress=False)
+    found = statistics.compute(tmp_path / "d", progress=False)["dsm"]
+    np.testing.assert_allclose([found["mean"][0], found["std"][0]], [0.5, relief.std()], rtol=1e-6)
+
+
 def run(*arguments):
     parser = argparse.ArgumentParser()
     commands.add_parsers(parser.add_subparsers(required=True))

@@ -9,7 +9,7 @@ import pytest
 
 from skysense_jax import sensors
 from skysense_jax.convert.torch_export import count_parameters
-from skysense_jax.models.skysense import cell_mask, make_model, param_shapes
+from skysense_jax.models.skysense import cell_mask, make_model, normalise, param_shapes
 from skysense_jax.nn.attention import drop_path, l2_normalise
 from skysense_jax.nn.fusion import Fusion
 from skysense_jax.nn.heads import UPHead
@@ -327,3 +327,22 @@ def test_a_fresh_up_head_tells_no_positions_of_a_patch_apart():
         coarse = out[:, ::vit.patch, ::vit.patch]
         assert vit.patch > 1 and len(np.unique(np.asarray(coarse))) == coarse.size
         np.testing.assert_array_equal(out, coarse.repeat(vit.patch, 1).repeat(vit.patch, 2))
+
+
+def test_heights_are_seen_above_the_median_of_each_image():
+    rule = sensors.input_contract({"dsm": ("height",)}, 2)["sensors"]["dsm"]
+    draw = np.random.default_rng(0)
+    image = draw.normal(300, 20, (2, 2, 6, 5, 1)).astype(np.float32)
+    valid = (draw.random((2, 2, 6, 5)) < 0.7).astype(np.float32)
+    valid[1, 1] = 0
+    given = {"image": image, "valid": valid, "bands": np.ones((2, 2, 1), np.float32)}
+    seen, mask = normalise(given, rule)
+    for at in np.ndindex(2, 2):
+        use = valid[at] > 0
+        middle = np.percentile(image[at][use], 50, method="lower") if use.any() else 0
+        np.testing.assert_allclose(
+            seen[at], np.where(use[..., None], (image[at] - middle) / rule["std"][0], 0), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(mask, valid)
+    hidden = np.where(valid[..., None] > 0, image + 512, -9999).astype(np.float32)
+    close(normalise({**given, "image": hidden}, rule)[0], seen, 1e-4)
+    assert "datum" not in sensors.input_contract({"hr": ("R", "G", "B")}, 2)["sensors"]["hr"]

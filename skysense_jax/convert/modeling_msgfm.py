@@ -244,7 +244,8 @@ class MsGFMParts:
         return maps, self.encoder.norm(maps[-1])
 
     def decode(self, name, final):
-        """[B,h,w,C] -> the normalised pixels [B,bands,h*stride,w*stride] of a sensor; times std plus mean: its unit."""
+        """[B,h,w,C] -> the normalised pixels [B,bands,h*stride,w*stride] of a sensor; times std plus mean: its unit
+        (of heights, above the image's median)."""
         return self.decoders[name](final.permute(0, 3, 1, 2))
 
     def prepare(self, name, sensor):
@@ -259,6 +260,11 @@ class MsGFMParts:
         bands = sensor.get("bands", image.new_ones(b, t, c)).to(image)
         mean, std = (image.new_tensor(rule[key])[:, None, None] for key in ("mean", "std"))
         use = (valid > 0)[:, :, None] & (bands > 0)[..., None, None]
+        if "datum" in rule:  # heights above the lower median of the image's pixels
+            ordered = torch.where(use, image, torch.inf).flatten(3).sort(-1).values
+            count = use.flatten(3).sum(-1, keepdim=True)
+            middle = ordered.gather(-1, (count - 1).clamp(min=0) // 2)
+            image = image - torch.where(count > 0, middle, 0.0)[..., None]
         image = torch.where(use, (image - mean) / std, 0.0)
         if (height, width) != (side, side):
             image = F.interpolate(image.flatten(0, 1), size=(side, side), mode="bilinear", align_corners=False,

@@ -101,7 +101,10 @@ def _add(record: dict[str, np.ndarray], moments: dict[str, Moments], clear_only:
             use &= record[f"{name}_clear"].astype(bool)
         for image, pixels, measured in zip(record[f"{name}_image"], use, record[f"{name}_measured"]):
             for band in np.flatnonzero(measured):
-                found.add(band, image[..., band][pixels])
+                values = image[..., band][pixels]
+                if SENSORS[name].heights and values.size:
+                    values = values - np.percentile(values, 50, method="lower")  # as the model sees them
+                found.add(band, values)
 
 
 def _entry(

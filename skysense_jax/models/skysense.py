@@ -183,8 +183,22 @@ def normalise(sensor: Mapping[str, jax.Array], contract: Mapping[str, Any]) -> t
     mean, std = (jnp.asarray(contract[key], jnp.float32) for key in ("mean", "std"))
     valid = sensor["valid"] * jnp.any(sensor["bands"] > 0, axis=-1)[:, :, None, None]
     use = (valid[..., None] > 0) & (sensor["bands"][:, :, None, None, :] > 0)
-    image = (sensor["image"].astype(wide(sensor["image"].dtype)) - mean) / std
+    image = sensor["image"].astype(wide(sensor["image"].dtype))
+    if "datum" in contract:
+        image = image - lower_median(image, use)
+    image = (image - mean) / std
     return jnp.where(use, image, 0.0), valid.astype(jnp.float32)
+
+
+def lower_median(image: jax.Array, use: jax.Array) -> jax.Array:
+    """[B,T,H,W,C] -> [B,T,1,1,C], of the pixels where `use` (same shape) is true; 0 where there is none. The lower one of
+    two in the middle, as torch.median.
+    """
+    b, t, h, w, c = image.shape
+    ordered = jnp.sort(jnp.where(use, image, jnp.inf).reshape(b, t, h * w, c), axis=2)
+    count = use.sum((2, 3))[:, :, None]
+    middle = jnp.take_along_axis(ordered, jnp.maximum(count - 1, 0) // 2, axis=2)
+    return jnp.where(count > 0, middle, 0.0)[:, :, None]
 
 
 def cell_mask(valid: jax.Array, grid: tuple[int, int]) -> jax.Array:

@@ -88,6 +88,6 @@ def reconstructions(
 
 
 def raw(contract: Mapping[str, Any], name: str, image: jax.Array) -> jax.Array:
-    """Normalised values [..., C] in the sensor's unit again."""
+    """Normalised values [..., C] in the sensor's unit again; heights above the image's median."""
     mean, std = (jnp.asarray(contract["sensors"][name][key], jnp.float32) for key in ("mean", "std"))
     return image.astype(jnp.float32) * std + mean
