@@ -85,7 +85,11 @@ def np_normalised(contract: Any, name: str, part: Any) -> tuple[np.ndarray, np.n
     rule = contract["sensors"][name]
     count = len(rule["bands"])
     measured = part["valid"][..., None] * part["bands"][:, None, None, :count]
-    return np.where(measured > 0, (part["image"][..., :count] - rule["mean"]) / np.array(rule["std"]), 0), measured
+    image = part["image"][..., :count].astype(np.float64)
+    if "datum" in rule:
+        for one, use in zip(image, measured > 0):
+            one -= np.percentile(one[use], 50, method="lower") if use.any() else 0
+    return np.where(measured > 0, (image - rule["mean"]) / np.array(rule["std"]), 0), measured
 
 
 def np_mask(c: Any, drawn: Any) -> np.ndarray:
