@@ -3,7 +3,7 @@
     python -m tests.msgfm_experiment FOLDER --data DATASET --seeds 0 1 2 [--out docs/msgfm.md]
     python -m tests.msgfm_experiment FOLDER --table --out docs/msgfm.md      # the tables of what is there
 
-DATASET: places with hr, s2, s1, dsm and scene labels (what ./launch/local.sh makes by default). Everything is kept in
+DATASET: places with hr, s2, s1, dsm and scene labels (PLACES=1600 ./launch/local.sh makes one). Everything is kept in
 FOLDER and nothing is made twice: FOLDER/paired and FOLDER/unpaired (see :func:`split_places`), FOLDER/VARIANT-SEED.json
 with what a run scored. A seed is that of the network, the masks and the data order; the places are the same. All
 variants make the same number of updates with batches of the same size, step by step in turns.
@@ -55,10 +55,11 @@ KEPT = ("format", "tile", "gsd", "label_classes", "label_map_classes", "syntheti
 """What is said about the dataset's places and stays true of these."""
 
 SETTINGS = (
-    "steps=300", "data.batch=16", "data.statistics=dataset", "model.ratio=4", "model.img_size=32", "model.depths=(2, 2)",
-    "model.num_heads=(1, 2)", "objective.mask_cell=8", "schedule.warmup_steps=20",
+    "steps=300", "data.batch=16", "data.statistics=dataset", "model.ratio=4", "model.img_size=32",
+    "model.depths=(2, 2)", "model.num_heads=(1, 2)", "objective.mask_cell=8", "schedule.warmup_steps=20",
 )
-"""Of every run, on the smoke configuration: 300 updates with 16 images of 32 x 32 pixels, 4 experts in one of 4 blocks."""
+"""Of every run, on the smoke configuration: 300 updates with 16 images of 32 x 32 pixels; 4 experts in the last of 4
+blocks."""
 
 VARIANTS = {
     "half": "p = 0.5",
@@ -129,9 +130,8 @@ def split_places(data: pathlib.Path, folder: pathlib.Path) -> None:
 
 
 class Programs(NamedTuple):
-    """What is compiled for one architecture, once for all seeds and probabilities. init(seed) -> state; step(state, batch,
-    seed, cross) -> state, metrics; features(encoder, PlaceInput); errors(sensor, encoder, batch, key), see
-    :func:`held_out`."""
+    """What is compiled for one architecture, once for all seeds and probabilities. flops: of a step. init(seed): state;
+    step(state, batch, seed, cross) -> state, metrics; features(encoder, PlaceInput); errors: see :func:`make_errors`."""
 
     cfg: Any
     contract: dict[str, Any]
@@ -194,15 +194,15 @@ def make_errors(cfg: Any, contract: Mapping[str, Any]) -> Callable[..., Any]:
 
 
 def held_out(programs: Programs, encoder: Any) -> dict[str, dict[str, float]]:
-    """Mean absolute error over hidden pixels of the test places, in deviations of the target's bands: {"<input>-<target>":
-    {"error": the network's, "mean": of the training images' mean in its stead}}.
+    """Mean absolute error over hidden pixels of the test places, in deviations of the target's bands:
+    {"<input>-<target>": {"error": the network's, "mean": of the training images' mean in its stead}}.
 
     Every place once as each sensor, whole, the hidden cells drawn from MASKS; the partner is that of training: the
     acquisition nearest in time. As in evaluation elsewhere the gates have no noise and no token is dropped.
     """
     cfg, names = programs.cfg.copy_and_resolve_references(), tuple(programs.contract["sensors"])
     cfg.unlock()
-    cfg.data.split, cfg.data.also, cfg.data.scale, cfg.data.aspect, cfg.data.flip = "test", (), (1.0, 1.0), (1.0, 1.0), 0.0
+    cfg.data.split, cfg.data.scale, cfg.data.aspect, cfg.data.flip = "test", (1.0, 1.0), (1.0, 1.0), 0.0
     batches = samples.train_dataset(cfg, programs.contract, MASKS)
     total: dict[str, dict[str, np.ndarray]] = {}
     for number in range(sum(samples.make_plan(cfg, programs.contract, MASKS).rounds.values())):
@@ -212,7 +212,8 @@ def held_out(programs: Programs, encoder: Any) -> dict[str, dict[str, float]]:
             for kind, pair in kinds.items():
                 total.setdefault(direction, {}).setdefault(kind, np.zeros(2))
                 total[direction][kind] += np.asarray(pair, np.float64)
-    return {direction: {kind: float(one[0] / one[1]) for kind, one in kinds.items()} for direction, kinds in total.items()}
+    return {direction: {kind: float(error / pixels) for kind, (error, pixels) in kinds.items()}
+            for direction, kinds in total.items()}
 
 
 def probes(programs: Programs, encoders: Mapping[str, Any]) -> dict[str, Any]:
@@ -221,24 +222,28 @@ def probes(programs: Programs, encoders: Mapping[str, Any]) -> dict[str, Any]:
         return lambda inputs: {"scene": np.asarray(programs.features(encoder, inputs)["image"])}
 
     cfg, methods = programs.cfg, {name: method(encoder) for name, encoder in encoders.items()}
-    parts = [rows.collect(pipeline.eval_batches(cfg, programs.contract, split, int(cfg.eval.batch)), methods, ("scene",),
-                          patch=int(cfg.eval.patch))["scene"] for split in ("train", "test")]
-    return compare.compare(*parts, k=cfg.eval.knn_k, temperature=cfg.eval.knn_temp, resamples=cfg.eval.bootstrap, seed=0)
+    parts = []
+    for split in ("train", "test"):
+        batches = pipeline.eval_batches(cfg, programs.contract, split, int(cfg.eval.batch))
+        parts.append(rows.collect(batches, methods, ("scene",), patch=int(cfg.eval.patch))["scene"])
+    return compare.compare(
+        *parts, k=cfg.eval.knn_k, temperature=cfg.eval.knn_temp, resamples=cfg.eval.bootstrap, seed=0)
 
 
 def train(programs: Mapping[str, Programs], folder: pathlib.Path, variants: Sequence[str], seed: int) -> dict[str, Any]:
-    """The variants of a seed, one step of each in turn on the same batch (of its dataset): variant -> (encoder, what the
-    last step said, seconds of the steps)."""
+    """The variants of a seed, one step of each in turn on the same batch (of its datasets): variant -> (encoder, what
+    the last step said, seconds of the steps)."""
     states = {name: programs[ARCHITECTURE[name]].init(seed) for name in variants}
-    mixed = [str(folder / "unpaired")]
-    streams = {also: samples.train_dataset(
-        configuration(folder, f"data.also={tuple(mixed if also else ())}"), programs["moe"].contract, seed)
-        for also in {name == "unpaired" for name in variants}}
+    streams = {}
+    for mixed in {name == "unpaired" for name in variants}:
+        also = (str(folder / "unpaired"),) if mixed else ()
+        cfg = configuration(folder, f"data.also={also}")
+        streams[mixed] = samples.train_dataset(cfg, programs["moe"].contract, seed)
     seconds: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in variants}
     said: dict[str, dict[str, Any]] = {}
     total = programs["moe"].cfg.steps
     for number in range(total):
-        batches = {also: stream[number] for also, stream in streams.items()}
+        batches = {mixed: stream[number] for mixed, stream in streams.items()}
         for name in variants:
             wall, cpu = time.perf_counter(), time.process_time()
             states[name], measured = programs[ARCHITECTURE[name]].step(
