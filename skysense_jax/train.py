@@ -317,7 +317,7 @@ def run(options: Options, process: int, processes: int, preemption: Preemption) 
             timers.add(name, seconds)
         now, done = start.state, start.step
         saver = checkpoint.Saver(workdir, cfg.run.keep)
-        images = cfg.data.batch * sum(cfg.data.get("dates", {"one": 1}).values())
+        images = cfg.data.batch * (sum(cfg.data.dates.values()) if "dates" in cfg.data else 1)
         log = metrics.Log(workdir, done, cfg.steps, cfg.run.log_every, cfg.data.batch, images, plan.flops, timers)
         batches = data.make_train_iterator(cfg, contract, cfg.seed, done, process, processes)
 

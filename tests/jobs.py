@@ -116,7 +116,7 @@ def saving(workdir: pathlib.Path) -> list[pathlib.Path]:
 
 def arrays(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
     """Every array of one checkpoint by name."""
-    return {f"{part}/{name}": np.asarray(leaf) for part in ("params", "opt", "teacher", "memory", "counters")
+    return {f"{part}/{name}": np.asarray(leaf) for part in checkpoint.load_meta(workdir, step)["digests"]
             for name, leaf in trees.flatten(checkpoint.load_tree(workdir, part, step=step)).items()}
 
 

@@ -55,13 +55,24 @@ def batch_of(c: Any, sensor: str, seed: int = 0, paired: Any = None) -> dict[str
     return batch
 
 
+jit = functools.partial(jax.jit, compiler_options=xla_flags.ONCE["cpu"])
+"""Programs that run a few times: compiled in less time than optimised."""
+
+
 def objective_of(c: Any) -> tuple[Any, Any, Any, Any]:
     """(objective, params, teacher, jitted loss(params, teacher, batch, keys))."""
     objective = train.OBJECTIVES["msgfm"](c, train.make_contract(c))
-    params, teacher, memory = jax.jit(lambda: objective.init(jax.random.key(1), None))()
+    params, teacher, memory = jit(lambda: objective.init(jax.random.key(1), None))()
     assert memory == {}
-    return objective, params, teacher, jax.jit(
+    return objective, params, teacher, jit(
         lambda params, teacher, batch, keys: objective.loss(params, teacher, {}, batch, keys, {}))
+
+
+@functools.cache
+def crossing(cross: float) -> tuple[Any, Any, Any, Any, Any]:
+    """(configuration, *objective_of it) for a probability of reconstructing the partner."""
+    c = config(cross=cross)
+    return c, *objective_of(c)
 
 
 def keys(seed: int = 0) -> dict[str, jax.Array]:
@@ -96,18 +107,23 @@ def np_loss(c: Any, params: Any, batch: Any, drawn: Any) -> dict[str, float]:
     images = {name: np_normalised(contract, name, batch["own"]),
               PAIRS[name]: np_normalised(contract, PAIRS[name], batch["pair"])}
     grown = lambda side: np.kron(mask, np.ones((1, side, side), int))
-    tokens = model.embed(params["encoder"], name, images[name][0].astype(np.float32), grown(o.mask_cell // c.model.patch))
-    encoded = jax.jit(functools.partial(model.encode, train=True))(params["encoder"], tokens, rng=drawn["encoder"])
+
+    @jit
+    def network(encoder: Any, image: Any, hidden: Any, rng: Any) -> tuple[Any, Any]:
+        encoded = model.encode(encoder, model.embed(encoder, name, image, hidden), train=True, rng=rng)
+        return {one: model.decode(encoder, one, encoded.final) for one in images}, encoded.moe["stage1"]
+
+    guesses, stats = network(params["encoder"], images[name][0].astype(np.float32),
+                             grown(o.mask_cell // c.model.patch), drawn["encoder"])
     total, pixels, out, hidden = 0.0, 0.0, {}, grown(o.mask_cell)
     crosses = coins & (batch["paired"] > 0)
     for target, rows in ((name, ~crosses), (PAIRS[name], crosses)):
-        guess = np.asarray(model.decode(params["encoder"], target, encoded.final), np.float64)
+        guess = np.asarray(guesses[target], np.float64)
         image, measured = images[target]
         use = measured * hidden[..., None] * rows[:, None, None, None]
         error, count = (np.abs(image - guess) * use).sum() / use.shape[-1], use.sum() / use.shape[-1]
         total, pixels = total + error, pixels + count
         out[f"loss/{name}-{target}"] = error / count if count else np.nan
-    stats = encoded.moe["stage1"]
     load = np.asarray(stats["load"], np.float64)
     safe = np.where(load > 0, load, 1)
     out |= {"loss/mim": total / (pixels + 1e-5), "moe/aux": float(stats["aux"].sum()), "cross/share": crosses.mean(),
@@ -118,8 +134,7 @@ def np_loss(c: Any, params: Any, batch: Any, drawn: Any) -> dict[str, float]:
 
 @pytest.mark.parametrize("cross, sensor", [(0.0, "hr"), (0.5, "s2"), (0.5, "dsm"), (1.0, "s1")])
 def test_the_loss_is_that_of_numpy(cross, sensor):
-    c = config(cross=cross)
-    _, params, _, loss = objective_of(c)
+    c, _, params, _, loss = crossing(cross)
     batch, drawn = batch_of(c, sensor), keys()
     value, (measured, settle_inputs) = loss(params, {}, batch, drawn)
     wanted = np_loss(c, params, batch, drawn)
@@ -131,17 +146,10 @@ def test_the_loss_is_that_of_numpy(cross, sensor):
     assert len(others) == 6 and all(np.isnan(measured[name]) for name in others)
 
 
-@pytest.fixture(scope="module")
-def always():
-    """Everybody who can reconstructs the partner."""
-    c = config(cross=1.0)
-    return c, *objective_of(c)
-
-
 @settings(max_examples=25, deadline=None)
 @given(st.sampled_from(NAMES), st.lists(st.booleans(), min_size=8, max_size=8), st.integers(0, 99))
-def test_unpaired_images_always_reconstruct_themselves(always, sensor, paired, seed):
-    c, _, params, _, loss = always
+def test_unpaired_images_always_reconstruct_themselves(sensor, paired, seed):
+    c, _, params, _, loss = crossing(1.0)
     batch = batch_of(c, sensor, seed, np.array(paired, np.float32))
     first, (measured, _) = loss(params, {}, batch, keys(seed))
     assert measured["cross/share"] == np.mean(paired)
@@ -151,32 +159,30 @@ def test_unpaired_images_always_reconstruct_themselves(always, sensor, paired, s
 
 
 def test_gradients_reach_the_parts_that_took_part_and_no_others():
-    moved = {}
-    for cross in (0.0, 1.0):
-        c = config(cross=cross)
-        objective, params, _, _ = objective_of(c)
-        batch = batch_of(c, "s2", paired=1.0)
-        grads = jax.jit(jax.grad(lambda p: objective.loss(p, {}, {}, batch, keys(), {})[0]))(params)
-        moved[cross] = {name.split("/")[1] for name, leaf in trees.flatten(grads).items() if np.abs(leaf).max() > 0}
-    shared = {"encoder", "mask_token", "embed_s2"}
-    assert moved == {0.0: shared | {"decoder_s2"}, 1.0: shared | {"decoder_s1"}}
+    c, objective, params, _, _ = crossing(1.0)
+    gradient = jit(jax.grad(lambda p, batch: objective.loss(p, {}, {}, batch, keys(), {})[0]))
+    for paired, decoder in ((0.0, "decoder_s2"), (1.0, "decoder_s1")):
+        grads = trees.flatten(gradient(params, batch_of(c, "s2", paired=paired)))
+        moved = {name.split("/")[1] for name, leaf in grads.items() if np.abs(leaf).max() > 0}
+        assert moved == {"encoder", "mask_token", "embed_s2", decoder}
 
 
 # ---------------------------------------------------------------- the learning rate of a sensor
 
 def test_the_multiplier_acts_on_the_update_and_on_nothing_else():
-    """The same gradient, the same moments; the parameters move by a quarter."""
-    ends = {}
-    for scale in (1.0, 0.25):
-        c = config()
-        c.optim.lr_scale.s1, c.schedule.warmup_steps = scale, 0
-        objective, params, _, _ = objective_of(c)
-        zero = jnp.zeros((), jnp.int32)
-        begin = state.TrainState(zero, params, optim.init(params), {}, {}, zero)
-        advance = jax.jit(step.make_step(objective, c, optim.decay_mask(params)))
-        ends[scale] = (begin, *advance(begin, batch_of(c, "s1")))
-        assert float(ends[scale][2]["lr"]) == pytest.approx(scale * c.schedule.lr, rel=1e-6)
-    (begin, whole, measured), (_, part, other) = ends[1.0], ends[0.25]
+    """The same gradient, the same moments; the parameters move by a quarter. (The scale as part of the batch: one
+    program.)
+    """
+    c, objective, params, _, _ = crossing(0.5)
+    assert {name: float(objective.lr_scale(batch_of(c, name))) for name in NAMES} == pytest.approx(
+        {"hr": 1.0, "s2": 0.25, "s1": 0.25, "dsm": 0.1})
+    c = config()
+    c.schedule.warmup_steps = 0
+    scaled = objective._replace(lr_scale=lambda batch: batch["scale"])
+    begin = state.TrainState(jnp.int32(0), params, optim.init(params), {}, {}, jnp.int32(0))
+    advance, batch = jit(step.make_step(scaled, c, optim.decay_mask(params))), batch_of(c, "s1")
+    (whole, measured), (part, other) = (advance(begin, {**batch, "scale": np.float32(scale)}) for scale in (1, 0.25))
+    assert float(other["lr"]) == pytest.approx(0.25 * c.schedule.lr, rel=1e-6)
     assert same(whole.opt, part.opt) and measured["grad_norm"] == other["grad_norm"]
     moved = [jax.tree.map(lambda new, old: np.asarray(new, np.float64) - old, end.params, begin.params)
              for end in (whole, part)]
@@ -198,11 +204,16 @@ def test_distillation_is_that_of_numpy_and_only_for_the_sensor_the_teacher_knows
     own.moe.stages, own.img_size = (), 20
     network = msgfm.make_model(own, {**contract, "sensors": {"hr": contract["sensors"]["hr"]}})
     image = np_normalised(contract, "hr", batch["own"])[0].astype(np.float32)
-    theirs = jax.jit(lambda p, x: network.encode(p, network.embed(p, "hr", x)).merged)(
-        teacher["encoder"], np_stretched(image, 20))
     model = msgfm.make_model(c.model, contract)
-    tokens = model.embed(params["encoder"], "hr", image, np.kron(np_mask(c, drawn), np.ones((1, 2, 2), int)))
-    mine = jax.jit(functools.partial(model.encode, train=True))(params["encoder"], tokens, rng=drawn["encoder"]).merged
+
+    @jit
+    def merged(taught: Any, encoder: Any, image: Any, large: Any, hidden: Any, rng: Any) -> tuple[Any, Any]:
+        tokens = model.embed(encoder, "hr", image, hidden)
+        theirs = network.encode(taught, network.embed(taught, "hr", large)).merged
+        return model.encode(encoder, tokens, train=True, rng=rng).merged, theirs
+
+    mine, theirs = merged(teacher["encoder"], params["encoder"], image, np_stretched(image, 20),
+                          np.kron(np_mask(c, drawn), np.ones((1, 2, 2), int)), drawn["encoder"])
     a, b = (np.asarray(x, np.float64).mean((1, 2)) for x in (mine, theirs))
     a = a @ np.asarray(params["projector"]["kernel"], np.float64) + params["projector"]["bias"]
     cosine = np.mean((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1))
@@ -234,7 +245,7 @@ def test_images_are_stretched_as_torch_does():
 
 
 def fresh_state(objective: Any, seed: int = 0) -> state.TrainState:
-    params, teacher, memory = jax.jit(lambda: objective.init(jax.random.key(seed), None))()
+    params, teacher, memory = jit(lambda: objective.init(jax.random.key(seed), None))()
     return state.TrainState(jnp.int32(seed), params, optim.init(params), teacher, memory, jnp.int32(0))
 
 
@@ -362,16 +373,15 @@ def test_it_learns_what_can_be_learnt():
     c = config()
     c.schedule.rule, c.schedule.lr, c.schedule.warmup_steps, c.steps = "multistep", 0.03, 5, 60
     c.optim.lr_scale.s1 = 1.0
-    objective, params, _, _ = objective_of(c)
-    batch = batch_of(c, "s1", paired=1.0)
+    objective = train.OBJECTIVES["msgfm"](c, train.make_contract(c))
+    params, batch = crossing(0.5)[2], batch_of(c, "s1", paired=1.0)
     for part, name, level in (("own", "s1", 1.0), ("pair", "s2", -1.0)):
         rule = train.make_contract(c)["sensors"][name]
         for band, (mean, std) in enumerate(zip(rule["mean"], rule["std"])):
             batch[part]["image"][..., band] = mean + std * level
         batch[part]["valid"][:], batch[part]["bands"][:, :len(rule["bands"])] = 1, 1
-    zero = jnp.zeros((), jnp.int32)
-    now = state.TrainState(zero, params, optim.init(params), {}, {}, zero)
-    advance = jax.jit(step.make_step(objective, c, optim.decay_mask(params)))
+    now = state.TrainState(jnp.int32(0), params, optim.init(params), {}, {}, jnp.int32(0))
+    advance = jit(step.make_step(objective, c, optim.decay_mask(params)))
     seen: dict[str, list[float]] = {"loss/s1-s1": [], "loss/s1-s2": []}
     for _ in range(c.steps):
         now, measured = advance(now, batch)

@@ -53,7 +53,7 @@ def picture(
     side = next(iter(found.values()))["mask"].shape[0]
     name = record["place"]
     title = f"{name.decode() if isinstance(name, bytes) else name}   {what}"
-    step = (meta["gsd"] or 1.0) * int(meta["tile"]) / side  # only shades, where no size on the ground is known
+    step = (meta.get("gsd") or 1.0) * int(meta["tile"]) / side  # only shades, where no size on the ground is known
     return panels.draw(contract, found, step, title, bool(meta.get("synthetic")))
 
 
