@@ -304,7 +304,8 @@ def probe_table(scores: Mapping[str, Mapping[int, Any]]) -> str:
 
 def reconstruction_table(scores: Mapping[str, Mapping[int, Any]]) -> str:
     """Held-out error, one row per direction, one column per variant."""
-    lines = ["| from - to | the mean | " + " | ".join(scores) + " |", "|---|---|" + "---|" * len(scores)]
+    columns = [f"{name}, {len(found)} seeds" for name, found in scores.items()]
+    lines = ["| from - to | the mean | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
     for direction in DIRECTIONS:
         means = {one["held_out"][direction]["mean"] for found in scores.values() for one in found.values()}
         cells = [f"{max(means):.3f}"] if means else [""]
