@@ -88,7 +88,8 @@ def run(args: argparse.Namespace) -> int:
     """Makes what is missing and writes the table; 1 where a row could not be made (78 from compile-check)."""
     if not any(args.only in row.file for row in ROWS):
         raise ValueError(f"--only={args.only}: no row's file contains it; files: {', '.join(row.file for row in ROWS)}")
-    _around(args.out)  # refused now, not after hours of compilation
+    if args.out:
+        around(args.out, MARKS)  # refused now, not after hours of compilation
     args.folder.mkdir(parents=True, exist_ok=True)
     failed, results = [], []
     for row in ROWS:
@@ -105,17 +106,22 @@ def run(args: argparse.Namespace) -> int:
     table = HEAD + "\n".join(map(line, results)) + "\n"
     print(table)
     if args.out:
-        before, after = _around(args.out)
-        write_atomically(args.out, f"{before}{MARKS[0]}\n{table}{MARKS[1]}{after}".encode())
+        write_between(args.out, MARKS, table)
     for name in failed:
         print(f"skysense-jax pods: {name} could not be made, see above", file=sys.stderr)
     return 1 if failed else 0
 
 
-def _around(page: pathlib.Path | None) -> tuple[str, str]:
-    """The text before and after the marks of the page. Raises ValueError where they are not both there."""
-    before, _, rest = page.read_text().partition(MARKS[0]) if page else ("", "", MARKS[1])
-    _, found, after = rest.partition(MARKS[1])
+def around(page: pathlib.Path, marks: tuple[str, str]) -> tuple[str, str]:
+    """The text of a page before its first mark and after its second. Raises ValueError where they are not both there."""
+    before, _, rest = page.read_text().partition(marks[0])
+    _, found, after = rest.partition(marks[1])
     if not found:
-        raise ValueError(f"{page} has no lines {MARKS[0]} and {MARKS[1]} to write the table between")
+        raise ValueError(f"{page} has no lines {marks[0]} and {marks[1]} to write the table between")
     return before, after
+
+
+def write_between(page: pathlib.Path, marks: tuple[str, str], text: str) -> None:
+    """Puts `text` between two marks of a page, in the place of what stood there. Raises ValueError as :func:`around`."""
+    before, after = around(page, marks)
+    write_atomically(page, f"{before}{marks[0]}\n{text}{marks[1]}{after}".encode())

@@ -25,7 +25,6 @@ from typing import Any, Mapping
 import jax
 import numpy as np
 import tensorflow_datasets as tfds
-from scipy import stats
 
 from skysense_jax import cli, embed
 from skysense_jax.data import pipeline, sources
@@ -34,7 +33,9 @@ from skysense_jax.data.synthetic_world import WORLDS
 from skysense_jax.evals import compare, linear, metrics, rows
 from skysense_jax.models.skysense import PLACE
 from skysense_jax.ops import regions
+from skysense_jax.pods import write_between
 from tests import tiny
+from tests.experiments import mean_and_interval
 
 CONFIG = pathlib.Path(__file__).resolve().parents[1] / "configs" / "skysense_tiny.py"
 
@@ -191,19 +192,10 @@ def one_seed(
     write_atomically(done, (json.dumps(result, indent=1) + "\n").encode())
 
 
-def mean_and_interval(values: list[float]) -> str:
-    """Mean over seeds and its 95 % interval (Student's t)."""
-    mean, n = np.mean(values), len(values)
-    if n < 2:
-        return f"{mean:.3f}"
-    half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5
-    return f"{mean:.3f} [{mean - half:.3f}, {mean + half:.3f}]"
-
-
 def table(folder: pathlib.Path) -> str:
     """The scores that are there, one row per world and variant."""
-    lines = ["| world, seeds | variant | linear probe, accuracy | over no geo-context | kNN, accuracy | region, accuracy |",
-             "|---|---|---|---|---|---|"]
+    lines = ["| world, seeds | variant | linear probe, accuracy | over no geo-context | kNN, accuracy "
+             "| region, accuracy |", "|---|---|---|---|---|---|"]
     for world in (*WORLDS, "real"):
         scores = [json.loads(file.read_text()) for file in sorted(folder.glob(f"{world}-*/scores.json"))]
         if not scores:
@@ -243,11 +235,7 @@ def main() -> None:
     text = table(args.folder)
     print(text)
     if args.out:
-        before, _, rest = args.out.read_text().partition(MARKS[0])
-        _, found, after = rest.partition(MARKS[1])
-        if not found:
-            raise ValueError(f"{args.out} has no lines {MARKS[0]} and {MARKS[1]} to write the table between")
-        write_atomically(args.out, f"{before}{MARKS[0]}\n{text}{MARKS[1]}{after}".encode())
+        write_between(args.out, MARKS, text)
 
 
 if __name__ == "__main__":

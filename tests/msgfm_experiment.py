@@ -39,11 +39,12 @@ from skysense_jax.models import msgfm
 from skysense_jax.objectives import msgfm as msgfm_objective
 from skysense_jax.objectives import msgfm_views
 from skysense_jax.ops.masking import masked_sums, pixel_mask, random_cells
+from skysense_jax.pods import write_between
 from skysense_jax.run import metrics, optim, state
 from skysense_jax.run.step import make_step
 from skysense_jax.sensors import SENSORS
 from tests import tiny
-from tests.experiments import mean_and_interval, write_between
+from tests.experiments import mean_and_interval
 
 CONFIG = pathlib.Path(__file__).resolve().parents[1] / "configs" / "msgfm_smoke.py"
 NAMES = ("hr", "s2", "s1", "dsm")
