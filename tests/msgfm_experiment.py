@@ -131,7 +131,7 @@ def split_places(data: pathlib.Path, folder: pathlib.Path) -> None:
 
 class Programs(NamedTuple):
     """What is compiled for one architecture, once for all seeds and probabilities. flops: of a step. init(seed): state;
-    step(state, batch, seed, cross): (state, metrics); features(encoder, PlaceInput); errors: see :func:`make_errors`."""
+    step(state, batch, seed, cross): (state, metrics); features(encoder, PlaceInput); errors: :func:`make_errors`."""
 
     cfg: Any
     contract: dict[str, Any]
