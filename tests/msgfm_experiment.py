@@ -132,7 +132,7 @@ def split_places(data: pathlib.Path, folder: pathlib.Path) -> None:
 
 class Programs(NamedTuple):
     """What is compiled for one architecture, once for all seeds and probabilities. flops: of a step. init(seed): state;
-    step(state, batch, seed, cross) -> state, metrics; features(encoder, PlaceInput); errors: see :func:`make_errors`."""
+    step(state, batch, seed, cross): (state, metrics); features(encoder, PlaceInput); errors: :func:`make_errors`."""
 
     cfg: Any
     contract: dict[str, Any]
@@ -198,7 +198,7 @@ def held_out(programs: Programs, encoder: Any) -> dict[str, dict[str, float]]:
     """Mean absolute error over hidden pixels of the test places, in deviations of the target's bands:
     {"<input>-<target>": {"error": the network's, "mean": of the training images' mean in its stead}}.
 
-    Every place once as each sensor, whole, the hidden cells drawn from MASKS; the partner is that of training: the
+    Whole places, each once as each sensor (as many as fill batches); masks from MASKS; the partner as in training: the
     acquisition nearest in time. As in evaluation elsewhere the gates have no noise and no token is dropped.
     """
     cfg, names = programs.cfg.copy_and_resolve_references(), tuple(programs.contract["sensors"])
@@ -305,7 +305,7 @@ def probe_table(scores: Mapping[str, Mapping[int, Any]]) -> str:
 
 def reconstruction_table(scores: Mapping[str, Mapping[int, Any]]) -> str:
     """Held-out error, one row per direction, one column per variant."""
-    columns = [f"{name}, {len(found)} seeds" for name, found in scores.items()]
+    columns = [f"{name}, seeds: {len(found)}" for name, found in scores.items()]
     lines = ["| from - to | the mean | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
     for direction in DIRECTIONS:
         means = {one["held_out"][direction]["mean"] for found in scores.values() for one in found.values()}
