@@ -56,10 +56,10 @@ KEPT = ("format", "tile", "gsd", "label_classes", "label_map_classes", "syntheti
 """What is said about the dataset's places and stays true of these."""
 
 SETTINGS = (
-    "steps=300", "data.batch=16", "data.statistics=dataset", "model.ratio=4", "model.img_size=32",
+    "steps=1500", "data.batch=16", "data.statistics=dataset", "model.ratio=4", "model.img_size=32",
     "model.depths=(2, 2)", "model.num_heads=(1, 2)", "objective.mask_cell=8", "schedule.warmup_steps=20",
 )
-"""Of every run, on the smoke configuration: 300 updates with 16 images of 32 x 32 pixels; 4 experts in the last of 4
+"""Of every run, on the smoke configuration: 1500 updates with 16 images of 32 x 32 pixels; 4 experts in the last of 4
 blocks."""
 
 VARIANTS = {
