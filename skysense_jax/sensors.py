@@ -121,6 +121,10 @@ def band_name(sensor: str, name: str) -> str:
     raise ValueError(f"band {name!r} is not a band of sensor {sensor!r}; known: {', '.join((*row.bands, *row.unstored))}")
 
 
+DATUM = "the lower median of an image's valid pixels is subtracted first"
+"""How models see heights, in contracts and statistics of sensors that hold them."""
+
+
 def input_contract(
     bands: Mapping[str, Sequence[str]],
     ratio: int,
@@ -129,7 +133,7 @@ def input_contract(
     """What a model expects of its input, as a JSON-able dict.
 
     bands: sensor -> band names in the model's order. ratio: HR pixels along one base pixel. statistics: sensor ->
-    {"mean": per table band, "std": per table band, "source": text} in the *table's* band order (as `data stats` stores them); the table's
+    {"mean": per table band, "std": per table band, "source": text, "datum" for heights} in the *table's* band order (as `data stats` stores them); the table's
     own statistics where absent.
 
     Returns {"format": 1, "ratio": R, "sensors": {name: {"bands": [...], "unit": str, "grid": "hr"|"s2", "gsd": metres, "mean": [...],
@@ -145,6 +149,9 @@ def input_contract(
         if len(set(wanted)) != len(wanted) or not wanted:
             raise ValueError(f"sensor {name!r}: bands must be distinct and not empty, got {wanted}")
         given = (statistics or {}).get(name, {})
+        if row.heights and given and "datum" not in given:
+            raise ValueError(f"sensor {name!r}: these statistics are of absolute heights, models see them above each image's "
+                             "median; run `skysense-jax data stats` on the dataset again")
         mean, std = given.get("mean", row.mean), given.get("std", row.std)
         columns = {**dict(zip(row.bands, zip(mean, std))), **row.unstored}
         picked_std = [float(columns[band][1]) for band in wanted]
@@ -157,7 +164,7 @@ def input_contract(
             "missing": "invalid pixels and unmeasured bands are 0 after normalisation; absent dates are masked",
         }
         if row.heights:
-            contract["sensors"][name]["datum"] = "the lower median of an image's valid pixels is subtracted first"
+            contract["sensors"][name]["datum"] = DATUM
     return contract
 
 

@@ -346,3 +346,8 @@ def test_heights_are_seen_above_the_median_of_each_image():
     hidden = np.where(valid[..., None] > 0, image + 512, -9999).astype(np.float32)
     close(normalise({**given, "image": hidden}, rule)[0], seen, 1e-4)
     assert "datum" not in sensors.input_contract({"hr": ("R", "G", "B")}, 2)["sensors"]["hr"]
+
+
+def test_statistics_of_absolute_heights_are_refused():
+    with pytest.raises(ValueError, match="'dsm': these statistics are of absolute heights.* data stats"):
+        sensors.input_contract({"dsm": ("height",)}, 2, {"dsm": {"mean": [300.0], "std": [20.0], "source": "old"}})

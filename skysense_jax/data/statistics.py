@@ -15,7 +15,7 @@ from tqdm import tqdm
 from skysense_jax.data.builder import META, NAME, BuildError
 from skysense_jax.data.parts import write_atomically
 from skysense_jax.data.spec import record_features
-from skysense_jax.sensors import SENSORS
+from skysense_jax.sensors import DATUM, SENSORS
 
 
 class Moments:
@@ -62,7 +62,7 @@ def compute(folder: str | Path, clear_only: bool = False, progress: bool = True)
     """Computes the statistics and stores them in places.json under "statistics"; returns them.
 
     sensor -> {"mean", "std", "n": per band of the sensor's table row, "unit", "date", "sha256" of the records read,
-    "source", "unmeasured": bands without a pixel, which keep the table's values}. Pixels count where x_valid is 1 and
+    "source", "unmeasured": bands without a pixel, which keep the table's values, and "datum": of heights}. Pixels count where x_valid is 1 and
     the band was measured at that date; with clear_only also x_clear must be 1. Raises BuildError where `folder` is no
     complete dataset or has no train split.
     """
@@ -119,6 +119,7 @@ def _entry(
         "std": np.where(usable, std, row.std).tolist(),
         "n": [int(count) for count in found.n],
         "unit": row.unit,
+        **({"datum": DATUM} if row.heights else {}),
         "date": today,
         "sha256": sha256,
         "unmeasured": [band for band, good in zip(row.bands, usable) if not good],
