@@ -12,7 +12,6 @@ from skysense_jax.convert.torch_export import count_parameters
 from skysense_jax.models.skysense import cell_mask, make_model, normalise, param_shapes
 from skysense_jax.nn.attention import drop_path, l2_normalise
 from skysense_jax.nn.fusion import Fusion
-from skysense_jax.nn.heads import UPHead
 from skysense_jax.nn.position import calendar_rows
 from skysense_jax.nn.swin import SwinBlock, SwinTransformerV2, stage_plan
 from skysense_jax.nn.vit import TransformerLayer, TransformerStack
@@ -316,17 +315,6 @@ def test_what_the_model_refuses(model):
         make_model(tiny.config(), tiny.contract(ratio=8))
     with pytest.raises(ValueError, match="encodes"):
         make_model(tiny.config(), tiny.contract({"dsm": ("height",)}))
-
-
-def test_a_fresh_up_head_tells_no_positions_of_a_patch_apart():
-    cfg = tiny.config()
-    params = make_model(cfg, CONTRACT).init(jax.random.key(0))
-    for name, vit in (("head_s2", cfg.s2), ("head_s1", cfg.s1)):
-        x = jax.random.normal(jax.random.key(1), (2, 3, 3, vit.embed_dims))
-        out = UPHead(cfg.width, vit.patch).apply({"params": params[name]}, x)
-        coarse = out[:, ::vit.patch, ::vit.patch]
-        assert vit.patch > 1 and len(np.unique(np.asarray(coarse))) == coarse.size
-        np.testing.assert_array_equal(out, coarse.repeat(vit.patch, 1).repeat(vit.patch, 2))
 
 
 def test_heights_are_seen_above_the_median_of_each_image():

@@ -18,8 +18,7 @@ from skysense_jax.core.sharding import gathered
 from skysense_jax.nn.attention import trunc_normal, wide
 from skysense_jax.nn.fusion import Fusion
 from skysense_jax.nn.geo import GeoQuery, geo_context
-from skysense_jax.nn.heads import UPHead, alike
-from skysense_jax.nn.patch import kaiming_normal
+from skysense_jax.nn.heads import UPHead
 from skysense_jax.nn.position import CALENDAR_DAYS, calendar_rows
 from skysense_jax.nn.swin import SwinTransformerV2
 from skysense_jax.nn.vit import VisionTransformer
@@ -120,8 +119,7 @@ def build_modules(cfg: Any, contract: Mapping[str, Any]) -> dict[str, Any]:
                 mlp_ratio=vit.mlp_ratio, eps=vit.eps, drop=vit.drop_path, cls_token=vit.cls_token,
                 remat=cfg.remat, dtype=dtype)
         if HEADS.get(name) in names:
-            scale = cfg[name].patch
-            modules[HEADS[name]] = UPHead(cfg.width, scale, dtype, alike(kaiming_normal, scale**2))
+            modules[HEADS[name]] = UPHead(cfg.width, cfg[name].patch, dtype)
     if "fusion" in names:
         fusion = cfg.fusion
         modules["fusion"] = Fusion(

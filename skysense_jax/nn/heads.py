@@ -11,18 +11,6 @@ from skysense_jax.nn.attention import dense, gelu, l2_normalise, trunc_normal, w
 from skysense_jax.nn.patch import kaiming_normal, pixel_shuffle
 
 
-def alike(init: Any, copies: int) -> Any:
-    """An initialiser whose output channels come in runs of `copies` equal ones: the pixel shuffle behind it begins as an
-    enlargement by nearest neighbour (ICNR, Aitken et al. 2017).
-
-    With independent ones the position inside a patch was most of what a trained map told apart (74 % of the variance of a
-    small run's fused features, the scene's land cover 5 %), and what its prototypes learnt.
-    """
-    def start(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-        return jnp.repeat(init(key, (*shape[:-1], shape[-1] // copies), dtype), copies, axis=-1)
-    return start
-
-
 class UPHead(nn.Module):
     """1x1 convolution to width*scale^2 channels, then pixel shuffle: [B,h,w,Cin] -> [B,h*scale,w*scale,width]
     (SkySense release; SimMIM's decoder, whose kernel starts differently, is the same module).
