@@ -115,7 +115,8 @@ def geo_context(cfg: Any, places: int, cells: float, local_cells: float) -> floa
     query = TRAINED * geo_query(cfg, cells + local_cells) + 2 * geo_query(cfg, cells)
     context = attention(2 * (cells + local_cells) + cells, geo.prototypes, geo.width)
     assigned = attention(cells, geo.prototypes, geo.width) + linear(places, places, geo.prototypes * (geo.width + 1))
-    return query + context + (assigned if geo.bank == "on" else linear(cells, geo.width, geo.prototypes))
+    spread = linear(places * geo.prototypes, geo.width, geo.prototypes)  # what geo/directions is told by
+    return query + context + spread + (assigned if geo.bank == "on" else linear(cells, geo.width, geo.prototypes))
 
 
 def dino_trunk(cfg: Any, rows: float, width: float) -> float:
