@@ -45,7 +45,8 @@ def init_from(
     for part in TAKEN:
         old = trees.flatten(read(part))
         parts[part] = trees.map_named(lambda name, leaf: _leaf(part, name, leaf, old, report), getattr(now, part))
-        report["left"] += [f"{part}/{name}" for name in old if name not in trees.flatten(parts[part])]
+        used = trees.flatten(parts[part])
+        report["left"] += [f"{part}/{name}" for name in old if name not in used]
     return now._replace(**parts), report
 
 
