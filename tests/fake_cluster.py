@@ -99,7 +99,7 @@ def script(path, text):
 
 
 def clean_env():
-    ours = ("LAUNCH_", "SKYSENSE_", "SLURM", "TPU_")
+    ours = ("LAUNCH_", "SKYSENSE_", "SLURM", "TPU_", "VENV")
     return {name: value for name, value in os.environ.items() if not name.startswith(ours)}
 
 
