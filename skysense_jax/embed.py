@@ -141,9 +141,7 @@ def load(path: str | pathlib.Path, bank: str = OWN_BANK) -> Loaded:
             if place is None:
                 raise ValueError('this network uses geo-context: give "place": {"lon": degrees, "lat": degrees}, nan '
                                  'where it is not known, or open it with bank="none"')
-            count = len(next(iter(inputs.values()))["image"])
-            inputs[models.PLACE] = {
-                name: np.asarray(place[name], np.float32).reshape(count) for name in ("lon", "lat")}
+            inputs[models.PLACE] = prepare.location(place, len(next(iter(inputs.values()))["image"]))
         out = {name: np.asarray(value) for name, value in forward(network.encoder, inputs).items()}
         return out if batched else {name: value[0] for name, value in out.items()}
 

@@ -19,6 +19,7 @@ import time
 from typing import Any, Mapping, Sequence
 
 import jax
+import numpy as np
 from ml_collections import config_dict
 
 from skysense_jax import __version__, embed, sensors
@@ -26,6 +27,7 @@ from skysense_jax.convert import expert_shards, keymap, released, swin_files, te
 from skysense_jax.data.parts import write_atomically
 from skysense_jax.models import msgfm
 from skysense_jax.models.skysense import param_shapes
+from skysense_jax.ops import regions
 from skysense_jax.run import checkpoint
 
 FULL_SIZE = pathlib.Path(__file__).resolve().parents[1] / "configs" / "skysense_full.py"
@@ -245,6 +247,10 @@ def describe(
         cfg.geo_context.bank = "frozen"
         if len(shape := parts["geo"].tensors.shapes.get("prototypes", ())) == 3:
             cfg.geo_context.regions, cfg.geo_context.prototypes, cfg.geo_context.width = shape
+        for name, edges in zip(("lon_edges", "lat_edges"), regions.grid_edges(cfg.geo_context.cell)):
+            if name in parts["geo"].tensors and not np.array_equal(parts["geo"].tensors[name], edges):
+                raise ValueError(f"{parts['geo'].path}: the grid of its regions ({name}) is not the one of squares of "
+                                 f"model.geo_context.cell={cfg.geo_context.cell:g} metres; give --config with theirs")
     held = [name for name in parts if name != released.CALENDAR]
     with cfg.unlocked():
         cfg.modules = tuple(held)

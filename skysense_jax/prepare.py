@@ -65,6 +65,25 @@ def prepare(contract: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict
     return inputs, next(iter(batched.values()))
 
 
+def location(place: Mapping[str, Any], count: int) -> dict[str, np.ndarray]:
+    """Where `count` places are: {"lon", "lat"} float32 [count] of degrees, one number each or one per place.
+
+    Raises ValueError for a name that is missing or unknown, another number of places, or degrees that are none on Earth;
+    nan = not known.
+    """
+    if not isinstance(place, Mapping) or set(place) != {"lon", "lat"}:
+        raise ValueError(f'place: give {{"lon": degrees, "lat": degrees}}, got {place!r}')
+    found = {name: np.asarray(values, np.float64) for name, values in place.items()}
+    for name, limit in (("lon", 360), ("lat", 90)):
+        values = found[name]
+        if values.size != count or values.ndim > 1:
+            raise ValueError(f"place: {name} has shape {values.shape}, for {count} places one number each is needed")
+        if (np.abs(values) > limit).any():
+            raise ValueError(f"place: {name} must lie within -{limit}..{limit} degrees, nan where it is not known; got "
+                             f"{values[np.abs(values) > limit][0] if values.ndim else values:g}")
+    return {name: values.astype(np.float32).reshape(count) for name, values in found.items()}
+
+
 def _image(contract: Mapping[str, Any], name: str, entry: Any) -> np.ndarray:
     if name not in contract["sensors"]:
         raise ValueError(f"the model takes no {name!r}; its input contract has {', '.join(contract['sensors'])}")

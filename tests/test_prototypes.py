@@ -53,7 +53,9 @@ def test_poles_antimeridian_and_missing_locations():
     assert cells(181, 10) == cells(-179, 10) and cells(359.9, 0) == cells(-0.1, 0)
     assert cells(179.99, 10) != cells(-179.99, 10)
     top = (len(EDGES[0]) + 1) * (len(EDGES[1]) + 1)
-    assert cells(180 - 1e-3, 90) == top - 1 and cells(-180, -90) == 0
+    assert cells(180 - 1e-3, 89.99) == top - 1 and cells(-180, -89.99) == 0
+    for pole in (90, -90):
+        assert len(set(cells([0, 90, -90, 180, -180, 12.3, 359], [pole] * 7))) == 1 and cells(0, pole) != regions.NOWHERE
     lost = cells([np.nan, 3, np.inf, 3, 400, np.nan], [48, np.nan, 0, 90.1, 0, np.nan])
     assert (lost == regions.NOWHERE).all()
 
@@ -298,6 +300,11 @@ def test_the_bank_goes_to_pytorch_and_back(width, per_module, tmp_path):
     assert embed.load(out, "none").features(given)["pixel"].shape[-1] == 8 and "geo" not in bare.encoder
     with pytest.raises(ValueError, match="uses geo-context: give"):
         embed.load(out).features(given)
+    for wrong, words in (({"lon": 3.0}, "give .*lat"), ({"lon": [3.0, 4.0], "lat": [48.0, 48.0]}, "lon has shape"),
+                         ({"lon": 48.0, "lat": 103.0}, "lat must lie within -90..90"),
+                         ({"lon": np.inf, "lat": 3.0}, "lon must lie within -360..360")):
+        with pytest.raises(ValueError, match=f"place: {words}"):
+            embed.load(out).features({**given, "place": wrong})
     here = embed.load(out).features({**given, "place": {"lon": 3.0, "lat": 48.0}})["pixel"]
     assert here.shape[-1] == 8 + width and np.abs(here[..., 8:]).max() > 0
 
@@ -310,6 +317,34 @@ def test_the_bank_goes_to_pytorch_and_back(width, per_module, tmp_path):
         pytest.skip("needs torch (the extra `torch`): the exported folders are run by plain PyTorch")
     for folder in (out, tmp_path / "other", again):
         assert max(verify.in_torch(folder).values()) <= 3e-5
+
+
+@pytest.mark.parametrize("side", [65_536.0, 1e6, 12_345.6])
+def test_plain_torch_finds_the_same_region_in_every_precision(side):
+    torch = pytest.importorskip("torch", reason="needs torch (the extra `torch`): the modelling file is plain PyTorch")
+    from skysense_jax.convert import modeling_skysense
+
+    rng, count = np.random.default_rng(0), 200
+    lon, lat = np.float32(rng.uniform(-200, 200, count)), np.float32(rng.uniform(-90, 90, count))
+    lon[:8], lat[:8] = [0, 90, -180, 180, 179.99999, np.nan, 3, 10], [90, 90, -90, 0, 0, 3, 90.5, -1e-39]
+    bank = jax.device_get(prototypes.empty_bank(jax.random.key(0), count, 3, 8, side))
+    lon[8:60] = np.resize(bank["lon_edges"], 52)  # on an edge
+    ids = regions.cell_ids(lon, lat, bank["lon_edges"], bank["lat_edges"])
+    bank |= {"cells": regions.occupied(ids, count), "visits": np.ones(count, np.int32)}
+    module = modeling_skysense.GeoContext(8, {"regions": count, "prototypes": 3, "width": 8, "cell": side})
+    module.load_state_dict({name: torch.tensor(leaf) for name, leaf in bank.items()})
+    for name, edges in zip(("lon_edges", "lat_edges"), module.edges):
+        np.testing.assert_array_equal(np.float32(edges), bank[name])
+    features, place = rng.standard_normal((count, 1, 1, 8)), {"lon": torch.tensor(lon), "lat": torch.tensor(lat)}
+    rows = np.asarray(regions.lookup(bank["cells"], jnp.asarray(ids)))
+    wanted = np.stack([np_context(f, bank["prototypes"][row]) for f, row in zip(features, rows)])
+    wanted[rows < 0] = 0
+    assert (rows < 0).sum() == 2
+    for dtype, most in ((torch.float32, 1e-5), (torch.bfloat16, 0.05), (torch.float16, 0.01)):
+        found = module.to(dtype)(torch.tensor(features, dtype=dtype), place).detach().float().numpy()
+        assert np.abs(found - wanted).max() < most, dtype
+    with pytest.raises(ValueError, match=r"lon and lat \[200\] in degrees"):
+        module(torch.tensor(features, dtype=torch.float16), {"lon": place["lon"][:1], "lat": place["lat"][:1]})
 
 
 def test_partial_weights_with_and_without_the_bank(tmp_path):
@@ -325,6 +360,9 @@ def test_partial_weights_with_and_without_the_bank(tmp_path):
     assert "geo" not in without.encoder and without.description.model.geo_context.bank == "frozen"
     out = torch_export.export(without.encoder, CONTRACT, without.description.model, tmp_path / "out2", {})
     assert max(verify.in_jax(out).values()) == 0
+    near = tiny.config(geo_context=cfg.geo_context.to_dict() | {"cell": 65_537.0})  # as many edges
+    with pytest.raises(ValueError, match=r"lon_edges.*model.geo_context.cell=65537 metres"):
+        import_torch.import_files(list(files.values()), near, BANDS, tmp_path / "near")
     with pytest.raises(ValueError, match="geo needs the fusion"):
         import_torch.import_files([files["glbank"], files["backbone_s2"]], cfg, BANDS, tmp_path / "bad")
 
@@ -427,6 +465,17 @@ def test_a_second_stage_starts_from_a_run_without_a_bank(tmp_path):
     assert (begun.params["encoder"]["geo"]["query"]["kernel"] == 1).all()
     with pytest.raises(ValueError, match="input contract"):
         init_from.init_from(tmp_path, fresh, {"ratio": 8, "sensors": {}})
+    for number, side in enumerate((65_536.0, 65_537.0)):  # as many edges, and others
+        bank = prototypes.empty_bank(jax.random.key(0), 2, 2, 4, side)
+        other = made(0, 6, bank=bank)
+        if number == 0:
+            saver = checkpoint.Saver(tmp_path / "bank", keep=1)
+            saver.save(other, {}, {"config": {}, "contract": {"ratio": 4, "sensors": {}}})
+            saver.wait()
+            init_from.init_from(tmp_path / "bank", other, {"ratio": 4, "sensors": {}})
+            continue
+        with pytest.raises(ValueError, match="another grid than this run's .*lon_edges.*geo_context.cell"):
+            init_from.init_from(tmp_path / "bank", other, {"ratio": 4, "sensors": {}})
     fresh.params["encoder"]["s2"]["kernel"] = jnp.zeros((3, 4))
     with pytest.raises(ValueError, match=r"params/encoder/s2/kernel is float32\[3, 3\] there, float32\[3, 4\] here"):
         init_from.init_from(tmp_path, fresh, {"ratio": 4, "sensors": {}})

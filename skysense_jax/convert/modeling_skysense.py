@@ -236,19 +236,24 @@ class GeoContext(nn.Module):
     def __init__(self, width, geo):
         super().__init__()
         self.query = nn.Identity() if geo["width"] == width else nn.Linear(width, geo["width"])
-        rows, half = (geo["regions"], geo["prototypes"]), 6371007.1809 / geo["cell"]
-        columns = {"lon_edges": 2 * math.ceil(math.pi * half) - 1, "lat_edges": 2 * math.ceil(half) - 1}
-        for name, shape in {"prototypes": (*rows, geo["width"]), "usage": rows, **columns}.items():
-            self.register_buffer(name, torch.zeros(shape))
-        for name in ("visits", "cells"):
-            self.register_buffer(name, torch.zeros(rows[0], dtype=torch.int32))
+        rows, cell, r = (geo["regions"], geo["prototypes"]), geo["cell"], 6371007.1809
+        x, y = ([k * cell / r for k in range(1 - n, n)] for n in map(math.ceil, (math.pi * r / cell, r / cell)))
+        # Inner edges in degrees, as in the file; not its buffers, which .half() and .bfloat16() would round.
+        self.edges = [math.degrees(v) for v in x], [math.degrees(math.asin(v)) for v in y]
+        for name, shape in {"prototypes": (*rows, geo["width"]), "usage": rows, "visits": rows[0], "cells": rows[0],
+                            "lon_edges": len(x), "lat_edges": len(y)}.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.int32 if name in ("visits", "cells") else None))
 
     def forward(self, x, place):
-        lon, lat = (torch.as_tensor(place[name]).to(self.lon_edges)[:, None] for name in ("lon", "lat"))
+        exact = {"dtype": torch.float32, "device": x.device}  # locations and edges alike
+        lon, lat = (torch.as_tensor((place or {}).get(name, ()), **exact) for name in ("lon", "lat"))
+        if not lon.shape == lat.shape == x.shape[:1]:
+            raise ValueError(f"geo-context needs inputs['place']: lon and lat [{len(x)}] in degrees, nan = unknown")
+        lon, lat = (torch.where(v.abs() < torch.finfo(torch.float32).tiny, 0, v)[:, None] for v in (lon, lat))
         there = (lon.abs() <= 360) & (lat.abs() <= 90)
-        lon = torch.where(lon >= 180, lon - 360, torch.where(lon < -180, lon + 360, lon))
-        cell = (lat >= self.lat_edges).sum(1) * (len(self.lon_edges) + 1) + (lon >= self.lon_edges).sum(1)
-        hit = (self.cells == cell[:, None]) & there & (self.visits > 0)
+        lon = torch.where(lon >= 180, lon - 360, torch.where(lon < -180, lon + 360, lon)) * (lat.abs() != 90)
+        column, row = ((v >= torch.tensor(edges, **exact)).sum(1) for v, edges in zip((lon, lat), self.edges))
+        hit = (self.cells == (row * (len(self.lon_edges) + 1) + column)[:, None]) & there & (self.visits > 0)
         own = F.normalize(self.prototypes[hit.int().argmax(1)], dim=-1)
         logits = F.normalize(self.query(x), dim=-1).flatten(1, 2) @ own.transpose(1, 2) * own.shape[-1] ** 0.5
         return (logits.softmax(-1) @ own * own.shape[-1] ** 0.5 * hit.any(1)[:, None, None]).unflatten(1, x.shape[1:3])
@@ -301,8 +306,6 @@ class SkySenseParts:
         place, inputs = inputs.get("place"), {name: sensor for name, sensor in inputs.items() if name != "place"}
         if not inputs or set(inputs) - set(self.contract["sensors"]):
             raise ValueError(f"sensors {list(inputs)} given; the model takes any of {list(self.contract['sensors'])}")
-        if place is None and hasattr(self, "glbank"):
-            raise ValueError("geo-context needs inputs['place']: lon and lat [B] in degrees, nan = unknown")
         out, parts, masks = {"maps": {}, "mask": {}}, [], []
         for name in sorted(inputs, key=SENSOR_ORDER.index):
             image, valid, dates = self.prepare(name, inputs[name])
@@ -319,14 +322,11 @@ class SkySenseParts:
             cell = -(-image.shape[3] // x.shape[3])
             share = F.avg_pool2d(F.pad(valid, (0, -valid.shape[3] % cell, 0, -valid.shape[2] % cell)), cell)
             out["mask"][name] = (share >= 0.5).to(valid.dtype)
-            if not hasattr(self, "fusion"):
-                continue
-            if self.architecture["calendar"] in ("dated", name):
-                rows = self.ctpe[0, dates.clamp(0, 364)] * (dates >= 0)[..., None]
-                x = x + rows[..., None, None]
+            if hasattr(self, "ctpe") and self.architecture["calendar"] in ("dated", name):
+                x = x + (self.ctpe[0, dates.clamp(0, 364)] * (dates >= 0)[..., None])[..., None, None]
             parts.append(x.permute(0, 3, 4, 1, 2))
             masks.append(out["mask"][name].permute(0, 2, 3, 1) > 0)
-        if not parts:
+        if not hasattr(self, "fusion"):
             return out
         sequence, seen = torch.cat(parts, 3), torch.cat(masks, 3)
         fused = self.fusion(sequence.flatten(0, 2), seen.flatten(0, 2)).unflatten(0, sequence.shape[:3])

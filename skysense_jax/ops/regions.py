@@ -5,7 +5,7 @@ into squares of `cell` metres from the meridian 0 and the equator (SkySense: 409
 squares of 65,536 m; which ones is open, so: those with a place in them). A grid is its inner edges in degrees, float32,
 and a location is compared with them: no rounding of a product or a sine decides on which side of an edge a place lies,
 so that numpy, every device and torch agree bit for bit. The first and the last column end at the antimeridian, the
-first and the last row at the poles; these cells are smaller than the others.
+first and the last row at the poles; these cells are smaller than the others. A pole is one place and lies in one cell.
 """
 
 from __future__ import annotations
@@ -40,14 +40,15 @@ def grid_edges(cell: float) -> tuple[np.ndarray, np.ndarray]:
 def cell_ids(lon: jax.Array, lat: jax.Array, lon_edges: jax.Array, lat_edges: jax.Array) -> jax.Array:
     """Cell of every location, row * columns + column: int32 [B], numpy for numpy input.
 
-    lon, lat: [B] degrees; longitudes may run from -360 to 360, -180 and 180 are the same; a location that is not finite
-    or outside of the Earth gives NOWHERE. A place on an edge belongs to the cell to the east or to the north.
+    lon, lat: [B] degrees; longitudes may run from -360 to 360, -180 and 180 are the same, and all at a pole; a location
+    that is not finite or outside of the Earth gives NOWHERE. A place on an edge belongs to the cell to the east or to the north.
     """
     xp = np if isinstance(lon, np.ndarray) else jnp
     lon, lat = lon.astype(np.float32), lat.astype(np.float32)  # what batches hold
     tiny = np.finfo(np.float32).tiny  # below it devices read 0, numpy does not
     lon, lat = (xp.where(xp.abs(x) < tiny, np.float32(0), x) for x in (lon, lat))
     there = (xp.abs(lon) <= 360) & (xp.abs(lat) <= 90)  # False for NaN
+    lon = xp.where(xp.abs(lat) == 90, np.float32(0), lon)
     lon = xp.where(lon >= 180, lon - 360, xp.where(lon < -180, lon + 360, lon))  # exact in float32
     column = xp.sum(lon[:, None] >= lon_edges, axis=-1, dtype=np.int32)
     row = xp.sum(lat[:, None] >= lat_edges, axis=-1, dtype=np.int32)

@@ -24,6 +24,9 @@ WIDENED = "heads/fused/mlp0/kernel"
 """The fused head's first layer, [channels, hidden]: geo-context adds channels behind those it had. Their rows start at
 0, so that the head begins where it stood."""
 
+GRID = ("memory/bank/lon_edges", "memory/bank/lat_edges")
+"""What a bank's table of regions counts cells of."""
+
 
 def init_from(
     path: pathlib.Path | str, now: TrainState, contract: Mapping[str, Any]
@@ -80,6 +83,9 @@ def _leaf(part: str, name: str, fresh: jax.Array, old: Mapping[str, np.ndarray],
     if name == WIDENED and value.shape[0] < fresh.shape[0] and value.shape[1:] == fresh.shape[1:]:
         report["widened"].append(full)
         value = np.concatenate([value, np.zeros((fresh.shape[0] - value.shape[0], *value.shape[1:]), value.dtype)])
+    elif full in GRID and not np.array_equal(value, jax.device_get(fresh)):
+        raise ValueError(f"--init_from: the regions of its bank are cells of another grid than this run's ({full}); take "
+                         "the config.model.geo_context.cell of the run it was learnt in")
     elif (value.shape, value.dtype) != (fresh.shape, fresh.dtype):
         there, here = (f"{x.dtype}{list(x.shape)}" for x in (value, fresh))
         raise ValueError(f"--init_from: {full} is {there} there, {here} here")
