@@ -10,7 +10,6 @@ time.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import pathlib
@@ -139,7 +138,7 @@ def import_files(
         if imported.ignored:
             notes.append(f"{len(imported.ignored)} buffers are recomputed, not read")
         count = sum(leaf.size for leaf in jax.tree.leaves(imported.params))
-        origins[name] = {"file": path.name, "sha256": _sha256(path), "parameters": count, "notes": notes}
+        origins[name] = {"file": path.name, "sha256": tensor_files.sha256(path), "parameters": count, "notes": notes}
         print(f"{name}: {count:,} parameters from {path.name}, {time.monotonic() - started:.1f} s", flush=True)
         for note in notes:
             print(f"  {note}", flush=True)
@@ -179,7 +178,7 @@ def import_swin(
     with cfg.unlocked():
         cfg.modules = found.modules
     _check_room(out, list(found.modules), imported.params)
-    digests = {pathlib.Path(file).name: _sha256(pathlib.Path(file)) for file in files}
+    digests = {pathlib.Path(file).name: tensor_files.sha256(pathlib.Path(file)) for file in files}
     origins = {}
     for name in found.modules:
         checkpoint.save_part(out / embed.PARTS, name, {name: imported.params[name]})
@@ -285,8 +284,3 @@ def _default(key: str) -> str:
 def _existing(path: pathlib.Path) -> pathlib.Path:
     path = path.resolve()
     return path if path.exists() else _existing(path.parent)
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,8 @@
 """`skysense-jax verify`: an exported folder against its own frozen batch, in JAX and, where torch is installed, in torch.
 
 parity.safetensors holds inputs and the outputs they had when the weights were exported; whoever converts, copies or
-quantises the folder sees in one table whether it still is the same network.
+quantises the folder sees in one table whether it still is the same network. What that batch cannot see (the last bits of a
+weight, an expert that none of its tokens chose) the digests of the files do.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from skysense_jax.convert import frozen, torch_export, torch_import
 from skysense_jax.convert.tensor_files import torch_is_there
 
 EXIT_DIFFERS = 1
+PARITY = "parity.safetensors"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,10 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the table; 1 where an output differs by more than the folder's tolerance."""
+    """Prints the files that changed and the table; 1 where there is one, or an output differs by more than the folder's
+    tolerance.
+    """
     folder = pathlib.Path(args.path)
-    if not (folder / "parity.safetensors").is_file():
-        raise ValueError(f"{folder} has no parity.safetensors: it is no folder that export-torch wrote")
+    if absent := [name for name in (PARITY, torch_export.SUMS) if not (folder / name).is_file()]:
+        raise ValueError(f"{folder} has no {absent[0]}: it is no folder that export-torch wrote")
+    changed = torch_export.changed_files(folder)
+    for name in changed:
+        print(f"{name}: DIFFERS from the file that was exported ({torch_export.SUMS})")
+    if any(name == PARITY or not name.endswith(".safetensors") for name in changed):  # a table would say nothing
+        return EXIT_DIFFERS
     limit = json.loads((folder / "config.json").read_text())["parity"]["tolerance_rel_l2"]
     results = {"jax": in_jax(folder)}
     if torch_is_there():
@@ -40,13 +49,13 @@ def run(args: argparse.Namespace) -> int:
     print(text)
     if "torch" not in results:
         print("torch is not installed: the plain-torch column is left out (pip extra `torch`)")
-    return 0 if sound else EXIT_DIFFERS
+    return 0 if sound and not changed else EXIT_DIFFERS
 
 
 def in_jax(folder: pathlib.Path) -> dict[str, float]:
     """{output: relative L2 against the stored one} of the weights read back into JAX."""
     params, cfg, contract, _ = torch_import.load_folder(folder)
-    stored = safetensors.numpy.load_file(folder / "parity.safetensors")
+    stored = safetensors.numpy.load_file(folder / PARITY)
     inputs: dict[str, dict[str, np.ndarray]] = {}
     for key, value in stored.items():
         kind, *path = key.split(".")
@@ -56,7 +65,7 @@ def in_jax(folder: pathlib.Path) -> dict[str, float]:
     outputs = frozen.outputs(params, cfg, contract, inputs)
     missing = {key for key in stored if key.startswith("output.")} ^ {f"output.{key}" for key in outputs}
     if missing:
-        raise ValueError(f"{folder}/parity.safetensors and the model disagree about the outputs {sorted(missing)}")
+        raise ValueError(f"{folder}/{PARITY} and the model disagree about the outputs {sorted(missing)}")
     return {f"output.{key}": torch_export.relative_l2(value, stored[f"output.{key}"]) for key, value in outputs.items()}
 
 

@@ -246,7 +246,8 @@ def test_one_file_per_module_and_a_folder_that_changed(model, config, tmp_path, 
     capsys.readouterr()
     assert cli.main(["verify", str(folder)]) == 1
     table = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in table if "DIFFERS" in line] == ["fused"]
+    changed = [line.split()[0] for line in table if "DIFFERS" in line]
+    assert changed == ["skysense_model_fusion.safetensors:", "fused"]
     assert cli.main(["verify", str(tmp_path / "in")]) == 78
 
 

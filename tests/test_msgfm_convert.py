@@ -17,7 +17,7 @@ import safetensors.numpy
 
 import skysense_jax
 from skysense_jax import cli, sensors
-from skysense_jax.convert import bias_tables, expert_shards, keymap, tensor_files, torch_export, torch_import
+from skysense_jax.convert import bias_tables, expert_shards, keymap, swin_files, tensor_files, torch_export, torch_import
 from skysense_jax.core import trees
 from skysense_jax.models import msgfm
 from skysense_jax.run import checkpoint, init_from, state
@@ -99,6 +99,16 @@ def test_gfm_s_teacher_and_projector_are_left_out_by_name():
     assert found.new == ("decoder_hr",) and "decoder_hr" not in got.params
 
 
+@pytest.mark.parametrize("prefix", ["module.", "model.", "module.model."])
+def test_what_wrappers_put_before_the_names_is_taken_off(prefix):
+    cfg, file = small(moe=DENSE), layouts.simmim(*SIZES)
+    wrapped = {prefix + name: value for name, value in file.items()}
+    equal(imported(wrapped, cfg)[0].params, imported(file, cfg)[0].params)
+    assert swin_files.sensors_in(tensor_files.in_memory(wrapped), None) == (("hr",), False)
+    with pytest.raises(ValueError, match=r"encoder\.norm\.bias are both encoder\.norm\.bias once the prefixes are off"):
+        imported({**wrapped, "encoder.norm.bias": file["encoder.norm.bias"]}, cfg)
+
+
 @pytest.mark.parametrize("change, message", [
     (lambda s: s.pop("encoder.norm.weight"), r"missing: encoder.norm.weight \(8,\)"),
     (lambda s: s.pop("decoder.0.bias"), r"missing: decoder.0.bias \(48,\)"),
@@ -106,6 +116,8 @@ def test_gfm_s_teacher_and_projector_are_left_out_by_name():
      r"unexpected: encoder.absolute_pos_embed \(1, 64, 4\)"),
     (lambda s: s.update({"encoder.norm.weight": np.zeros(9, np.float32)}),
      r"wrong shape: encoder.norm.weight is \(9,\), the model needs \(8,\)"),
+    (lambda s: s.update({"encoder.layers.1.blocks.1.attn.relative_position_bias_table": np.zeros((1, 49, 2), "f4")}),
+     r"wrong shape: .*blocks\.1\.attn\.relative_position_bias_table is \(1, 49, 2\), the model needs \(49, 2\)"),
     (lambda s: s.update({"encoder.layers.1.blocks.1.attn.relative_position_bias_table": np.zeros((50, 2), np.float32)}),
      r"wrong shape: .*blocks\.1\.attn\.relative_position_bias_table is \(50, 2\), the model needs \(49, 2\)"),
 ])
@@ -238,6 +250,19 @@ def test_the_shards_of_swin_moe_are_one_file(tmp_path, ranks, slices):
         np.testing.assert_array_equal(whole[name], value)
 
 
+@pytest.mark.parametrize("ranks, slices", [(0, 1), (2, 1), (16, 4)])
+def test_biases_as_tutel_had_them_when_swin_moe_was_released(ranks, slices):
+    """[E,1,n], in one file (0 ranks) and in shards."""
+    file = swin_moe()
+    files = {f"m.{name}": part for name, part in layouts.shards(file, ranks, slices).items()} if ranks else {"m": dict(file)}
+    for part in files.values():
+        part |= {k: v[:, None] for k, v in part.items() if "experts" in k and k.endswith("_bias")}
+    whole = expert_shards.join({k: tensor_files.in_memory(v) for k, v in files.items()}, 4, {0: 8, 1: 16})
+    assert whole.shapes == {name: value.shape for name, value in file.items()}
+    for name, value in file.items():
+        np.testing.assert_array_equal(whole[name], value)
+
+
 def test_swin_moe_computes_its_tables_and_has_no_second_biases():
     torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
     file = swin_moe()
@@ -286,6 +311,11 @@ def test_shards_that_contradict_each_other():
     kept, files["m.rank2"][name] = files["m.rank2"][name], np.zeros((1, 9), np.float32)
     with pytest.raises(ValueError, match=r"batched_fc2_bias is \(1, 8\) in m.rank0 and \(1, 9\) in rank2"):
         join()
+    first = name.replace("fc2_bias", "fc1_w")
+    held = files["m.rank0"].pop(first)
+    with pytest.raises(ValueError, match=r"m\.rank0 holds no layers\.1\.blocks\.3\.\S+\.batched_fc1_w, which other"):
+        join()
+    files["m.rank0"][first] = held
     del files["m.rank2"][name]
     with pytest.raises(ValueError, match=r"m\.rank2 holds no layers\.1\.blocks\.3\.\S+\.batched_fc2_bias"):
         join()
@@ -355,6 +385,15 @@ def test_other_code_in_a_pickle_is_still_refused(tmp_path, monkeypatch):
     save_simmim(monkeypatch, tmp_path / "bad.pth", {"a": np.zeros(2, np.float32)}, code=sys.exit)
     with pytest.raises(ValueError, match=r"would run code that its pickle asks for \(sys.exit\)"):
         tensor_files.open_tensors(tmp_path / "bad.pth")
+
+
+def test_tensors_are_found_in_any_wrapping_trained_or_half(tmp_path):
+    torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
+    inside = {"a": torch.nn.Parameter(torch.ones(2)), "b": torch.ones(2, dtype=torch.bfloat16), "c": torch.ones(2).half()}
+    for content in ({"model": {"state_dict": inside}}, {"state_dict": {"module": {"model": inside}}}, inside):
+        torch.save(content, tmp_path / "x.pth")
+        opened = tensor_files.open_tensors(tmp_path / "x.pth")
+        assert {name: value.sum() for name, value in opened.items()} == {"a": 2, "b": 2, "c": 2}
 
 
 def test_a_run_begins_with_imported_weights(tmp_path, monkeypatch, capsys):
@@ -445,12 +484,18 @@ def test_plain_torch_is_the_same_network(exported):
     assert stored["input.s2.image"].shape == (2, 1, 13, 24, 24)  # resized to 32 inside, and dsm's 32 stay
 
 
-def test_verify_sees_a_weight_that_changed(exported, tmp_path, capsys):
-    _, _, folder = exported
+def copied(folder, tmp_path):
+    """A copy of an exported folder; links would carry a change back."""
     copy = tmp_path / "copy"
     copy.mkdir()
-    for path in pathlib.Path(folder).iterdir():
+    for path in filter(pathlib.Path.is_file, folder.iterdir()):
         (copy / path.name).write_bytes(path.read_bytes())
+    return copy
+
+
+def test_verify_sees_a_weight_that_changed(exported, tmp_path, capsys):
+    _, _, folder = exported
+    copy = copied(folder, tmp_path)
     assert cli.main(["verify", str(copy)]) == 0
     assert "DIFFERS" not in capsys.readouterr().out
     weights = safetensors.numpy.load_file(copy / "model.safetensors")
@@ -458,7 +503,45 @@ def test_verify_sees_a_weight_that_changed(exported, tmp_path, capsys):
     safetensors.numpy.save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     assert cli.main(["verify", str(copy)]) == 1
     table = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in table if "DIFFERS" in line] == [f"pixels.{s}.s1" for s in sorted(BANDS)]
+    pixels = [f"pixels.{s}.s1" for s in sorted(BANDS)]
+    assert [line.split()[0] for line in table if "DIFFERS" in line] == ["model.safetensors:", *pixels]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "parity.safetensors", "config.json", "modeling_msgfm.py"])
+def test_verify_sees_any_flipped_byte(exported, tmp_path, capsys, name):
+    """The last bit of one weight too, which moves no output by the tolerance."""
+    copy = copied(exported[2], tmp_path)
+    content = bytearray((copy / name).read_bytes())
+    content[-4] ^= 1  # of the last float32, its last bit
+    (copy / name).write_bytes(content)
+    assert cli.main(["verify", str(copy)]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"{name}: DIFFERS from the file that was exported (SHA256SUMS)"
+    assert [line for line in said if "DIFFERS" in line] == said[:1]
+    (copy / "SHA256SUMS").unlink()
+    assert cli.main(["verify", str(copy)]) == 78 and "has no SHA256SUMS" in capsys.readouterr().err
+
+
+def test_a_weight_that_is_no_number_is_a_difference(exported, tmp_path):
+    pytest.importorskip("torch", reason=NEEDS_TORCH)
+    copy = copied(exported[2], tmp_path)
+    with pytest.raises(ValueError, match="differs by nan"):
+        torch_export.record_parity(copy, {"output.a": 1e-7, "output.b": float("nan"), "output.c": 0.0})
+    weights = safetensors.numpy.load_file(copy / "model.safetensors")
+    weights["decoders.s2.0.bias"][0] = np.nan
+    safetensors.numpy.save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    run = subprocess.run([sys.executable, "modeling_msgfm.py"], cwd=copy, capture_output=True, text=True)
+    assert run.returncode == 1 and run.stdout.count("DIFFERS") == len(BANDS), run.stdout
+
+
+def test_plain_torch_refuses_masks_of_another_shape(exported):
+    torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
+    model, image = modelling(exported[2]).load(exported[2]), torch.zeros(1, 2, 1, 32, 32)
+    for given, message in (({"valid": torch.ones(1, 2, 1, 1)}, r"dsm: valid must be \(1, 2, 32, 32\), got \(1, 2, 1, 1\)"),
+                           ({"bands": torch.ones(1, 2)}, r"dsm: bands must be \(1, 2, 1\), got \(1, 2\)"),
+                           ({"hidden": torch.ones(1, 2, 1, 1)}, r"dsm: hidden must be \(2, 16, 16\), .* got \(2, 1, 1\)")):
+        with pytest.raises(ValueError, match=message):
+            model({"dsm": {"image": image, **given}})
 
 
 def test_plain_torch_routes_as_we_do_in_training_with_drops(exported):

@@ -30,16 +30,16 @@ class Shards(NamedTuple):
         """(shape of a tensor of all experts, slices an expert is cut into). Raises ValueError naming the files that are
         missing, or that do not have their part.
         """
-        shapes = []
+        first = name.rsplit("batched_", 1)[0] + "batched_fc1_w"
         for rank, file in enumerate(self.files):
-            if name not in file.shapes:
-                raise ValueError(f"{self.stem}.rank{rank} holds no {name}, which other ranks hold")
-            shapes.append(file.shapes[name])
+            if absent := [wanted for wanted in (name, first) if wanted not in file.shapes]:
+                raise ValueError(f"{self.stem}.rank{rank} holds no {absent[0]}, which other ranks hold")
+        shapes = [file.shapes[name] for file in self.files]
         if len(set(shapes)) > 1:
             other = next(rank for rank, shape in enumerate(shapes) if shape != shapes[0])
             raise ValueError(f"{name} is {shapes[0]} in {self.stem}.rank0 and {shapes[other]} in rank{other}")
         local, *rest = shapes[0]
-        kernel = self.files[0].shapes[name.rsplit("batched_", 1)[0] + "batched_fc1_w"]
+        kernel = self.files[0].shapes[first]
         slices = max(hidden // kernel[1], 1)
         if (len(self.files) * local, hidden) != (self.count * slices, kernel[1] * slices):
             whole = self.count * slices // local
@@ -60,6 +60,14 @@ class Shards(NamedTuple):
         return np.concatenate(experts, axis=0)
 
 
+def flat_biases(tensors: Tensors) -> Tensors:
+    """Biases of experts [E,1,n] as [E,n]: Tutel had that axis until August 2022, two months after Swin-MoE's files."""
+    for name, shape in tensors.shapes.items():
+        if name.endswith(("batched_fc1_bias", "batched_fc2_bias")) and len(shape) == 3 and shape[1] == 1:
+            tensors = tensors.changed(name, (shape[0], shape[2]), lambda bias: bias[:, 0])
+    return tensors
+
+
 def join(files: Mapping[str, Tensors], experts: int, hidden: Mapping[int, int]) -> Tensors:
     """One mapping of the files of a checkpoint: those of all ranks and what they share, or files that are no shards.
 
@@ -67,7 +75,7 @@ def join(files: Mapping[str, Tensors], experts: int, hidden: Mapping[int, int]) 
     naming a rank that is missing or given twice, ranks that do not make the model's experts, and a tensor that two
     files hold differently.
     """
-    ranks: dict[int, str] = {}
+    files, ranks = {path: flat_biases(tensors) for path, tensors in files.items()}, {}
     for path in files:
         if found := re.fullmatch(r"\.rank(\d+)", pathlib.Path(path).suffix):
             rank = int(found[1])

@@ -29,7 +29,7 @@ def model_card(config: Mapping[str, Any]) -> str:
         f"outputs = model({{{call}}})", f"# {shapes}",
         result, "```", "",
         f"`python {code}.py` runs the frozen batch in `parity.safetensors` and prints the differences.",
-        f"Measured at export: {measured}.", "",
+        f"Measured at export: {measured}. `sha256sum -c SHA256SUMS` checks the bytes of the files.", "",
         "## Size", "", "| part | parameters |", "|---|---|", *counts, "",
         size, "",
         "## Provenance", "", *origin, ""])

@@ -11,7 +11,7 @@ from typing import Any, Callable, Mapping, NamedTuple, Sequence
 import jax
 import numpy as np
 
-from skysense_jax.convert import bias_tables, keymap
+from skysense_jax.convert import bias_tables, keymap, released
 from skysense_jax.convert.tensor_files import Tensors
 from skysense_jax.models import msgfm
 from skysense_jax.nn.attention import trunc_normal
@@ -44,11 +44,24 @@ class Found(NamedTuple):
     notes: tuple[str, ...]
 
 
+def bare(tensors: Tensors) -> Tensors:
+    """The tensors without what wrappers put in front of their names, `module.` and `model.`. Raises ValueError where two
+    names become one.
+    """
+    names: dict[str, str] = {}
+    for name in tensors:
+        if (short := released.bare(name)) in names:
+            raise ValueError(f"{names[short]} and {name} are both {short} once the prefixes are off")
+        names[short] = name
+    return tensors.renamed(names)
+
+
 def sensors_in(tensors: Tensors, sensor: str | None) -> tuple[tuple[str, ...], bool]:
     """(sensors whose patch embeddings a file holds, whether it names them). One that does not, holds one: `sensor`,
     "hr" where that is None. Raises ValueError for a file without a patch embedding, and a `sensor` for one that names
     them.
     """
+    tensors = bare(tensors)
     named = [found[1] for name in tensors if (found := re.match(r"encoder\.patch_embeds\.(\w+)\.proj\.weight$", name))]
     if named and sensor is not None:
         raise ValueError(f"--sensor {sensor}: the file itself says that its sensors are {', '.join(named)}")
@@ -70,6 +83,7 @@ def fit(
     too much `torch_import.fill` refuses. leave_out: patterns of names that are not wanted. Raises ValueError where the
     file is of another architecture, naming tensor, shape and fix.
     """
+    tensors = bare(tensors)
     sensors, named = sensors_in(tensors, sensor)
     for name in sensors:
         if name not in contract["sensors"]:
@@ -178,8 +192,8 @@ def with_tables(readers: Readers, prefix: str, trained: Mapping[str, int], cfg: 
             name = f"{attn}relative_position_bias_table"
             network = [f"{attn}cpb_mlp.{key}" for key in ("0.weight", "0.bias", "2.weight")]
             if name in readers:
-                (count, *_), read = readers[name]
-                if count != rows and bias_tables.window_of(count) is not None:
+                (count, *rest), read = readers[name]
+                if len(rest) == 1 and count != rows and bias_tables.window_of(count) is not None:
                     readers[name] = (
                         (rows, heads), lambda read=read, window=window: bias_tables.resized(read(), window))
                     resized.append(f"{count} to {rows}")

@@ -6,6 +6,7 @@ for. Files in torch's zip format are memory-mapped; older ones are read whole, w
 from __future__ import annotations
 
 import collections
+import hashlib
 import importlib.util
 import pathlib
 import pickle
@@ -17,7 +18,7 @@ import numpy as np
 import safetensors
 
 WRAPPERS = ("state_dict", "model", "module")
-"""Keys under which a checkpoint may hold its tensors."""
+"""Keys under which a checkpoint may hold its tensors, in any depth."""
 
 ENDINGS = (".pth", ".pt", ".ckpt", ".bin")
 
@@ -81,6 +82,12 @@ def joined(files: Sequence[Tensors]) -> Tensors:
             raise ValueError(f"two files of weights hold {sorted(twice)[0]}")
         owner |= dict.fromkeys(tensors, tensors)
     return Tensors({name: tensors.shapes[name] for name, tensors in owner.items()}, lambda name: owner[name][name])
+
+
+def sha256(path: pathlib.Path) -> str:
+    """The digest of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def torch_is_there() -> bool:
@@ -148,16 +155,15 @@ def _open_torch(path: pathlib.Path) -> Tensors:
             ) from error
         raise ValueError(f"{path}: not a sound PyTorch file: {(str(error).splitlines() or [''])[0]}") from error
     found = content
-    for wrapper in WRAPPERS:
-        if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
-            found = found[wrapper]
+    while wrapper := next((w for w in WRAPPERS if isinstance(found, dict) and isinstance(found.get(w), dict)), None):
+        found = found[wrapper]
     tensors = {k: v for k, v in found.items() if isinstance(v, torch.Tensor)} if isinstance(found, dict) else {}
     if not tensors:
         inside = sorted(map(str, content))[:10] if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path}: no tensors in it; found {inside}")
 
     def read(name: str) -> np.ndarray:
-        value = tensors[name]
+        value = tensors[name].detach()
         return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
 
     return Tensors({name: tuple(value.shape) for name, value in tensors.items()}, read)

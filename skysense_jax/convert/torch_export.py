@@ -14,11 +14,15 @@ import safetensors.numpy
 
 from skysense_jax.convert import frozen, keymap
 from skysense_jax.convert.model_card import model_card
+from skysense_jax.convert.tensor_files import sha256
 from skysense_jax.core import trees
 from skysense_jax.models.skysense import Params
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 """Hugging Face's names of the weights in one file, and of the index of several."""
+
+SUMS = "SHA256SUMS"
+"""Digests of an exported folder's files, for `sha256sum -c` and :func:`changed_files`."""
 
 CLASSES = {"skysense": "SkySense", "msgfm": "MsGFM"}
 """model.name -> the name its classes begin with in the modelling file, modeling_<model.name>.py."""
@@ -90,6 +94,7 @@ def export(
     _save(out / "parity.safetensors", {k: np.ascontiguousarray(v) for k, v in stored.items()})
     if not per_module:
         _save(out / WEIGHTS, state_from_params(params, keymap.model_entries(cfg, contract)))
+        write_sums(out)
         return out
     weight_map, total = {}, 0
     for module, entries in by_module(keymap.model_entries(cfg, contract)).items():
@@ -99,7 +104,20 @@ def export(
         weight_map |= dict.fromkeys(state, f"skysense_model_{module}.safetensors")
         total += sum(value.nbytes for value in state.values())
     (out / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1) + "\n")
+    write_sums(out)
     return out
+
+
+def write_sums(folder: pathlib.Path) -> None:
+    """Writes the digests of everything in an exported folder but its model card, which people go on writing."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".py", ".safetensors"))
+    (folder / SUMS).write_text("".join(f"{sha256(path)}  {path.name}\n" for path in files))
+
+
+def changed_files(folder: pathlib.Path) -> list[str]:
+    """The files of an exported folder whose bytes are not those that were exported, or that are gone."""
+    lines = (line.split("  ", 1) for line in (folder / SUMS).read_text().splitlines())
+    return [name for sum_, name in lines if not (folder / name).is_file() or sha256(folder / name) != sum_]
 
 
 def record_parity(folder: pathlib.Path, figures: Mapping[str, float]) -> float:
@@ -107,13 +125,14 @@ def record_parity(folder: pathlib.Path, figures: Mapping[str, float]) -> float:
 
     Raises ValueError where it is beyond the tolerance: such a folder is not to be handed on.
     """
-    config, worst = json.loads((folder / "config.json").read_text()), max(figures.values())
-    if worst > config["parity"]["tolerance_rel_l2"]:
+    config, worst = json.loads((folder / "config.json").read_text()), float(np.max(list(figures.values())))
+    if not worst <= config["parity"]["tolerance_rel_l2"]:  # nan is not
         raise ValueError(f"{folder}: plain torch differs by {worst:.1e} from JAX on the frozen batch, the tolerance is "
                          f"{config['parity']['tolerance_rel_l2']:g}")
     config["parity"]["torch_rel_l2"] = {name.removeprefix("output."): value for name, value in figures.items()}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "README.md").write_text(model_card(config))
+    write_sums(folder)
     return worst
 
 
