@@ -25,7 +25,7 @@ from ml_collections import config_dict, config_flags
 from skysense_jax import sensors
 from skysense_jax.core import fields, paths, trees, xla_flags
 from skysense_jax.core import mesh as meshes
-from skysense_jax.data import pipeline, samples, sources
+from skysense_jax.data import feed, sources
 from skysense_jax.data import spec as specs
 from skysense_jax.objectives import msgfm, skysense
 from skysense_jax.run import checkpoint, folder, init_from, metrics, optim, pictures, profiler, state, step, watchdog
@@ -34,8 +34,6 @@ from skysense_jax.run.preempt import EXIT_PREEMPTED, Preemption
 
 EXIT_DONE, EXIT_NOT_FINITE, EXIT_NOT_WRITTEN, EXIT_BAD_INPUT = 0, 65, 74, 78
 OBJECTIVES: dict[str, Callable[..., Any]] = {"skysense": skysense.make_objective, "msgfm": msgfm.make_objective}
-DATA: dict[str, Any] = {"msgfm": samples}
-"""Model -> where its batches come from; views of whole places (data.pipeline) unless told."""
 
 
 class Options(NamedTuple):
@@ -226,7 +224,7 @@ def run(options: Options, process: int, processes: int, preemption: Preemption) 
     check_config(cfg)
     window = profiler.Window(options.profile, workdir, cfg.steps)
     paths.make_folder(workdir)
-    data, contract = DATA.get(cfg.model.name, pipeline), make_contract(cfg)
+    data, contract = feed.of(cfg), make_contract(cfg)
     meta = folder.run_meta(cfg, contract, data.check(cfg, contract))
 
     # 2. Mesh, objective, shapes, shardings.
