@@ -135,8 +135,8 @@ def make_plan(cfg: config_dict.ConfigDict, contract: Mapping[str, Any], mesh: ja
     batch = state.batch_shapes(spec, mesh)
     share = int(cfg.data.batch) // meshes.batch_sharding(mesh).num_devices
     if share % cfg.objective.get("microbatches", 1):
-        raise ValueError(f"config.objective.microbatches={cfg.objective.microbatches} does not divide the {share} places "
-                         "of a device, and some would wait for others; 1 always does")
+        raise ValueError(f"config.objective.microbatches={cfg.objective.microbatches} does not divide the {share} "
+                         "places of a device, and some would wait for others; 1 always does")
     shapes = state.state_shapes(objective, batch, cfg.seed, mesh)
     update = step.make_step(objective, cfg, optim.decay_mask(shapes.params))
     return Plan(dict(contract), spec, objective, shapes, batch, update, float(objective.flops(batch)))

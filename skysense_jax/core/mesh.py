@@ -102,8 +102,8 @@ def mesh_shape(axes: Mapping[str, int], n_devices: int) -> dict[str, int]:
     if open_axes:
         sizes[open_axes[0]] = n_devices // known
     if int(np.prod(list(sizes.values()), dtype=np.int64)) != n_devices:
-        raise ValueError(f"config.mesh {dict(axes)} does not use exactly the {n_devices} devices of the job: the product "
-                         "of the sizes must be their number (-1: what remains)")
+        raise ValueError(f"config.mesh {dict(axes)} does not use exactly the {n_devices} devices of the job: the "
+                         "product of the sizes must be their number (-1: what remains)")
     return sizes
 
 

@@ -2,9 +2,9 @@
 
 A rule is ``(pattern, tactic)`` over the names of :mod:`skysense_jax.core.trees`; tactics:
 
-``fsdp``       split the largest dimension that the ``fsdp`` axis divides (of equal ones the first: the last is the one a
-               TPU pads to 128). Leaves below 1 MiB are replicated and counted: gathering them costs more latency than
-               they weigh. A larger leaf none of whose dimensions divides is an error.
+``fsdp``       split the largest dimension that the ``fsdp`` axis divides (of equal ones the first: the last is the one
+               a TPU pads to 128). Leaves below 1 MiB are replicated and counted: gathering them costs more latency
+               than they weigh. A larger leaf none of whose dimensions divides is an error.
 ``replicate``  the whole value on every device; an error from 1 MiB on.
 ``expert``     stacked weights of experts, [layers, experts, ...]: the experts over the ``expert`` axis, the rest as
                ``fsdp``. An error where the axis does not divide their number.
@@ -36,7 +36,8 @@ def gathered(weight: jax.Array, user: jax.Array | None = None, experts: bool = F
     here. user: the array it is multiplied with, in a layer that is scanned over: the gather then waits for it. Without
     that, differentiation moves the gathers of all layers in front of the loop, and the whole model is held at once.
     The cotangent is not constrained: it is reduced straight into the parts of the parameter. Where nothing is
-    split (no `jax.set_mesh`, or an fsdp axis of 1) the identity. Cast to the computing dtype first: half the bytes travel.
+    split (no `jax.set_mesh`, or an fsdp axis of 1) the identity. Cast to the computing dtype first: half the bytes
+    travel.
     """
     if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
         return weight

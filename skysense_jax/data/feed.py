@@ -8,5 +8,5 @@ from skysense_jax.data import pipeline, samples
 
 
 def of(cfg: Any) -> ModuleType:
-    """For msGFM images of one sensor (`data.samples`), for every other model views of whole places (`data.pipeline`)."""
+    """For msGFM images of one sensor (`data.samples`), for others views of whole places (`data.pipeline`)."""
     return samples if cfg.model.name == "msgfm" else pipeline

@@ -69,8 +69,8 @@ def make_plan(cfg: Any, contract: Mapping[str, Any], tile: int) -> Plan:
     views = {"global": ViewPlan(("global0", "global1"), int(data.global_size), tuple(data.global_scale))}
     if data.n_local:
         views["local"] = ViewPlan(("local",) * int(data.n_local), int(data.local_size), tuple(data.local_scale))
-    return Plan(sensor_plans(contract, contract["ratio"], data.dates), views, tile, tuple(data.aspect), float(data.flip), float(data.rotate),
-                int(data.date_jitter_days), data.augment.to_dict())
+    return Plan(sensor_plans(contract, contract["ratio"], data.dates), views, tile, tuple(data.aspect),
+                float(data.flip), float(data.rotate), int(data.date_jitter_days), data.augment.to_dict())
 
 
 def sample_place(record: Mapping[str, Any], rng: np.random.Generator, plan: Plan) -> dict[str, Any]:

@@ -31,9 +31,10 @@ class Dataset(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Everything :func:`read` and :func:`sample` need. names: the contract's sensors, in order; members: sensor -> int32 [n, 2]
-    (dataset, record) of its samples; shuffled: sensor -> endless stream of rows of `members`; turns: endless stream of
-    (sensor, its batch in this round) as numbers counted through `rounds`; rounds: sensor -> batches in a round."""
+    """Everything :func:`read` and :func:`sample` need. names: the contract's sensors, in order; members: sensor ->
+    int32 [n, 2] (dataset, record) of its samples; shuffled: sensor -> endless stream of rows of `members`; turns:
+    endless stream of (sensor, its batch in this round) as numbers counted through `rounds`; rounds: sensor -> batches
+    in a round."""
 
     names: tuple[str, ...]
     datasets: tuple[Dataset, ...]
@@ -182,7 +183,8 @@ def stages(
 ) -> tuple[grain.MapDataset, Callable[[Any, np.random.Generator], dict[str, Any]]]:
     """As :func:`pipeline.stages`: the stream of what :func:`read` gives, and :func:`sample`."""
     plan = make_plan(cfg, contract, seed)
-    return grain.MapDataset.range(ENDLESS).map(functools.partial(read, plan)).seed(seed), functools.partial(sample, plan)
+    drawn = grain.MapDataset.range(ENDLESS).map(functools.partial(read, plan)).seed(seed)
+    return drawn, functools.partial(sample, plan)
 
 
 def train_dataset(
