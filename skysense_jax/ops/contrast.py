@@ -14,7 +14,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from skysense_jax.core.sharding import batch_axes, one_each
+from skysense_jax.core.mesh import batch_axes
+from skysense_jax.core.sharding import one_each
 
 
 def safe_mean(total: jax.Array, weight: jax.Array) -> jax.Array:
