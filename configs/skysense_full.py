@@ -42,7 +42,7 @@ def get_config() -> config_dict.ConfigDict:
     c.model.hr = config_dict.ConfigDict({
         "patch": 4, "embed_dims": 352, "depths": (2, 2, 18, 2), "num_heads": (8, 16, 32, 64), "window": 8,
         "mlp_ratio": 4, "eps": 1e-5, "extra_norm_every": 6, "pretrained_windows": (0, 0, 0, 0), "pad_small_map": False,
-        "drop_path": 0.2, "drop_path_before_norm": False, "branch_scale": 0.0,  # Swin-V2's: blocks start as the identity
+        "drop_path": 0.2, "drop_path_before_norm": False, "branch_scale": 0.0,  # Swin-V2's: blocks start as identities
     })
     vit = {"patch": 4, "embed_dims": 1024, "depth": 24, "num_heads": 16, "mlp_ratio": 4, "img_size": 64,
            "drop_path": 0.3, "cls_token": False, "eps": 1e-6}

@@ -37,8 +37,8 @@ def get_config() -> config_dict.ConfigDict:
     c.data.rotate = 0.5  # probability of a quarter turn (90, 180 or 270 degrees)
     c.data.date_jitter_days = 7
     c.data.augment = config_dict.ConfigDict({
-        # HR: DINO's optical set at half its strength, without solarisation: at full strength the head of an HR encoder this
-        # narrow drifted to uniform (teacher entropy 0.54 to 0.90 of log K in 200 steps).
+        # HR: DINO's optical set at half its strength, without solarisation: at full strength the head of an HR encoder
+        # this narrow drifted to uniform (teacher entropy 0.54 to 0.90 of log K in 200 steps).
         "hr_jitter": 0.8, "hr_jitter_strength": (0.2, 0.2, 0.1, 0.05), "hr_gray": 0.1, "hr_blur": (0.5, 0.1, 0.2),
         "hr_solarize": 0.0,
         # S2, S1: gain and offset of the radiometry, in the sensor's own unit.
@@ -92,7 +92,7 @@ def get_config() -> config_dict.ConfigDict:
     c.objective.align_dim = 64  # width of the space the sensors meet in
     c.objective.align_temp = 0.07  # CLIP's and MoCo's
     c.objective.align_grid = 2  # alignment on grid x grid regions of a view: more positives; 1 = whole views
-    c.objective.microbatches = 1  # parts of the batch that are encoded one after the other: less memory, the same gradient
+    c.objective.microbatches = 1  # parts of the batch, encoded one after the other: less memory, the same gradient
     c.objective.chunk = 4096  # rows of one place whose logits are held at once; more are scanned and rematerialised
 
     # b2: the first gradients are ten times the later ones; 0.999 would remember them for the whole run.

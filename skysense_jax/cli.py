@@ -19,7 +19,7 @@ EXIT_BAD_INPUT = 78  # EX_CONFIG: bad input, configuration or data; a scheduler 
 
 COMMANDS = {
     "data": "build, check and look at datasets of places",
-    "compile-check": "compile the training step with the real TPU compiler for a described pod: memory, traffic, roofline",
+    "compile-check": "compile the training step with the TPU compiler for a described pod: memory, traffic, roofline",
     "pods": "the table of compile checks: runs the rows that are missing, writes docs/pods.md",
     "train": "pretrain from a configuration; continues a workdir that has begun",
     "reconstruct": "draw what a trained msGFM makes of a place behind a mask, and of its other sensor",

@@ -3,17 +3,18 @@
     skysense-jax compile-check --config FILE --topology v5e:16x16 [--slices 2] [--json FILE] [--config.field=value ...]
 
 Needs libtpu (`launch/setup.sh tpu`), not a TPU. It lowers and compiles what `train` would run: the same plan, mesh,
-shardings and flags. What it prints is what the compiler says (memory, collectives, HBM traffic), and a roofline with its
-assumptions; nothing here has run on a TPU. Exit code 0: it fits; 1: it does not; 78: bad input; 70: the compiler failed.
+shardings and flags. What it prints is what the compiler says (memory, collectives, HBM traffic), and a roofline with
+its assumptions; nothing here has run on a TPU. Exit code 0: it fits; 1: it does not; 78: bad input; 70: the compiler
+failed.
 
 The JSON always has fits, peak_hbm_bytes, hbm_limit_bytes, model_flops and compile_seconds. Where the compiler refuses
 because of memory there is no program to read: collective_bytes, roofline_step_seconds and roofline_mfu are null, and
 peak_hbm_bytes is the state with what the compiler says it needs beside it.
 
 The roofline. Compute: all matrix products of the traced step, rematerialised ones included, at the chip's bfloat16
-peak, spread evenly. HBM: bytes moved by every instruction of the compiled program. ICI and DCN: bytes sent per chip by the
-collectives, at the links' full rate. The step takes the longest of the three: everything else is assumed to hide behind
-it, which no real step attains. roofline_mfu = model FLOPs (core.flops) / chips / peak / that time.
+peak, spread evenly. HBM: bytes moved by every instruction of the compiled program. ICI and DCN: bytes sent per chip by
+the collectives, at the links' full rate. The step takes the longest of the three: everything else is assumed to hide
+behind it, which no real step attains. roofline_mfu = model FLOPs (core.flops) / chips / peak / that time.
 """
 from __future__ import annotations
 
@@ -86,7 +87,8 @@ def with_every_chip_fed(cfg: config_dict.ConfigDict, devices: int) -> str:
     share = cfg.data.batch // devices
     if parts > share:
         cfg.objective.microbatches = share
-        notes.append(f"config.objective.microbatches={parts} is more than the places of a device: compiled with {share}")
+        notes.append(f"config.objective.microbatches={parts} is more than the places of a device: "
+                     f"compiled with {share}")
     return "; ".join([*notes, "`train` needs the same values"]) if notes else ""
 
 
@@ -143,7 +145,7 @@ def check(cfg: config_dict.ConfigDict, topology: str, slices: int, effort: float
     ici = sum(one.wire - one.between_slices for one in moved.values())
     dcn = sum(one.between_slices for one in moved.values())
     hbm = hlo.hbm_bytes(program)
-    peak = memory.peak_memory_in_bytes  # arguments included; temp_size_in_bytes is a sum that ignores what shares memory
+    peak = memory.peak_memory_in_bytes  # with the arguments; temp_size_in_bytes ignores what shares memory
     times = {
         "compute": executed / (chip.flops / per_chip), "hbm": hbm / (chip.hbm_bytes_per_s / per_chip),
         "ici": ici / (chip.ici_bytes_per_s / per_chip), "dcn": dcn / (chips.DCN_BYTES_PER_S / per_chip),
@@ -151,7 +153,8 @@ def check(cfg: config_dict.ConfigDict, topology: str, slices: int, effort: float
     step = max(times.values())
     return {
         **result, "fits": peak <= limit, "peak_hbm_bytes": peak, "argument_bytes": memory.argument_size_in_bytes,
-        "temporary_bytes": peak - memory.argument_size_in_bytes, "hbm_traffic_bytes": hbm, "collective_bytes": ici + dcn,
+        "temporary_bytes": peak - memory.argument_size_in_bytes, "hbm_traffic_bytes": hbm,
+        "collective_bytes": ici + dcn,
         "ici_bytes": ici, "dcn_bytes": dcn, "collectives": {kind: one._asdict() for kind, one in moved.items()},
         "roofline_seconds": times, "roofline_step_seconds": step,
         "roofline_mfu": plan.flops / len(devices) / (chip.flops / per_chip) / step,
@@ -181,7 +184,8 @@ def render(r: dict[str, Any]) -> str:
     lines = [
         f"{r['config']} on {r['topology']} x {r['slices']}: {r['devices']} devices ({r['device']}), mesh {r['mesh']}, "
         f"global batch {r['global_batch']}, {r['parameters'] / 1e6:.1f} M parameters",
-        f"compiled in {r['compile_seconds']:.0f} s at effort {r['effort']:g} by jax {r['jax']}'s libtpu; nothing was run",
+        f"compiled in {r['compile_seconds']:.0f} s at effort {r['effort']:g} by jax {r['jax']}'s libtpu; "
+        "nothing was run",
         *([r["note"]] if r["note"] else []), "", "per device",
         *(f"  {name:22s} {gib(r[key])}" for name, key in (
             ("parameters", "params_bytes"), ("optimiser", "opt_bytes"), ("teacher", "teacher_bytes"),
@@ -191,7 +195,8 @@ def render(r: dict[str, Any]) -> str:
     if r["peak_hbm_bytes"] is not None:
         spare = r["hbm_limit_bytes"] - r["peak_hbm_bytes"]
         lines.append(f"  {'peak':22s} {gib(r['peak_hbm_bytes'])} of {r['hbm_limit_bytes'] / GIB:.2f}: "
-                     + (f"FITS, {spare / GIB:.2f} GiB to spare" if r["fits"] else f"DOES NOT FIT, {-spare / GIB:.2f} GiB too much"))
+                     + (f"FITS, {spare / GIB:.2f} GiB to spare" if r["fits"]
+                        else f"DOES NOT FIT, {-spare / GIB:.2f} GiB too much"))
     if "temporary_bytes" not in r:
         return "\n".join([*lines, f"  {r['refusal']}"])
     lines += ["", f"collectives per step and device ({r['collective_bytes'] / GIB:.2f} GiB sent)"]
@@ -201,8 +206,8 @@ def render(r: dict[str, Any]) -> str:
               f"executed per device       {r['executed_flops']:.3e} (rematerialisation counted)",
               f"HBM traffic per device    {r['hbm_traffic_bytes'] / GIB:.1f} GiB", "roofline, seconds a step: "
               + ", ".join(f"{name} {seconds:.3f}" for name, seconds in r["roofline_seconds"].items()),
-              f"  -> {r['roofline_step_seconds']:.3f} s, MFU {r['roofline_mfu']:.1%} at best (an upper bound: the longest of "
-              "them, all else hidden)"]
+              f"  -> {r['roofline_step_seconds']:.3f} s, MFU {r['roofline_mfu']:.1%} at best (an upper bound: the "
+              "longest of them, all else hidden)"]
     return "\n".join(lines)
 
 
@@ -225,7 +230,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"skysense-jax compile-check: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except jax.errors.JaxRuntimeError as error:
-        print(f"skysense-jax compile-check: the compiler failed, which says nothing about memory: {error}", file=sys.stderr)
+        print(f"skysense-jax compile-check: the compiler failed, which says nothing about memory: {error}",
+              file=sys.stderr)
         return EXIT_COMPILER
     print(render(result))
     if values.json:

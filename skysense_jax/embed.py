@@ -166,8 +166,8 @@ def read_description(path: str | pathlib.Path) -> Description:
         meta = json.loads((folder / DESCRIBED[kind]).read_text())
         if "architecture" not in meta or "input_contract" not in meta:
             raise ValueError(
-                f"{path}/{DESCRIBED[kind]} has no architecture and input_contract; it was not written by export-torch or "
-                "import-torch"
+                f"{path}/{DESCRIBED[kind]} has no architecture and input_contract; it was not written by export-torch "
+                "or import-torch"
             )
         provenance = dict(meta.get("provenance", {}))
         config = provenance.pop("config", None)

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="SENSOR=B,B,...",
-        help="other bands than the configuration's, by the reference code's kernel rules: hr=R,G,B,NIR, or some of s2's",
+        help="other bands than the configuration's, by the reference's kernel rules: hr=R,G,B,NIR, or some of s2's",
     )
     parser.add_argument(
         "--calendar", choices=("s2", "dated", "none"), help="where the calendar table is added (model.calendar)"
@@ -100,7 +100,8 @@ def _bands(options: Sequence[str]) -> dict[str, tuple[str, ...]]:
     for option in options:
         name, equals, names = option.partition("=")
         if not equals or name not in sensors.SENSORS:
-            raise ValueError(f"--bands {option}: write SENSOR=BAND,BAND,... with SENSOR one of {', '.join(sensors.SENSORS)}")
+            raise ValueError(f"--bands {option}: write SENSOR=BAND,BAND,... "
+                             f"with SENSOR one of {', '.join(sensors.SENSORS)}")
         chosen[name] = tuple(names.split(","))
     return chosen
 
@@ -132,7 +133,8 @@ def import_files(
     for name in wanted:
         part, started = _fitted(parts.pop(name), name, cfg, contract), time.monotonic()
         imported = torch_import.import_module(part.tensors, name, cfg, contract)
-        path, notes = part.path, [*part.notes, *(f"{key} absent in the file: {_default(key)}" for key in imported.filled)]
+        path = part.path
+        notes = [*part.notes, *(f"{key} absent in the file: {_default(key)}" for key in imported.filled)]
         del part  # the file is mapped as long as a part of it is held, and its pages count as ours
         checkpoint.save_part(out / embed.PARTS, name, {name: imported.params})
         if imported.ignored:
@@ -256,8 +258,8 @@ def describe(
     if "fusion" not in held:
         cfg.calendar = "none"
     elif cfg.calendar != "none" and released.CALENDAR not in parts:
-        raise ValueError(f"the fusion adds a calendar table (model.calendar={cfg.calendar!r}) and no file holds ctpe: the "
-                         "release keeps it in the file of the S2 encoder; --calendar none does without")
+        raise ValueError(f"the fusion adds a calendar table (model.calendar={cfg.calendar!r}) and no file holds ctpe: "
+                         "the release keeps it in the file of the S2 encoder; --calendar none does without")
     return cfg, contract
 
 

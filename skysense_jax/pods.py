@@ -34,8 +34,9 @@ class Row(NamedTuple):
 
     def command(self, configs: pathlib.Path, folder: pathlib.Path) -> list[str]:
         """What makes the row."""
-        return [sys.executable, "-m", "skysense_jax.cli", "compile-check", "--config", str(configs / f"{self.config}.py"),
-                "--topology", self.topology, "--slices", str(self.slices), "--json", str(folder / self.file), *self.fields]
+        return [sys.executable, "-m", "skysense_jax.cli", "compile-check",
+                "--config", str(configs / f"{self.config}.py"), "--topology", self.topology,
+                "--slices", str(self.slices), "--json", str(folder / self.file), *self.fields]
 
 
 NO_BANK = "--config.model.geo_context.bank=none"
@@ -54,8 +55,9 @@ MARKS = "<!-- rows: skysense-jax pods -->", "<!-- end of rows -->"
 """In the file of --out: the table between them is replaced, the text around it stays."""
 
 HEAD = (
-    "| configuration | topology | chips | mesh | global batch | peak HBM / limit, GiB | fits | sent per chip and step, GiB (ICI / DCN) "
-    "| roofline step, s (bound) | roofline MFU | compile, s |\n" + "|---" * 11 + "|\n")
+    "| configuration | topology | chips | mesh | global batch | peak HBM / limit, GiB | fits "
+    "| sent per chip and step, GiB (ICI / DCN) | roofline step, s (bound) | roofline MFU | compile, s |\n"
+    + "|---" * 11 + "|\n")
 
 
 def line(r: dict[str, Any]) -> str:
@@ -69,8 +71,8 @@ def line(r: dict[str, Any]) -> str:
              "yes" if r["fits"] else "**no**"]
     if "ici_bytes" in r:
         bound = max(r["roofline_seconds"], key=r["roofline_seconds"].get)
-        cells += [f"{r['ici_bytes'] / GIB:.1f} / {r['dcn_bytes'] / GIB:.1f}", f"{r['roofline_step_seconds']:.3f} ({bound})",
-                  f"{r['roofline_mfu']:.0%}"]
+        cells += [f"{r['ici_bytes'] / GIB:.1f} / {r['dcn_bytes'] / GIB:.1f}",
+                  f"{r['roofline_step_seconds']:.3f} ({bound})", f"{r['roofline_mfu']:.0%}"]
     else:
         cells += ["", "", ""]
     return "| " + " | ".join([*cells, f"{r['compile_seconds']:.0f}"]) + " |"
@@ -79,8 +81,10 @@ def line(r: dict[str, Any]) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """FOLDER, --configs, --out, --only."""
     parser.add_argument("folder", type=pathlib.Path, help="where the rows' JSON files are kept")
-    parser.add_argument("--configs", type=pathlib.Path, default=pathlib.Path("configs"), help="folder of configurations")
-    parser.add_argument("--out", type=pathlib.Path, help="also put the table between its marks in this file (docs/pods.md)")
+    parser.add_argument("--configs", type=pathlib.Path, default=pathlib.Path("configs"),
+                        help="folder of configurations")
+    parser.add_argument("--out", type=pathlib.Path,
+                        help="also put the table between its marks in this file (docs/pods.md)")
     parser.add_argument("--only", default="", help="only rows whose file name contains this")
 
 
@@ -113,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def around(page: pathlib.Path, marks: tuple[str, str]) -> tuple[str, str]:
-    """The text of a page before its first mark and after its second. Raises ValueError where they are not both there."""
+    """The text of a page before its first mark and after its second. Raises ValueError unless both are there."""
     before, _, rest = page.read_text().partition(marks[0])
     _, found, after = rest.partition(marks[1])
     if not found:
@@ -122,6 +126,6 @@ def around(page: pathlib.Path, marks: tuple[str, str]) -> tuple[str, str]:
 
 
 def write_between(page: pathlib.Path, marks: tuple[str, str], text: str) -> None:
-    """Puts `text` between two marks of a page, in the place of what stood there. Raises ValueError as :func:`around`."""
+    """Puts `text` between two marks of a page, in the place of what stood there. ValueError as :func:`around`."""
     before, after = around(page, marks)
     write_atomically(page, f"{before}{marks[0]}\n{text}{marks[1]}{after}".encode())

@@ -1,8 +1,9 @@
-"""The table of sensors: what every instrument measures, in which unit it is stored, and how a model asks for it. Data only.
+"""The table of sensors: what every instrument measures, in which unit it is stored, how a model asks for it. Data only.
 
-A record stores what was measured under the instrument's name; a model's *input contract* (:func:`input_contract`) selects bands
-by name and order and carries the statistics it normalises with. The contract is a plain JSON value: it is stored inside every
-checkpoint and every exported folder and is checked at every door. Adding a sensor is adding a row to :data:`SENSORS`.
+A record stores what was measured under the instrument's name; a model's *input contract* (:func:`input_contract`)
+selects bands by name and order and carries the statistics it normalises with. The contract is a plain JSON value: it is
+stored inside every checkpoint and every exported folder and is checked at every door. Adding a sensor is adding a row
+to :data:`SENSORS`.
 """
 from __future__ import annotations
 
@@ -26,10 +27,11 @@ class Sensor(NamedTuple):
     units_accepted: units a catalog may declare for it; the ingest converts them to ``unit``. dtype: storage dtype.
     grid: "s2" = one pixel per base pixel of the tile, "hr" = ratio x ratio pixels under each base pixel.
     dated: a time series, an acquisition without a date is refused. gsd: native pixel size in metres.
-    plausible: (low, high) of stored valid values, used to refuse absurd input. nodata: the instrument's customary nodata value,
-    or None; it applies on top of the file's own nodata. offset_required: the additive offset must be known from metadata or
-    the catalog (Sentinel-2, processing baseline 04.00). mean, std: default statistics per band in stored units;
-    source: where they come from. unstored: bands a model may take that records do not hold -> (mean, std).
+    plausible: (low, high) of stored valid values, used to refuse absurd input. nodata: the instrument's customary
+    nodata value, or None; it applies on top of the file's own nodata. offset_required: the additive offset must be
+    known from metadata or the catalog (Sentinel-2, processing baseline 04.00). mean, std: default statistics per band
+    in stored units; source: where they come from. unstored: bands a model may take that records do not hold -> (mean,
+    std).
     pair: the sensor that msGFM reconstructs from this one where a place has both; "" = none. heights: values above an
     arbitrary datum, which models see above the median of each image (mean and std are of those).
     """
@@ -58,8 +60,9 @@ _S2_BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09
 # STAC common names (eo:common_name) and the short ESA spelling without the zero.
 _S2_ALIASES = {
     **{f"b{i}": f"B{i:02d}" for i in range(1, 13)},
-    "coastal": "B01", "blue": "B02", "green": "B03", "red": "B04", "rededge1": "B05", "rededge2": "B06", "rededge3": "B07",
-    "nir": "B08", "nir08": "B8A", "b08a": "B8A", "nir09": "B09", "cirrus": "B10", "swir16": "B11", "swir22": "B12",
+    "coastal": "B01", "blue": "B02", "green": "B03", "red": "B04", "rededge1": "B05", "rededge2": "B06",
+    "rededge3": "B07", "nir": "B08", "nir08": "B8A", "b08a": "B8A", "nir09": "B09", "cirrus": "B10", "swir16": "B11",
+    "swir22": "B12",
 }
 
 SENSORS: dict[str, Sensor] = {
@@ -74,8 +77,8 @@ SENSORS: dict[str, Sensor] = {
             pair="dsm",
         ),
         Sensor(
-            name="s2", bands=_S2_BANDS, aliases=_S2_ALIASES, unit="dn", units_accepted=("dn", "reflectance"), dtype="uint16",
-            grid="s2", dated=True, gsd=10.0, plausible=(0.0, 32767.0), nodata=0.0, offset_required=True,
+            name="s2", bands=_S2_BANDS, aliases=_S2_ALIASES, unit="dn", units_accepted=("dn", "reflectance"),
+            dtype="uint16", grid="s2", dated=True, gsd=10.0, plausible=(0.0, 32767.0), nodata=0.0, offset_required=True,
             mean=(1354.40546513, 884.29673756, 1144.16202635, 1297.47289228, 1624.90992062, 2194.6423161, 2422.21248945,
                   2517.76053101, 2581.64687018, 732.08340178, 12.11327804, 2368.51236873, 1805.06846033),
             std=(245.71762908, 1155.15170768, 1183.6292542, 1368.11351514, 1370.265037, 1355.55390699, 1416.51487101,
@@ -86,16 +89,17 @@ SENSORS: dict[str, Sensor] = {
         ),
         Sensor(
             name="s1", bands=("VV", "VH"), aliases={"vv": "VV", "vh": "VH", "sigma0_vv": "VV", "sigma0_vh": "VH"},
-            unit="db", units_accepted=("db", "linear_power", "amplitude"), dtype="float32", grid="s2", dated=True, gsd=10.0,
-            plausible=(-60.0, 35.0), nodata=None, offset_required=False, mean=(-12.54847273, -20.19237134),
+            unit="db", units_accepted=("db", "linear_power", "amplitude"), dtype="float32", grid="s2", dated=True,
+            gsd=10.0, plausible=(-60.0, 35.0), nodata=None, offset_required=False, mean=(-12.54847273, -20.19237134),
             std=(5.25697717, 5.91150917), source="SkySense++ dataset_colors.modal_norm_dict (decibel)",
             pair="s2",
         ),
         Sensor(
             name="dsm", bands=("height",), aliases={"dsm": "height", "dem": "height", "elevation": "height"},
-            unit="m", units_accepted=("m",), dtype="float32", grid="hr", dated=False, gsd=0.5, plausible=(-500.0, 9000.0),
-            nodata=None, offset_required=False, mean=(0.0,), std=(10.0,),
-            source="a choice: 10 m above or below an image's median height is one unit; compute your own with `data stats`",
+            unit="m", units_accepted=("m",), dtype="float32", grid="hr", dated=False, gsd=0.5,
+            plausible=(-500.0, 9000.0), nodata=None, offset_required=False, mean=(0.0,), std=(10.0,),
+            source="a choice: 10 m above or below an image's median height is one unit; compute your own with "
+                   "`data stats`",
             pair="hr", heights=True,
         ),
     )
@@ -110,7 +114,7 @@ SKYSENSE_BANDS: dict[str, tuple[str, ...]] = {
 
 
 def band_name(sensor: str, name: str) -> str:
-    """Canonical name of a band spelling (``B2``, ``b02``, ``blue`` -> ``B02``). Raises ValueError naming the known spellings."""
+    """Canonical name of a band spelling (``B2``, ``b02``, ``blue`` -> ``B02``). ValueError names the known ones."""
     row = SENSORS[sensor]
     text = name.strip()
     for canonical in (*row.bands, *row.unstored):
@@ -118,7 +122,8 @@ def band_name(sensor: str, name: str) -> str:
             return canonical
     if text.lower() in row.aliases:
         return row.aliases[text.lower()]
-    raise ValueError(f"band {name!r} is not a band of sensor {sensor!r}; known: {', '.join((*row.bands, *row.unstored))}")
+    raise ValueError(f"band {name!r} is not a band of sensor {sensor!r}; known: "
+                     f"{', '.join((*row.bands, *row.unstored))}")
 
 
 DATUM = "the lower median of an image's valid pixels is subtracted first"
@@ -133,12 +138,13 @@ def input_contract(
     """What a model expects of its input, as a JSON-able dict.
 
     bands: sensor -> band names in the model's order. ratio: HR pixels along one base pixel. statistics: sensor ->
-    {"mean": per table band, "std": per table band, "source": text, "datum" for heights} in the *table's* band order (as `data stats` stores them); the table's
-    own statistics where absent.
+    {"mean": per table band, "std": per table band, "source": text, "datum" for heights} in the *table's* band order (as
+    `data stats` stores them); the table's own statistics where absent.
 
-    Returns {"format": 1, "ratio": R, "sensors": {name: {"bands": [...], "unit": str, "grid": "hr"|"s2", "gsd": metres, "mean": [...],
-    "std": [...], "statistics_source": str, "missing": rule}}} with mean/std in the model's band order; "datum": rule, for heights only.
-    Raises ValueError for an unknown sensor, an unknown or repeated band, a non-positive deviation.
+    Returns {"format": 1, "ratio": R, "sensors": {name: {"bands": [...], "unit": str, "grid": "hr"|"s2", "gsd": metres,
+    "mean": [...], "std": [...], "statistics_source": str, "missing": rule}}} with mean/std in the model's band order;
+    "datum": rule, for heights only. Raises ValueError for an unknown sensor, an unknown or repeated band, a
+    non-positive deviation.
     """
     contract: dict[str, Any] = {"format": 1, "ratio": int(ratio), "sensors": {}}
     for name, wanted in bands.items():
@@ -150,13 +156,14 @@ def input_contract(
             raise ValueError(f"sensor {name!r}: bands must be distinct and not empty, got {wanted}")
         given = (statistics or {}).get(name, {})
         if row.heights and given and "datum" not in given:
-            raise ValueError(f"sensor {name!r}: these statistics are of absolute heights, models see them above each image's "
-                             "median; run `skysense-jax data stats` on the dataset again")
+            raise ValueError(f"sensor {name!r}: these statistics are of absolute heights, models see them above each "
+                             "image's median; run `skysense-jax data stats` on the dataset again")
         mean, std = given.get("mean", row.mean), given.get("std", row.std)
         columns = {**dict(zip(row.bands, zip(mean, std))), **row.unstored}
         picked_std = [float(columns[band][1]) for band in wanted]
         if min(picked_std) <= 0:
-            raise ValueError(f"sensor {name!r}: a standard deviation of {min(picked_std)} cannot normalise; bands {wanted}")
+            raise ValueError(f"sensor {name!r}: a standard deviation of {min(picked_std)} cannot normalise; "
+                             f"bands {wanted}")
         contract["sensors"][name] = {
             "bands": wanted, "unit": row.unit, "grid": row.grid, "gsd": row.gsd,
             "mean": [float(columns[band][0]) for band in wanted], "std": picked_std,
@@ -169,7 +176,7 @@ def input_contract(
 
 
 def check_contract(contract: Mapping[str, Any], sensor: str, bands: Sequence[str], unit: str) -> None:
-    """Door check: raises ValueError unless `bands` (names, in order) and `unit` are what the contract expects of `sensor`."""
+    """ValueError unless `bands` (names, in order) and `unit` are what the contract expects of `sensor`."""
     if sensor not in contract["sensors"]:
         raise ValueError(f"the model takes no {sensor!r}; its input contract has {', '.join(contract['sensors'])}")
     expected = contract["sensors"][sensor]

@@ -25,7 +25,7 @@ from ml_collections import config_dict, config_flags
 from skysense_jax import sensors
 from skysense_jax.core import fields, paths, trees, xla_flags
 from skysense_jax.core import mesh as meshes
-from skysense_jax.data import pipeline, samples, sources
+from skysense_jax.data import feed, sources
 from skysense_jax.data import spec as specs
 from skysense_jax.objectives import msgfm, skysense
 from skysense_jax.run import checkpoint, folder, init_from, metrics, optim, pictures, profiler, state, step, watchdog
@@ -34,8 +34,6 @@ from skysense_jax.run.preempt import EXIT_PREEMPTED, Preemption
 
 EXIT_DONE, EXIT_NOT_FINITE, EXIT_NOT_WRITTEN, EXIT_BAD_INPUT = 0, 65, 74, 78
 OBJECTIVES: dict[str, Callable[..., Any]] = {"skysense": skysense.make_objective, "msgfm": msgfm.make_objective}
-DATA: dict[str, Any] = {"msgfm": samples}
-"""Model -> where its batches come from; views of whole places (data.pipeline) unless told."""
 
 
 class Options(NamedTuple):
@@ -137,8 +135,8 @@ def make_plan(cfg: config_dict.ConfigDict, contract: Mapping[str, Any], mesh: ja
     batch = state.batch_shapes(spec, mesh)
     share = int(cfg.data.batch) // meshes.batch_sharding(mesh).num_devices
     if share % cfg.objective.get("microbatches", 1):
-        raise ValueError(f"config.objective.microbatches={cfg.objective.microbatches} does not divide the {share} places "
-                         "of a device, and some would wait for others; 1 always does")
+        raise ValueError(f"config.objective.microbatches={cfg.objective.microbatches} does not divide the {share} "
+                         "places of a device, and some would wait for others; 1 always does")
     shapes = state.state_shapes(objective, batch, cfg.seed, mesh)
     update = step.make_step(objective, cfg, optim.decay_mask(shapes.params))
     return Plan(dict(contract), spec, objective, shapes, batch, update, float(objective.flops(batch)))
@@ -228,7 +226,7 @@ def run(options: Options, process: int, processes: int, preemption: Preemption) 
     check_config(cfg)
     window = profiler.Window(options.profile, workdir, cfg.steps)
     paths.make_folder(workdir)
-    data, contract = DATA.get(cfg.model.name, pipeline), make_contract(cfg)
+    data, contract = feed.of(cfg), make_contract(cfg)
     meta = folder.run_meta(cfg, contract, data.check(cfg, contract))
 
     # 2. Mesh, objective, shapes, shardings.

@@ -1,5 +1,5 @@
-"""A bucket on this machine for tests/test_gs.py: gcp-storage-emulator, and the variables by which the four libraries that
-open gs:// paths (gcsfs, google-cloud-storage, TensorStore, array_record) find it.
+"""A bucket on this machine for tests/test_gs.py: gcp-storage-emulator, and the variables by which the four libraries
+that open gs:// paths (gcsfs, google-cloud-storage, TensorStore, array_record) find it.
 
 What it does not show is listed in docs/launch.md.
 """

@@ -2,9 +2,10 @@
 
     python -m tests.full_size DIR [--config FILE] [--keep]
 
-Random weights in the released layout (one .pth per module, names and shapes of the release) stand in for the real files.
-Needs torch, about 30 GiB of disk and 16 GiB of memory for configs/skysense_full.py. Each command runs in a process of its
-own; its peak memory is what the kernel reports for that process (VmHWM: resident pages, those of mapped files included).
+Random weights in the released layout (one .pth per module, names and shapes of the release) stand in for the real
+files. Needs torch, about 30 GiB of disk and 16 GiB of memory for configs/skysense_full.py. Each command runs in a
+process of its own; its peak memory is what the kernel reports for that process (VmHWM: resident pages, those of mapped
+files included).
 """
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def write_released(folder: pathlib.Path, config: pathlib.Path) -> list[str]:
         for entry in keymap.module_entries(module, cfg.model):
             shape = keymap.torch_shape(entry, leaves[entry.name].shape)
             scale = 0.02 if len(shape) > 1 else 0.1
-            values = scale * rng.standard_normal(shape, np.float32) + ("norm" in entry.torch and "weight" in entry.torch)
+            norm = "norm" in entry.torch and "weight" in entry.torch
+            values = scale * rng.standard_normal(shape, np.float32) + norm
             state[PREFIX.get(module, "") + entry.torch] = torch.from_numpy(values.astype(np.float32))
         if module == "s2" and "ctpe" in shapes:
             state["ctpe"] = torch.from_numpy(0.02 * rng.standard_normal(shapes["ctpe"].shape, np.float32))

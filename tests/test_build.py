@@ -214,7 +214,7 @@ def test_two_builds_of_one_folder_at_once(source, tmp_path):
 
 
 def damaged_world(tmp_path):
-    """A catalog where one file is cut short behind its first pixels, one is text, one lies outside and one is missing."""
+    """A catalog where one file is cut short behind its first pixels, one is text, one lies outside, one is missing."""
     root = tmp_path / "world"
     root.mkdir()
     rows = world(root)

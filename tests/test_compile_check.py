@@ -79,7 +79,8 @@ def test_pieces_of_the_distillation_are_reduced_over_devices_once_and_give_the_s
 
     wanted = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(*arrays)
     mesh = meshes.make_mesh({"data": 2, "fsdp": 4})
-    split, whole, batch = jax.NamedSharding(mesh, jax.P(None, "fsdp")), meshes.replicated(mesh), meshes.batch_sharding(mesh)
+    split = jax.NamedSharding(mesh, jax.P(None, "fsdp"))
+    whole, batch = meshes.replicated(mesh), meshes.batch_sharding(mesh)
     placed = [jax.device_put(x, y) for x, y in zip(arrays, (split, batch, batch, batch, whole))]
     with jax.set_mesh(mesh):
         step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True),
@@ -89,8 +90,8 @@ def test_pieces_of_the_distillation_are_reduced_over_devices_once_and_give_the_s
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
     program = hlo.read(step.as_text())
     assert pieces in program.times.values(), "the pieces are a loop"
-    assert set(program.times[name] for name, body in program.computations.items() if name in program.times for one in body
-               if one.opcode in hlo.COLLECTIVES) == {1}
+    assert set(program.times[name] for name, body in program.computations.items() if name in program.times
+               for one in body if one.opcode in hlo.COLLECTIVES) == {1}
 
 
 def test_groups_that_cross_slices_count_between_them():
@@ -133,8 +134,8 @@ def test_hbm_traffic_of_a_loop_counts_slices_and_not_the_whole_stack():
 
 
 def test_what_starts_is_counted_once_however_many_arrays_it_takes():
-    """Prefetch to the chip and back, an all-gather of two arrays, an all-reduce of two, a permute: as a TPU program spells
-    them, operands inside the value of the start.
+    """Prefetch to the chip and back, an all-gather of two arrays, an all-reduce of two, a permute: as a TPU program
+    spells them, operands inside the value of the start.
     """
     text = """%gather (x: f32[4]) -> f32[8] {
   %x = f32[4]{0} parameter(0)
@@ -228,7 +229,8 @@ def test_the_paper_s_recipe_is_fitted_to_larger_pods_and_that_is_said(places, pa
     assert said in note and bool(note) == (then != (places, parts)) == ("`train` needs the same values" in note)
 
 
-@pytest.mark.parametrize("size, asked", [("10.51T", 10.51 * 2**40), ("21.61G", 21.61 * 2**30), ("512.5M", 512.5 * 2**20)])
+@pytest.mark.parametrize(
+    "size, asked", [("10.51T", 10.51 * 2**40), ("21.61G", 21.61 * 2**30), ("512.5M", 512.5 * 2**20)])
 def test_what_a_refusal_asks_for_is_read_in_every_unit(size, asked):
     refusal = (f"RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries ({size}) "
                "exceeds available HBM (15.75G).")
@@ -237,7 +239,8 @@ def test_what_a_refusal_asks_for_is_read_in_every_unit(size, asked):
 
 
 @pytest.mark.parametrize("argument, words", [
-    ("--json=nowhere/row.json", "there is no folder nowhere"), ("--slices=0", "--slices=0"), ("--effort=2", "--effort=2")])
+    ("--json=nowhere/row.json", "there is no folder nowhere"), ("--slices=0", "--slices=0"),
+    ("--effort=2", "--effort=2")])
 def test_what_would_be_lost_after_the_compilation_is_refused_before(argument, words, capfd):
     config = str(ROOT / "configs" / "skysense_tiny.py")
     assert checks.main(["--config", config, "--topology", "v5e:2x2", argument]) == 78

@@ -50,6 +50,17 @@ def test_fsdp_splits_the_largest_dimension_that_divides(shape, expected):
     assert tuple(sharding.leaf_spec("x", leaf, "fsdp", {"data": 2, "fsdp": 4})) == expected
 
 
+@pytest.mark.parametrize("shape, expected", [
+    ((2, 4, 1024, 512), (None, "expert", "fsdp")),
+    ((1024, 4, 8, 64), ("fsdp", "expert")),
+    ((2, 4, 8), (None, "expert")),  # small: its experts are split all the same
+])
+def test_experts_are_split_and_the_rest_as_any_leaf(shape, expected):
+    leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+    assert tuple(sharding.leaf_spec("x", leaf, "expert", {"fsdp": 2, "expert": 4})) == expected
+    assert "expert" not in tuple(sharding.leaf_spec("x", leaf, "expert", {"fsdp": 2, "expert": 1}))
+
+
 def test_large_leaves_never_stay_replicated():
     odd = jax.ShapeDtypeStruct((1023, 1021), jnp.float32)
     with pytest.raises(ValueError, match="sharding of heads/x: no dimension"):
@@ -66,6 +77,14 @@ def test_report_counts_what_is_replicated():
     placed = sharding.shardings(tree, (("big|small", "fsdp"),), made)
     report = sharding.report(tree, placed)
     assert (report.total, report.replicated, report.per_device) == (2**21 + 40, 40, 2**21 // 4 + 40)
+
+
+def test_a_batch_is_split_over_all_axes_of_its_mesh():
+    made = mesh.make_mesh({"data": 2, "fsdp": 2, "expert": 2})
+    assert mesh.batch_axes(made) == {"data": 2, "fsdp": 2, "expert": 2} and mesh.batch_axes() == {}
+    with jax.set_mesh(made):
+        assert mesh.batch_axes() == mesh.batch_axes(made)
+    assert mesh.batch_sharding(made).shard_shape((16, 3)) == (2, 3)
 
 
 def test_mesh_uses_every_device_or_says_so():

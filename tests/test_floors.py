@@ -89,6 +89,17 @@ def test_files_have_one_job():
     assert not undocumented, f"a file says its one job in its docstring: {undocumented}"
 
 
+def test_no_line_is_past_120_columns():
+    long = [
+        f"{file.relative_to(ROOT)}:{number}: {len(line)} columns"
+        for folder in (PACKAGE, ROOT / "tests", ROOT / "configs")
+        for file in sorted(folder.rglob("*.py"))
+        for number, line in enumerate(file.read_text().splitlines(), 1)
+        if len(line) > 120
+    ]
+    assert not long, "\n".join(long)
+
+
 def test_no_silent_handlers():
     """No bare or catch-all except, no pickle, no dynamic evaluation."""
     wrong = []

@@ -200,8 +200,8 @@ def test_skysense_pp_files(model, config, tmp_path, capsys):
                                           "norm_attn.weight": np.zeros(8, np.float32)}
     safetensors.numpy.save_file(s2, tmp_path / "s2.safetensors")
     safetensors.numpy.save_file(hr, tmp_path / "hr.safetensors")
-    command = ["import-torch", str(tmp_path / "hr.safetensors"), str(tmp_path / "s2.safetensors"), "--config", str(config),
-               "--out", str(tmp_path / "in")]
+    command = ["import-torch", str(tmp_path / "hr.safetensors"), str(tmp_path / "s2.safetensors"),
+               "--config", str(config), "--out", str(tmp_path / "in")]
     assert cli.main(command) == 78
     assert "--leave-out 'attn1*' --leave-out 'norm_attn*'" in capsys.readouterr().err
     command += ["--leave-out", "attn1*", "--leave-out", "norm_attn*", "--leave-out", "vocabulary_*"]
@@ -274,7 +274,8 @@ def test_what_is_refused_says_why(model, config, tmp_path, capsys):
         "unexpected: ": [f"s1={paths['fusion']}"],
     }
     for message, files in cases.items():
-        assert cli.main(["import-torch", *map(str, files), "--out", str(tmp_path / "in"), "--config", str(config)]) == 78
+        words = ["import-torch", *map(str, files), "--out", str(tmp_path / "in"), "--config", str(config)]
+        assert cli.main(words) == 78
         error = capsys.readouterr().err
         assert message in error, (message, error)
     assert not (tmp_path / "in" / "model.json").exists()

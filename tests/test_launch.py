@@ -281,7 +281,8 @@ def restart_action(found, code=None, condition=None):
     ({"code": 75}, "RestartJobSetAndIgnoreMaxRestarts"),
     ({"condition": "DisruptionTarget"}, "RestartJobSetAndIgnoreMaxRestarts"),
     ({"code": 137, "condition": "DisruptionTarget"}, "RestartJobSetAndIgnoreMaxRestarts"),
-    ({"code": 70}, "RestartJobSet"), ({"code": 74}, "RestartJobSet"), ({"code": 1}, "RestartJobSet"), ({"code": 137}, "RestartJobSet"),
+    ({"code": 70}, "RestartJobSet"), ({"code": 74}, "RestartJobSet"), ({"code": 1}, "RestartJobSet"),
+    ({"code": 137}, "RestartJobSet"),
 ])
 def test_jobset_restarts_by_exit_code(end, action):
     assert restart_action(jobset(*GKE, "--dry-run", *TRAIN), **end) == action

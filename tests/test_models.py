@@ -261,7 +261,8 @@ def test_zero_vectors_have_no_gradient():
 @pytest.mark.parametrize("branch_scale", [0.0, 1.0])
 def test_invalid_regions_do_not_blow_up_the_first_gradients(branch_scale):
     """Half of the image is 0, as pixels without data are after normalisation; the loss looks at the other half."""
-    model = SwinTransformerV2(16, 4, (2, 2, 2), (1, 2, 4), (4, 4, 4), (0, 0, 0), outputs=(2,), branch_scale=branch_scale)
+    model = SwinTransformerV2(16, 4, (2, 2, 2), (1, 2, 4), (4, 4, 4), (0, 0, 0), outputs=(2,),
+                              branch_scale=branch_scale)
     rng = np.random.default_rng(0)
     image = rng.standard_normal((1, 128, 128, 3)).astype(np.float32)
     target = rng.standard_normal((1, 4, 8, 64)).astype(np.float32)

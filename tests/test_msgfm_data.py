@@ -5,8 +5,9 @@ import collections
 import numpy as np
 import pytest
 
-from skysense_jax import sensors, train
-from skysense_jax.data import pipeline, samples, sources, spec
+from configs import msgfm_tiny
+from skysense_jax import cli, sensors, train
+from skysense_jax.data import bench, pipeline, samples, sources, spec
 from tests import msgfm_places
 from tests.toy import same
 
@@ -142,3 +143,22 @@ def test_holdings_are_known_without_decoding_images(cfg):
     np.testing.assert_array_equal(found["s1"], np.arange(20) % 5 != 3)
     np.testing.assert_array_equal(found["dsm"], np.arange(20) % 2 == 0)
     assert set(found) == {"s1", "dsm"} and pipeline.check(cfg, train.make_contract(cfg)) == "noise-20-0-hr-s2-s1-dsm"
+
+
+def test_bench_measures_the_three_stages(cfg, dataset, capsys):
+    cfg.data.batch = 4
+    rates = bench.bench(cfg, 0.05)
+    assert list(rates) == ["read", "place", "batches"] and all(min(rate) > 0 for rate in rates.values())
+    assert cli.main(["data", "bench", dataset, "--config", msgfm_tiny.__file__, "--seconds", "0.05"]) == 0
+    assert capsys.readouterr().out.count(" places/s per core") == 3
+
+
+def test_the_stages_that_bench_measures_are_those_of_training(cfg):
+    contract = train.make_contract(cfg)
+    plan, (records, sample) = samples.make_plan(cfg, contract, 0), samples.stages(cfg, contract, 0)
+    for number in range(2 * plan.batch):
+        name, dataset, record = records[number]
+        drawn = samples.draw(plan, *divmod(number, plan.batch))
+        assert (name, dataset) == drawn[:2] and record["index"] == drawn[2]
+        one = sample(records[number], np.random.default_rng(0))
+        assert plan.names[one["sensor"]] == name and one["place"]["index"] == record["index"]

@@ -244,8 +244,8 @@ def test_images_are_stretched_as_torch_does():
     torch = pytest.importorskip("torch")
     image = np.random.default_rng(0).standard_normal((2, 12, 12, 3)).astype(np.float32)
     wanted = torch.nn.functional.interpolate(
-        torch.tensor(image.transpose(0, 3, 1, 2)), 14, mode="bilinear", align_corners=True).numpy().transpose(0, 2, 3, 1)
-    np.testing.assert_allclose(gfm.stretched(image, 14), wanted, atol=1e-5)
+        torch.tensor(image.transpose(0, 3, 1, 2)), 14, mode="bilinear", align_corners=True)
+    np.testing.assert_allclose(gfm.stretched(image, 14), wanted.numpy().transpose(0, 2, 3, 1), atol=1e-5)
 
 
 def fresh_state(objective: Any, seed: int = 0) -> state.TrainState:
@@ -287,7 +287,8 @@ def test_a_new_row_of_the_table_goes_on_from_old_weights(tmp_path, monkeypatch):
     c = config()
     old = train.make_contract(c)
     before = saved(tmp_path, train.OBJECTIVES["msgfm"](c, old), old, 5)
-    row = sensors.SENSORS["s1"]._replace(name="thermal", bands=("T10",), aliases={}, mean=(290.0,), std=(10.0,), pair="")
+    row = sensors.SENSORS["s1"]._replace(name="thermal", bands=("T10",), aliases={}, mean=(290.0,), std=(10.0,),
+                                           pair="")
     monkeypatch.setitem(sensors.SENSORS, "thermal", row)
     more = config()
     more.unlock()

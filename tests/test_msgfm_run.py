@@ -1,4 +1,4 @@
-"""msGFM end to end: the command trains, is killed and goes on in the same bits, is evaluated, and draws what it sees."""
+"""msGFM end to end: the command trains, is killed, goes on in the same bits, is evaluated, and draws what it sees."""
 from __future__ import annotations
 
 import json

@@ -1,4 +1,4 @@
-"""The picture of a place: fixed stretches, invalid pixels hatched, "synthetic" said in it; and the whole way from synth to it."""
+"""The picture of a place: fixed stretches, invalid pixels hatched, "synthetic" said in it; the whole way from synth."""
 
 import numpy as np
 import pytest

@@ -52,7 +52,8 @@ def test_schedules_are_dino_s():
     for name, last in (("weight_decay", s.final_weight_decay), ("teacher_momentum", s.final_teacher_momentum)):
         np.testing.assert_allclose(values[name], cosine(s[name], last, k / c.steps), rtol=1e-5, err_msg=name)
     n = s.warmup_teacher_temp_steps
-    temps = np.concatenate([np.linspace(s.warmup_teacher_temp, s.teacher_temp, n), np.full(c.steps - n, s.teacher_temp)])
+    rising = np.linspace(s.warmup_teacher_temp, s.teacher_temp, n)
+    temps = np.concatenate([rising, np.full(c.steps - n, s.teacher_temp)])
     np.testing.assert_allclose(values["teacher_temp"], temps, rtol=1e-5)
     np.testing.assert_array_equal(values["last_layer_frozen"], k < s.freeze_last_layer_steps)
 

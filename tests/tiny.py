@@ -38,7 +38,9 @@ def record(number: int) -> dict:
     return place
 
 
-def write_records(folder: pathlib.Path, features: tfds.features.FeaturesDict, splits: dict[str, list], meta: dict) -> str:
+def write_records(
+    folder: pathlib.Path, features: tfds.features.FeaturesDict, splits: dict[str, list], meta: dict
+) -> str:
     """A TFDS dataset of one shard per split, with its places.json; returns the folder as text."""
     folder.mkdir(parents=True, exist_ok=True)
     infos = []

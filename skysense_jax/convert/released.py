@@ -20,7 +20,7 @@ MODULE_PREFIXES = {
     "s1": ("backbone_s1.", "backbone."), "fusion": ("fusion.", "backbone."), "head_s2": ("head_s2.", "backbone."),
     "head_s1": ("head_s1.", "backbone."), "geo": ("glbank.", "backbone."),
 }
-"""Prefixes the tensors of a module may carry, in the order they are tried (SkySense ckpt_convert, README, SkySense-O)."""
+"""Prefixes the tensors of a module may carry, as they are tried (SkySense ckpt_convert, README, SkySense-O)."""
 
 DROPPED = ("head_gep*",)
 """Tensors of the full checkpoint that the release's own converter drops."""
@@ -126,7 +126,8 @@ def _single(path: pathlib.Path, tensors: Tensors) -> str:
         raise ValueError(f"{path} is an UP head, of S2 or S1 its tensors do not say; write head_s2={path} or "
                          f"head_s1={path}")
     raise ValueError(f"{path} holds no module of SkySense that can be recognised; its first tensors are "
-                     f"{', '.join(list(tensors)[:5])}. Write MODULE={path} with MODULE one of {', '.join(keymap.PREFIXES)}")
+                     f"{', '.join(list(tensors)[:5])}. Write MODULE={path} "
+                     f"with MODULE one of {', '.join(keymap.PREFIXES)}")
 
 
 def without(part: Part, patterns: Sequence[str]) -> Part:
@@ -138,8 +139,8 @@ def without(part: Part, patterns: Sequence[str]) -> Part:
     if extra := [name for name in left if any(fnmatch.fnmatch(name, pattern) for pattern in IN_CONTEXT)]:
         asked = sorted({name.split(".")[0] for name in extra})
         raise ValueError(
-            f"{part.path}: {', '.join(asked)} belong to SkySense++'s in-context stage. The encoders here do not have it "
-            "(its global attention changes the HR maps); "
+            f"{part.path}: {', '.join(asked)} belong to SkySense++'s in-context stage. The encoders here do not have "
+            "it (its global attention changes the HR maps); "
             + " ".join(f"--leave-out '{name}*'" for name in asked) + " imports the encoder without it")
     note = (f"left out as asked: {len(gone)} tensors, {', '.join(gone[:5])}",) if gone else ()
     return Part(part.path, part.tensors.renamed({name: name for name in left}), part.notes + note)

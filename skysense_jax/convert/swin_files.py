@@ -175,8 +175,8 @@ def check_bands(readers: Readers, entries: Mapping[str, Sequence[keymap.Entry]],
         shape = readers[kernel][0] if kernel in readers else ()
         if len(shape) == 4 and shape[1] != len(rule["bands"]):
             raise ValueError(
-                f"{kernel} {shape} takes {shape[1]} bands, {sensor} has {', '.join(rule['bands'])}; choose the sensor with "
-                f"--sensor, or its bands in the order of the kernel with --bands {sensor}=...")
+                f"{kernel} {shape} takes {shape[1]} bands, {sensor} has {', '.join(rule['bands'])}; choose the sensor "
+                f"with --sensor, or its bands in the order of the kernel with --bands {sensor}=...")
 
 
 def with_tables(readers: Readers, prefix: str, trained: Mapping[str, int], cfg: Any) -> list[str]:

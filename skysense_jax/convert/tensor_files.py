@@ -107,7 +107,8 @@ def open_tensors(path: str | pathlib.Path) -> Tensors:
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
     if path.suffix not in ENDINGS and not PARTS.fullmatch(path.suffix):
-        raise ValueError(f"{path}: weights are read from .safetensors, {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]} files")
+        raise ValueError(f"{path}: weights are read from .safetensors, "
+                         f"{', '.join(ENDINGS[:-1])} or {ENDINGS[-1]} files")
     if not torch_is_there():
         raise ValueError(f"{path}: reading PyTorch files needs torch; install the extra `torch`, or use .safetensors")
     return _open_torch(path)
@@ -149,8 +150,8 @@ def _open_torch(path: pathlib.Path) -> Tensors:
             asked = [name for name in found if name not in (known for _, known in INERT)] or asked
         if asked:
             raise ValueError(
-                f"{path}: reading it would run code that its pickle asks for ({', '.join(sorted(set(asked)))}), which is "
-                "refused. Where you trust the file, load it in a process of its own and save the tensors alone: "
+                f"{path}: reading it would run code that its pickle asks for ({', '.join(sorted(set(asked)))}), which "
+                "is refused. Where you trust the file, load it in a process of its own and save the tensors alone: "
                 "torch.save(checkpoint['state_dict'], FILE), or checkpoint['model'] where it has that"
             ) from error
         raise ValueError(f"{path}: not a sound PyTorch file: {(str(error).splitlines() or [''])[0]}") from error

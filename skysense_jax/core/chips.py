@@ -9,8 +9,8 @@ GIB = 2**30
 class Chip(NamedTuple):
     """One chip, which may be two jax devices (:func:`devices_per_chip`). flops: dense bfloat16 products per second.
     hbm_bytes_per_s, ici_bytes_per_s: memory, and links to other chips of a slice (all links, one direction). hbm_limit:
-    bytes a program may use, as the TPU compiler states it in its out-of-memory error (less than is built in: the runtime
-    keeps some). 0: not needed here.
+    bytes a program may use, as the TPU compiler states it in its out-of-memory error (less than is built in: the
+    runtime keeps some). 0: not needed here.
     """
 
     flops: float
@@ -41,5 +41,6 @@ v5e and v6e host machines). An assumption where hosts are others."""
 
 def devices_per_chip(devices: Sequence[Any]) -> int:
     """How many of these jax devices share a chip: 2 on tpu7x, and on v4 where it is described rather than there."""
-    places = [(getattr(device, "slice_index", None), tuple(device.coords)) for device in devices if hasattr(device, "coords")]
+    places = [
+        (getattr(device, "slice_index", None), tuple(device.coords)) for device in devices if hasattr(device, "coords")]
     return len(places) // len(set(places)) if places else 1

@@ -81,7 +81,8 @@ def fusion(cfg: Any, cells: float, dates: float, width: int) -> float:
     its extra token; the last layer looks from that token alone.
     """
     c, tokens = cfg.embed_dims, dates + 1
-    last = linear(cells * tokens, c, 3 * c) + attention(cells, tokens, c) + linear(cells, c, c) + mlp(cells, c, cfg.mlp_ratio)
+    last = linear(cells * tokens, c, 3 * c) + attention(cells, tokens, c) + linear(cells, c, c)
+    last += mlp(cells, c, cfg.mlp_ratio)
     return linear(cells * dates, width, c) + transformer(cells, tokens, c, cfg.depth - 1, cfg.mlp_ratio) + last
 
 

@@ -177,7 +177,8 @@ def collectives(program: Program, slice_of: Sequence[Any]) -> dict[str, Traffic]
             if not n:
                 raise ValueError(f"{instruction.name}: its replica groups cannot be read: {instruction.rest[:200]}")
             part = (n - 1) / n
-            wire = result * {"all-reduce": 2 * part, "reduce-scatter": n * part if not scattered else part}.get(kind, part)
+            sent = {"all-reduce": 2 * part, "reduce-scatter": n * part if not scattered else part}
+            wire = result * sent.get(kind, part)
             slices = len({slice_of[device] for device in groups[0]})
             share = (slices - 1) / slices / part if slices > 1 else 0.0
         was = found.get(kind, Traffic(0, 0.0, 0.0, 0))
@@ -238,7 +239,8 @@ def _read(body: list[Instruction], name: str, computations: dict[str, list[Instr
                 total += size(use.result)
             elif use.opcode == "fusion":
                 called = computations[_CALLED.search(use.rest).group(1)]
-                parameter = next(one.name for one in called if one.opcode == "parameter" and one.rest.startswith(f"{position})"))
+                parameter = next(
+                    one.name for one in called if one.opcode == "parameter" and one.rest.startswith(f"{position})"))
                 total += _read(called, parameter, computations)
             elif use.opcode == "bitcast":
                 total += _read(body, use.name, computations)

@@ -102,8 +102,8 @@ def mesh_shape(axes: Mapping[str, int], n_devices: int) -> dict[str, int]:
     if open_axes:
         sizes[open_axes[0]] = n_devices // known
     if int(np.prod(list(sizes.values()), dtype=np.int64)) != n_devices:
-        raise ValueError(f"config.mesh {dict(axes)} does not use exactly the {n_devices} devices of the job: the product "
-                         "of the sizes must be their number (-1: what remains)")
+        raise ValueError(f"config.mesh {dict(axes)} does not use exactly the {n_devices} devices of the job: the "
+                         "product of the sizes must be their number (-1: what remains)")
     return sizes
 
 
@@ -129,10 +129,15 @@ def make_mesh(axes: Mapping[str, int], devices: list[jax.Device] | None = None) 
     return jax.sharding.Mesh(grid, tuple(sizes), axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
 
 
+def batch_axes(mesh: jax.sharding.Mesh | None = None) -> dict[str, int]:
+    """Axes that a batch is split over, with their sizes, of `mesh` or the one in use; none without `jax.set_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    return {axis: size for axis, size in mesh.shape.items() if axis in BATCH_AXES}
+
+
 def batch_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
     """Leading axis split over all batch axes of the mesh."""
-    axes = tuple(name for name in mesh.axis_names if name in BATCH_AXES)
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(axes))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(tuple(batch_axes(mesh))))
 
 
 def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:

@@ -2,9 +2,9 @@
 
 A rule is ``(pattern, tactic)`` over the names of :mod:`skysense_jax.core.trees`; tactics:
 
-``fsdp``       split the largest dimension that the ``fsdp`` axis divides (of equal ones the first: the last is the one a
-               TPU pads to 128). Leaves below 1 MiB are replicated and counted: gathering them costs more latency than
-               they weigh. A larger leaf none of whose dimensions divides is an error.
+``fsdp``       split the largest dimension that the ``fsdp`` axis divides (of equal ones the first: the last is the one
+               a TPU pads to 128). Leaves below 1 MiB are replicated and counted: gathering them costs more latency
+               than they weigh. A larger leaf none of whose dimensions divides is an error.
 ``replicate``  the whole value on every device; an error from 1 MiB on.
 ``expert``     stacked weights of experts, [layers, experts, ...]: the experts over the ``expert`` axis, the rest as
                ``fsdp``. An error where the axis does not divide their number.
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from skysense_jax.core import trees
-from skysense_jax.core.mesh import BATCH_AXES
+from skysense_jax.core.mesh import batch_axes
 
 SMALL = 2**20
 """Bytes below which a leaf may stay replicated (issue: no parameter above 1 MiB stays replicated)."""
@@ -36,7 +36,8 @@ def gathered(weight: jax.Array, user: jax.Array | None = None, experts: bool = F
     here. user: the array it is multiplied with, in a layer that is scanned over: the gather then waits for it. Without
     that, differentiation moves the gathers of all layers in front of the loop, and the whole model is held at once.
     The cotangent is not constrained: it is reduced straight into the parts of the parameter. Where nothing is
-    split (no `jax.set_mesh`, or an fsdp axis of 1) the identity. Cast to the computing dtype first: half the bytes travel.
+    split (no `jax.set_mesh`, or an fsdp axis of 1) the identity. Cast to the computing dtype first: half the bytes
+    travel.
     """
     if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
         return weight
@@ -62,11 +63,6 @@ def by_expert(x: jax.Array, axis: int) -> jax.Array:
         return x
     free = PartitionSpec.UNCONSTRAINED
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*("expert" if i == axis else free for i in range(x.ndim))))
-
-
-def batch_axes() -> dict[str, int]:
-    """Axes of the mesh in use that a batch is split over, with their sizes; none without `jax.set_mesh`."""
-    return {axis: size for axis, size in jax.sharding.get_abstract_mesh().shape.items() if axis in BATCH_AXES}
 
 
 def one_each(weight: jax.Array) -> jax.Array:
@@ -98,23 +94,21 @@ def leaf_spec(name: str, leaf: Any, tactic: str, mesh_axes: Mapping[str, int], s
     if tactic not in TACTICS:
         raise ValueError(f"sharding of {name}: unknown tactic {tactic!r}; tactics are {', '.join(TACTICS)}")
     n, size = mesh_axes.get("fsdp", 1), trees.size_bytes(leaf)
-    fixed: dict[int, str] = {}
+    placed: dict[int, str] = {}
     if tactic == "expert" and mesh_axes.get("expert", 1) > 1:
         if leaf.shape[1] % mesh_axes["expert"]:
             raise ValueError(f"sharding of {name}: {leaf.shape[1]} experts do not divide by the expert axis of "
                              f"{mesh_axes['expert']}")
-        fixed, size = {1: "expert"}, size // mesh_axes["expert"]
+        placed, size = {1: "expert"}, size // mesh_axes["expert"]
     if tactic == "replicate" and n > 1 and size >= SMALL:
         raise ValueError(f"sharding of {name}: {size} bytes may not stay replicated on {n} devices; "
                          "use the tactic fsdp")
-    if tactic == "replicate" or n == 1 or size < small:
-        return PartitionSpec(*((fixed.get(i) for i in range(2)) if fixed else ()))
-    candidates = [axis for axis, length in enumerate(leaf.shape) if length % n == 0 and axis not in fixed]
-    if not candidates:
-        raise ValueError(f"sharding of {name}: no dimension of {tuple(leaf.shape)} divides by the fsdp axis of {n}")
-    axis = max(candidates, key=lambda i: (leaf.shape[i], -i))
-    placed = {**fixed, axis: "fsdp"}
-    return PartitionSpec(*(placed.get(i) for i in range(max(placed) + 1)))
+    if tactic != "replicate" and n > 1 and size >= small:
+        candidates = [axis for axis, length in enumerate(leaf.shape) if length % n == 0 and axis not in placed]
+        if not candidates:
+            raise ValueError(f"sharding of {name}: no dimension of {tuple(leaf.shape)} divides by the fsdp axis of {n}")
+        placed[max(candidates, key=lambda i: (leaf.shape[i], -i))] = "fsdp"
+    return PartitionSpec(*(placed.get(i) for i in range(max(placed, default=-1) + 1)))
 
 
 def shardings(tree: trees.Tree, rules: trees.Rules, mesh: Mesh, small: int = SMALL) -> trees.Tree:

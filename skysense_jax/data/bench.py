@@ -6,6 +6,7 @@ change the figure.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import resource
 import runpy
@@ -16,7 +17,11 @@ import jax
 import numpy as np
 
 from skysense_jax import sensors
-from skysense_jax.data import pipeline, sources
+from skysense_jax.data import feed
+
+
+HELD = 16
+"""Records in memory that the stage without reading takes turns with."""
 
 
 class Rate(NamedTuple):
@@ -40,28 +45,25 @@ def _measure(produce: Callable[[], tuple[int, int]], seconds: float) -> Rate:
 
 
 def bench(cfg: Any, seconds: float = 5.0) -> dict[str, Rate]:
-    """Rates of three stages: "read" (decode records, bytes of the record), "place" (augment, no reading) and "batches"
-    (the training iterator with `config.data.threads`, bytes of the batch). Each runs for about `seconds`.
+    """Rates of three stages: "read" (decode records, bytes of the record), "place" (cut and augment, no reading) and
+    "batches" (the training iterator with `config.data.threads`, bytes of the batch). Each runs for about `seconds`. A
+    place of msGFM's is the image of one sensor there, with its pair.
 
     The input contract is the configuration's bands with the table's statistics. Raises ValueError as
     `pipeline.train_dataset`.
     """
-    if cfg.model.name == "msgfm":
-        raise ValueError("data bench measures views of whole places; of msGFM's single images, the status line of "
-                         "`train` says how long it waits for its input")
-    contract = sensors.input_contract(cfg.data.bands.to_dict(), cfg.model.ratio)
-    iterator = pipeline.make_train_iterator(cfg, contract, cfg.seed)
-    places = sources.open_places(cfg.data.dir, cfg.data.split)
-    plan = pipeline.make_plan(cfg, contract, int(sources.read_metadata(cfg.data.dir)["tile"]))
-    records = [places[i] for i in range(min(len(places), 16))]
-    turn = iter(range(1 << 62))
+    data, contract = feed.of(cfg), sensors.input_contract(cfg.data.bands.to_dict(), cfg.model.ratio)
+    iterator = data.make_train_iterator(cfg, contract, cfg.seed)
+    records, sample = data.stages(cfg, contract, cfg.seed)
+    held = [records[batch * int(cfg.data.batch)] for batch in range(HELD)]  # msGFM's batches hold one sensor each
+    turn = itertools.count()
 
     def read() -> tuple[int, int]:
-        return 1, _bytes(places[next(turn) % len(places)])
+        return 1, _bytes(records[next(turn)])
 
     def place() -> tuple[int, int]:
         number = next(turn)
-        return 1, _bytes(pipeline.sample_place(records[number % len(records)], np.random.default_rng(number), plan))
+        return 1, _bytes(sample(held[number % HELD], np.random.default_rng(number)))
 
     def batches() -> tuple[int, int]:
         return cfg.data.batch, _bytes(next(iterator))

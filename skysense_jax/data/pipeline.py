@@ -8,7 +8,7 @@ threads.
 from __future__ import annotations
 
 import functools
-from typing import Any, Iterator, Mapping, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
 import grain
 import numpy as np
@@ -69,8 +69,8 @@ def make_plan(cfg: Any, contract: Mapping[str, Any], tile: int) -> Plan:
     views = {"global": ViewPlan(("global0", "global1"), int(data.global_size), tuple(data.global_scale))}
     if data.n_local:
         views["local"] = ViewPlan(("local",) * int(data.n_local), int(data.local_size), tuple(data.local_scale))
-    return Plan(sensor_plans(contract, contract["ratio"], data.dates), views, tile, tuple(data.aspect), float(data.flip), float(data.rotate),
-                int(data.date_jitter_days), data.augment.to_dict())
+    return Plan(sensor_plans(contract, contract["ratio"], data.dates), views, tile, tuple(data.aspect),
+                float(data.flip), float(data.rotate), int(data.date_jitter_days), data.augment.to_dict())
 
 
 def sample_place(record: Mapping[str, Any], rng: np.random.Generator, plan: Plan) -> dict[str, Any]:
@@ -146,6 +146,18 @@ def _fill(
     inputs["dates"][rows] = record[f"{plan.name}_date"][chosen]
 
 
+def stages(
+    cfg: Any, contract: Mapping[str, Any], seed: int
+) -> tuple[grain.MapDataset, Callable[[Any, np.random.Generator], dict[str, Any]]]:
+    """The two stages of a place's part of a batch: the endless stream of records in the order in which training reads
+    them, and what makes the part of one, with the generator of its number. Raises as :func:`train_dataset`.
+    """
+    check(cfg, contract)
+    plan = make_plan(cfg, contract, int(sources.read_metadata(cfg.data.dir)["tile"]))
+    places = sources.open_places(cfg.data.dir, cfg.data.split, int(cfg.data.max_bad_records))
+    return grain.MapDataset.source(places).seed(seed).shuffle().repeat(), functools.partial(_sample_place, plan)
+
+
 def train_dataset(
     cfg: Any, contract: Mapping[str, Any], seed: int, process_index: int = 0, process_count: int = 1
 ) -> grain.MapDataset:
@@ -154,12 +166,8 @@ def train_dataset(
     Raises ValueError for a folder that is no dataset, a missing split, a dataset that does not fit the contract
     (`sources.check_dataset`), or a batch that the processes cannot share evenly.
     """
-    check(cfg, contract)
-    plan = make_plan(cfg, contract, int(sources.read_metadata(cfg.data.dir)["tile"]))
-    places = sources.open_places(cfg.data.dir, cfg.data.split, int(cfg.data.max_bad_records))
-    stream = grain.MapDataset.source(places).seed(seed).shuffle().repeat()
-    stream = stream.random_map(functools.partial(_sample_place, plan))
-    return shared(stream, cfg, process_index, process_count)
+    records, sample = stages(cfg, contract, seed)
+    return shared(records.random_map(sample), cfg, process_index, process_count)
 
 
 def shared(stream: grain.MapDataset, cfg: Any, process_index: int, process_count: int) -> grain.MapDataset:

@@ -90,7 +90,7 @@ def true_colour(image: np.ndarray) -> np.ndarray:
 
 
 def radar_colour(image: np.ndarray) -> np.ndarray:
-    """Sentinel-1 [H, W, 2] dB -> uint8[H, W, 3]: VV -20..0, VH -27..-7, VV minus VH 2..14 dB (the usual false colour)."""
+    """Sentinel-1 [H, W, 2] dB -> uint8[H, W, 3]: VV -20..0, VH -27..-7, VV minus VH 2..14 dB (usual false colour)."""
     vv, vh = image[..., 0], image[..., 1]
     shown = np.stack([(vv + 20) / 20, (vh + 27) / 20, (vv - vh - 2) / 12], -1).clip(0, 1)
     return (shown * 255).astype(np.uint8)
@@ -101,7 +101,8 @@ def hillshade(height: np.ndarray, step: float) -> np.ndarray:
     relative height."""
     dy, dx = np.gradient(height.astype(np.float32), step)
     norm = np.sqrt(dx**2 + dy**2 + 1)
-    # Sun in the north-west, 45 degrees high: unit vector (east, south, up) = (-0.5, -0.5, 0.707); the normal is (-dx, -dy, 1).
+    # Sun in the north-west, 45 degrees high: unit vector (east, south, up) = (-0.5, -0.5, 0.707); the normal is
+    # (-dx, -dy, 1).
     lit = ((0.5 * dx + 0.5 * dy + 0.707) / norm).clip(0, 1)
     low, high = np.percentile(height, [1, 99])
     t = ((height - low) / max(high - low, 1e-3)).clip(0, 1)[..., None]

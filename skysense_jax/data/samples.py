@@ -7,7 +7,7 @@ step) for any number of processes and restarts. Several datasets, georeferenced 
 from __future__ import annotations
 
 import functools
-from typing import Any, Mapping, NamedTuple
+from typing import Any, Callable, Mapping, NamedTuple
 
 import grain
 import numpy as np
@@ -31,9 +31,10 @@ class Dataset(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Everything :func:`sample` needs. names: the contract's sensors, in order; members: sensor -> int32 [n, 2]
-    (dataset, record) of its samples; shuffled: sensor -> endless stream of rows of `members`; turns: endless stream of
-    (sensor, its batch in this round) as numbers counted through `rounds`; rounds: sensor -> batches in a round."""
+    """Everything :func:`read` and :func:`sample` need. names: the contract's sensors, in order; members: sensor ->
+    int32 [n, 2] (dataset, record) of its samples; shuffled: sensor -> endless stream of rows of `members`; turns:
+    endless stream of (sensor, its batch in this round) as numbers counted through `rounds`; rounds: sensor -> batches
+    in a round."""
 
     names: tuple[str, ...]
     datasets: tuple[Dataset, ...]
@@ -121,11 +122,16 @@ def draw(plan: Plan, step: int, row: int) -> tuple[str, int, int]:
     return name, int(dataset), int(record)
 
 
-def sample(plan: Plan, number: Any, rng: np.random.Generator) -> dict[str, Any]:
-    """Row number % batch of step number // batch; the sensor's image and its pair's are cut by the same box."""
+def read(plan: Plan, number: Any) -> tuple[str, int, Mapping[str, Any]]:
+    """(sensor, dataset, the record itself) of row number % batch of step number // batch."""
     name, dataset, index = draw(plan, *divmod(int(number), plan.batch))
+    return name, dataset, plan.datasets[dataset].places[index]
+
+
+def sample(plan: Plan, drawn: tuple[str, int, Mapping[str, Any]], rng: np.random.Generator) -> dict[str, Any]:
+    """The row that :func:`read` has drawn; the sensor's image and its pair's are cut by the same box."""
+    name, dataset, record = drawn
     here = plan.datasets[dataset]
-    record = here.places[index]
     box = augment.sample_box(rng, here.tile, plan.scale, plan.aspect)
     turn = augment.Orientation(bool(rng.random() < plan.flip), False, 0)
     own, pair = _empty(plan), _empty(plan)
@@ -172,13 +178,21 @@ def _cut(
     out["valid"][:] = 1.0 if mask is None else augment.orient(mask, turn)[0]
 
 
+def stages(
+    cfg: Any, contract: Mapping[str, Any], seed: int
+) -> tuple[grain.MapDataset, Callable[[Any, np.random.Generator], dict[str, Any]]]:
+    """As :func:`pipeline.stages`: the stream of what :func:`read` gives, and :func:`sample`."""
+    plan = make_plan(cfg, contract, seed)
+    drawn = grain.MapDataset.range(ENDLESS).map(functools.partial(read, plan)).seed(seed)
+    return drawn, functools.partial(sample, plan)
+
+
 def train_dataset(
     cfg: Any, contract: Mapping[str, Any], seed: int, process_index: int = 0, process_count: int = 1
 ) -> grain.MapDataset:
     """As :func:`pipeline.train_dataset`: element [step] is one process's part of that step's `spec.sample_spec`."""
-    plan = make_plan(cfg, contract, seed)
-    stream = grain.MapDataset.range(ENDLESS).seed(seed).random_map(functools.partial(sample, plan))
-    return pipeline.shared(stream, cfg, process_index, process_count)
+    drawn, make = stages(cfg, contract, seed)
+    return pipeline.shared(drawn.random_map(make), cfg, process_index, process_count)
 
 
 def make_train_iterator(

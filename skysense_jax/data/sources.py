@@ -164,7 +164,8 @@ def check_dataset(meta: Mapping[str, Any], contract: Mapping[str, Any], cfg: Any
             given = list(data.bands[name]) if name in data.bands else "no bands"
             raise ValueError(f"config.data.bands has {given} for {name!r}, the input contract {rule['bands']}")
         if unstored := [band for band in rule["bands"] if band in sensors.SENSORS[name].unstored]:
-            raise ValueError(f"the model takes {unstored} of {name!r}, which records do not hold; use `load` with arrays")
+            raise ValueError(f"the model takes {unstored} of {name!r}, which records do not hold; "
+                             "use `load` with arrays")
         for field in ("dates", "eval_dates"):
             if field in data and (name not in data[field] or data[field][name] < 1):
                 raise ValueError(f"config.data.{field} needs a number of acquisitions >= 1 for {name!r}")

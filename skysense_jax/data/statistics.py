@@ -62,9 +62,9 @@ def compute(folder: str | Path, clear_only: bool = False, progress: bool = True)
     """Computes the statistics and stores them in places.json under "statistics"; returns them.
 
     sensor -> {"mean", "std", "n": per band of the sensor's table row, "unit", "date", "sha256" of the records read,
-    "source", "unmeasured": bands without a pixel, which keep the table's values, and "datum": of heights}. Pixels count where x_valid is 1 and
-    the band was measured at that date; with clear_only also x_clear must be 1. Raises BuildError where `folder` is no
-    complete dataset or has no train split.
+    "source", "unmeasured": bands without a pixel, which keep the table's values, and "datum": of heights}. Pixels count
+    where x_valid is 1 and the band was measured at that date; with clear_only also x_clear must be 1. Raises BuildError
+    where `folder` is no complete dataset or has no train split.
     """
     folder = Path(folder)
     if not (folder / META).is_file():

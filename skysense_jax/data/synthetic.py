@@ -37,8 +37,8 @@ _ZONES_SOUTH = (19, 20, 21, 34, 35, 36, 55, 56)
 _FIRST_DAY = datetime.date(2021, 1, 1)
 _DAYS = 730
 _NOTICE = (
-    "SYNTHETIC DATA. Written by `skysense-jax data synth` from a seed; nothing here was measured anywhere. Good for testing the\n"
-    "pipeline, not for any statement about the Earth or about how well a model does on it.\n"
+    "SYNTHETIC DATA. Written by `skysense-jax data synth` from a seed; nothing here was measured anywhere. Good for "
+    "testing the\npipeline, not for any statement about the Earth or about how well a model does on it.\n"
 )
 
 
@@ -256,7 +256,8 @@ def synthesise(
             f"{catalog} exists: synthetic places are never written over a catalog; choose another --out or delete it"
         )
     out.mkdir(parents=True, exist_ok=True)
-    (out / "SYNTHETIC.txt").write_text(_NOTICE + f"places {places} seed {seed} tile {tile} ratio {ratio} gsd {gsd} world {kind}\n")
+    (out / "SYNTHETIC.txt").write_text(
+        _NOTICE + f"places {places} seed {seed} tile {tile} ratio {ratio} gsd {gsd} world {kind}\n")
     workers = workers or os.cpu_count() or 1
     chunks = [range(at, min(at + 8, places)) for at in range(0, places, 8)]
     jobs = [(chunk, str(out), seed, tile, ratio, gsd, test_fraction, kind) for chunk in chunks]

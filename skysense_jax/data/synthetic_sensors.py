@@ -1,4 +1,4 @@
-"""How the sensors see a synthetic place: HR texture, Sentinel-2 reflectance with clouds, Sentinel-1 backscatter, surface model.
+"""How the sensors see a synthetic place: HR texture, Sentinel-2 with clouds, Sentinel-1 backscatter, surface model.
 
 Sentinel-2 and Sentinel-1 mix the fine materials by area (linear mixing of reflectance, of power), green cover follows a
 phenology curve per material, and every place and date has its own illumination, haze, calibration and look angle.
@@ -54,8 +54,9 @@ _MEADOW_CUT = 16.0
 class Climate(NamedTuple):
     """Season and variety of one place.
 
-    south: seasons shifted by half a year. spring, autumn, sowing: shifts in days. meadow_cut: day of the year. wetness: 0..1.
-    reflectance: [material, band] factors, backscatter: [material, 2] dB: no two soils, species, roofs or stands are alike.
+    south: seasons shifted by half a year. spring, autumn, sowing: shifts in days. meadow_cut: day of the year. wetness:
+    0..1. reflectance: [material, band] factors, backscatter: [material, 2] dB: no two soils, species, roofs or stands
+    are alike.
     """
 
     south: bool
@@ -133,7 +134,7 @@ def spectra(day: float, climate: Climate) -> np.ndarray:
 
 
 def fractions(land: Land, ratio: int, weight: np.ndarray | None = None) -> np.ndarray:
-    """Area share of every material in every base pixel: float32[material, N, N] (times the mean of `weight` where given)."""
+    """Area share of every material in every base pixel: float32[material, N, N] (times the mean of `weight`)."""
     n = land.material.shape[0] // ratio
     pixel = np.arange(land.material.shape[0]) // ratio
     index = land.material.astype(np.int64) * (n * n) + pixel[:, None] * n + pixel[None, :]
@@ -163,7 +164,7 @@ def _blur(image: np.ndarray) -> np.ndarray:
 
 
 def _shadow(land: Land, step: float, azimuth: float, elevation: float) -> np.ndarray:
-    """Bool[S, S]: fine pixels in the cast shadow of crowns and buildings for a sun at `azimuth`, `elevation` (radians)."""
+    """Bool[S, S]: fine pixels in the cast shadow of crowns and buildings for a sun at two angles in radians."""
     height, size = land.canopy, land.canopy.shape[0]
     dark = np.zeros(height.shape, bool)
     reach = min(int(height.max() / np.tan(elevation) / step), size // 4)
@@ -176,7 +177,7 @@ def _shadow(land: Land, step: float, azimuth: float, elevation: float) -> np.nda
 
 
 def render_hr(rng: np.random.Generator, land: Land, climate: Climate, day: float, step: float) -> np.ndarray:
-    """Aerial image uint8[S, S, 3] (R, G, B) on a day of the year; own sun, haze, colour balance, tone curve, blur and noise."""
+    """Aerial image uint8[S, S, 3] (R, G, B) on a day of the year; own sun, haze, colours, tones, blur and noise."""
     colour = spectra(day, climate)[:, [3, 2, 1]].astype(np.float32)
     image = colour[land.material] * land.tone[..., None]
     south = -1.0 if climate.south else 1.0

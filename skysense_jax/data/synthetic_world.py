@@ -1,4 +1,4 @@
-"""The ground of a synthetic place: materials, land cover, heights and texture on the fine (HR) grid, for one scene type.
+"""The ground of a synthetic place of one scene type: materials, land cover, heights, texture on the fine (HR) grid.
 
 Everything is procedural and drawn from one numpy Generator: rotated lots, parcels, jittered crowns and smooth random
 fields. A scene type sets what most of the ground is; every place also gets patches of other cover, roads and terrain,

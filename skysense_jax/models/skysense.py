@@ -81,8 +81,8 @@ def module_names(cfg: Any, contract: Mapping[str, Any]) -> tuple[str, ...]:
         raise ValueError(f"model.modules lists {stray}; a model of {', '.join(sensors)} has {', '.join(whole)}")
     needed = mapped if "fusion" in listed or "geo" in listed else sensors
     if missing := [name for name in needed if name not in listed]:
-        raise ValueError(f"model.modules = {tuple(listed)} lacks {missing}: the fusion needs every sensor's encoder and "
-                         "head, geo needs the fusion, and every sensor of the input contract its encoder")
+        raise ValueError(f"model.modules = {tuple(listed)} lacks {missing}: the fusion needs every sensor's encoder "
+                         "and head, geo needs the fusion, and every sensor of the input contract its encoder")
     return tuple(name for name in whole if name in listed)
 
 
@@ -189,8 +189,8 @@ def normalise(sensor: Mapping[str, jax.Array], contract: Mapping[str, Any]) -> t
 
 
 def lower_median(image: jax.Array, use: jax.Array) -> jax.Array:
-    """[B,T,H,W,C] -> [B,T,1,1,C], of the pixels where `use` (same shape) is true; 0 where there is none. The lower one of
-    two in the middle, as torch.median.
+    """[B,T,H,W,C] -> [B,T,1,1,C], of the pixels where `use` (same shape) is true; 0 where there is none. The lower one
+    of two in the middle, as torch.median.
     """
     b, t, h, w, c = image.shape
     ordered = jnp.sort(jnp.where(use, image, jnp.inf).reshape(b, t, h * w, c), axis=2)

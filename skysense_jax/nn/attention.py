@@ -24,7 +24,8 @@ trunc_normal = nn.initializers.truncated_normal(0.02)
 tiny_normal = nn.initializers.normal(1e-6)
 linear_init = nn.initializers.variance_scaling(0.41, "fan_in", "truncated_normal")
 """Truncated normal of deviation 0.64 / sqrt(inputs): the release's 0.02 at its width of 1024. A fixed 0.02 leaves the
-branches of narrow models near zero: a fused token that is almost the same everywhere, a self-distillation that collapses.
+branches of narrow models near zero: a fused token that is almost the same everywhere, a self-distillation that
+collapses.
 """
 
 

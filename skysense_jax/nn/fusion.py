@@ -17,9 +17,9 @@ class Fusion(nn.Module):
 
     x: [N,n,D] sequences (N = batch x cells), mask: [N,n] bool or None, False = key not to be seen (the token is always
     seen; without masked keys the result is the reference's). Cells do not see each other: N can be cut anywhere.
-    Returns (tokens [N,1+n,E], all layers' tokens [depth,N,1+n,E] if `emit` else None); with token_only the extra token's
-    output alone, [N,1,E], which is all that the model uses. No position or modality embedding: the token does not depend
-    on the order of x.
+    Returns (tokens [N,1+n,E], all layers' tokens [depth,N,1+n,E] if `emit` else None); with token_only the extra
+    token's output alone, [N,1,E], which is all that the model uses. No position or modality embedding: the token does
+    not depend on the order of x.
     """
 
     width: int

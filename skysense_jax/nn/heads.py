@@ -55,8 +55,8 @@ class DINOHead(nn.Module):
     def __call__(self, x: jax.Array, bottleneck: bool = False) -> jax.Array:
         widths = [self.hidden] * (max(self.layers, 1) - 1) + [self.bottleneck]
         for i, width in enumerate(widths):
-            # DINO's 0.02 is 0.9 / sqrt(inputs) at its width of 2048; without the gain the normalisation below divides by
-            # almost nothing in narrow heads, and the first gradients are thousands of times the later ones.
+            # DINO's 0.02 is 0.9 / sqrt(inputs) at its width of 2048; without the gain the normalisation below divides
+            # by almost nothing in narrow heads, and the first gradients are thousands of times the later ones.
             layer = dense(width, f"mlp{i}", self.dtype, kernel_init=nn.initializers.lecun_normal())
             x = layer(gelu(x) if i else x.astype(self.dtype))
         x = l2_normalise(x)

@@ -50,8 +50,8 @@ def route(scores: jax.Array, places: int) -> Routing:
 
 
 def chosen(x: jax.Array) -> jax.Array:
-    """The largest of each row, [T,E] -> [T,1]. By its place, not as a maximum: that one's gradient looks for values equal
-    to it, and finds none (0 / 0) where a partitioned program computes `x` twice and rounds it otherwise.
+    """The largest of each row, [T,E] -> [T,1]. By its place, not as a maximum: that one's gradient looks for values
+    equal to it, and finds none (0 / 0) where a partitioned program computes `x` twice and rounds it otherwise.
     """
     return jnp.take_along_axis(x, jnp.argmax(x, axis=-1, keepdims=True), axis=-1)
 

@@ -172,8 +172,8 @@ class SwinBlock(nn.Module):
     The map is zero-padded to multiples of the window inside the attention; padded positions are *not* masked. shifted:
     roll by half a window, unless the smaller side equals the window and pad_small_map is False. A side smaller than
     the window needs pad_small_map=True, else ValueError. before_norm: stochastic depth acts on the branch before its
-    norm (the reference: a dropped branch still adds the norm's bias) instead of after it. branch_scale: initial scale of
-    norm1 and norm2; Swin-V2 advises 0.
+    norm (the reference: a dropped branch still adds the norm's bias) instead of after it. branch_scale: initial scale
+    of norm1 and norm2; Swin-V2 advises 0.
     """
 
     heads: int
@@ -219,8 +219,8 @@ class SwinBlock(nn.Module):
 
 class SwinPair(nn.Module):
     """An unshifted and a shifted block: the body of the scan. (x, rates [2]) -> (x, None). block: fields of
-    SwinBlock. looped: the scan has more than one step. A loop of one is compiled as no loop, where only prevent_cse keeps
-    XLA from sharing the recomputed values with the forward pass and so holding all of them (2.7 GiB of stage 0).
+    SwinBlock. looped: the scan has more than one step. A loop of one is compiled as no loop, where only prevent_cse
+    keeps XLA from sharing the recomputed values with the forward pass and so holding all of them (2.7 GiB of stage 0).
     """
 
     block: dict[str, Any]
@@ -298,8 +298,8 @@ class SwinTransformerV2(nn.Module):
             block = {
                 "heads": self.heads[stage], "window": self.windows[stage], "mlp_ratio": self.mlp_ratio,
                 "pretrained_window": self.pretrained_windows[stage], "pad_small_map": self.pad_small_map,
-                "before_norm": self.before_norm, "branch_scale": self.branch_scale, "stochastic": train and self.drop > 0,
-                "eps": self.eps, "dtype": self.dtype,
+                "before_norm": self.before_norm, "branch_scale": self.branch_scale,
+                "stochastic": train and self.drop > 0, "eps": self.eps, "dtype": self.dtype,
             }
             done = sum(self.depths[:stage])
             layers = SwinStage(

@@ -48,8 +48,8 @@ class TransformerStack(nn.Module):
     """`depth` equal layers under one scan; parameters are stacked on a leading axis under "layers".
 
     x: [N,n,C], mask: [N,n] bool or None. Returns (x, all) where all is [depth,N,n,C] if `emit` (outputs of every
-    layer), else None. drop: the last layer's stochastic depth. remat: recompute a layer in the backward pass. first_only:
-    the last layer computes the first token alone, x is [N,1,C].
+    layer), else None. drop: the last layer's stochastic depth. remat: recompute a layer in the backward pass.
+    first_only: the last layer computes the first token alone, x is [N,1,C].
     """
 
     depth: int

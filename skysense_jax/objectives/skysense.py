@@ -28,8 +28,8 @@ Metrics (float32 scalars; i = head: a sensor or "fused"). A collapse is seen at 
   geo/entropy                        entropy of the attention over prototypes / log P. 1 = the context is their mean
   geo/similarity                     mean cosine of two prototypes of a region. 1 = collapse: all learnt the same; lower
                                      sinkhorn_eps or prototype_momentum
-  geo/directions                     over how many directions the prototypes of a region spread / their number. Falling: groups
-                                     of them become the same, which their mean cosine need not show
+  geo/directions                     over how many directions the prototypes of a region spread / their number. Falling:
+                                     groups of them become the same, which their mean cosine need not show
   geo/dead                           share of prototypes that are (almost) never nearest. Rising: fewer prototypes
 A head none of whose rows is valid in the batch reports 0 for all of its own.
 """

@@ -14,7 +14,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from skysense_jax.core.sharding import batch_axes, one_each
+from skysense_jax.core.mesh import batch_axes
+from skysense_jax.core.sharding import one_each
 
 
 def safe_mean(total: jax.Array, weight: jax.Array) -> jax.Array:
@@ -86,8 +87,8 @@ def distil(
     CE(teacher_m, student), linear in the teacher's assignment, so the student's logits are made once. With n > chunk
     the rows are scanned in pieces that are rematerialised in the backward pass (65,536 prototypes x 16,000 rows of a
     sample would be 4 GB), each device its own places: the pieces' gradients are summed over devices once. Returns (ce
-    [B, n] = weighted cross-entropies, entropy [B, n] = weighted teacher entropies, assigned [K] = sum of weight * teacher assignment),
-    float32; only `ce` carries gradient, and only into the student's side.
+    [B, n] = weighted cross-entropies, entropy [B, n] = weighted teacher entropies, assigned [K] = sum of weight *
+    teacher assignment), float32; only `ce` carries gradient, and only into the student's side.
     """
     teacher, centre = jax.lax.stop_gradient((teacher, centre))
     teacher_prototypes, weight = jax.lax.stop_gradient((teacher_prototypes, weight))

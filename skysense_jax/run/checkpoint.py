@@ -172,7 +172,9 @@ def _read_sealed(path: epath.Path, *names: str) -> dict[str, Any]:
     return parts
 
 
-def _load(folder: pathlib.Path | str, step: int | str, wanted: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
+def _load(
+    folder: pathlib.Path | str, step: int | str, wanted: Mapping[str, Any], meta: Mapping[str, Any]
+) -> dict[str, Any]:
     """The trees `wanted` (name -> shapes with shardings) of one step, every leaf against its digest. Raises Damaged."""
     path = paths.absolute(folder) / str(step)
     try:

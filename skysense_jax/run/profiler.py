@@ -33,8 +33,8 @@ class Window:
         self._folder, self._running = workdir / FOLDER, False
 
     def before_step(self, done: int, state: Any) -> None:
-        """To be called before every step with the number of steps done and the state they led to: the device runs behind
-        the host, and the window ends when it has caught up.
+        """To be called before every step with the number of steps done and the state they led to: the device runs
+        behind the host, and the window ends when it has caught up.
         """
         if self._running and done >= self._last:
             jax.block_until_ready(state)

@@ -57,7 +57,7 @@ class Appended:
 
 
 class Whole:
-    """An object: kept in memory and written whole by `sync`, in one piece, so that a reader finds the old or the new."""
+    """An object: kept in memory and written whole by `sync`, in one piece, so that readers find the old or the new."""
 
     def __init__(self, file: epath.Path, step: int) -> None:
         self._file = file
