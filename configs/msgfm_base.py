@@ -13,15 +13,17 @@ import runpy
 from ml_collections import config_dict
 
 
-def get_config() -> config_dict.ConfigDict:
-    """The paper's sizes and recipe; what it leaves open follows SimMIM and GFM, and Swin-MoE for the experts."""
-    c = runpy.run_path(str(pathlib.Path(__file__).with_name("msgfm_smoke.py")))["get_config"]()
+def get_config(taken: str = "") -> config_dict.ConfigDict:
+    """The paper's sizes and recipe; what it leaves open follows SimMIM and GFM, and Swin-MoE for the experts. taken: see
+    configs/msgfm_smoke.py.
+    """
+    c = runpy.run_path(str(pathlib.Path(__file__).with_name("msgfm_smoke.py")))["get_config"](taken)
     # GeoPile-2 has 1.96 million images: 1914 steps of 1024. The paper's batches were 1024 RGB, 256 SEN12MS and 96 MDAS
     # images, with learning rates in this proportion; here all batches have one size and the rates are the paper's.
     c.steps = 800 * 1914
     c.data.statistics = "dataset"
     c.data.batch = 1024
-    c.data.eval_dates = config_dict.ConfigDict({"hr": 1, "s2": 4, "s1": 4, "dsm": 1})
+    c.data.eval_dates.update({name: 4 for name in ("s2", "s1") if name in c.data.eval_dates})
     c.data.threads, c.data.prefetch = 16, 4
 
     c.model.dtype = "bfloat16"
@@ -32,7 +34,8 @@ def get_config() -> config_dict.ConfigDict:
     c.objective.mask_cell = 32
     c.objective.distill.img_size, c.objective.distill.window = 224, 7  # of the ImageNet teacher, if there is one
 
-    c.optim.lr_scale = config_dict.ConfigDict({"hr": 1.0, "s2": 0.25, "s1": 0.25, "dsm": 0.1})
+    factors = {"s2": 0.25, "s1": 0.25, "dsm": 0.1}
+    c.optim.lr_scale.update({name: factors.get(name, 1.0) for name in c.optim.lr_scale})
     # SimMIM's 800 epochs: 10 of warm-up, a tenth of the rate in the last 100
     c.schedule.rule, c.schedule.warmup_steps = "multistep", 10 * 1914
     c.schedule.warmup_lr, c.schedule.lr, c.schedule.final_lr = 5e-7, 1e-4, 1e-5

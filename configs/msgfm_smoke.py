@@ -12,8 +12,14 @@ from ml_collections import config_dict
 from skysense_jax import sensors
 
 
-def get_config() -> config_dict.ConfigDict:
-    """The whole configuration of one run; every field can be overridden with --config.section.field=value."""
+def get_config(taken: str = "") -> config_dict.ConfigDict:
+    """The whole configuration of one run; every field can be overridden with --config.section.field=value. taken: the
+    sensors, as in --config configs/msgfm_smoke.py:s2,s1; all of the table unless told.
+    """
+    names = taken.split(",") if taken else list(sensors.SENSORS)
+    if unknown := [name for name in names if name not in sensors.SENSORS]:
+        raise ValueError(f"unknown sensors {unknown}: {', '.join(sensors.SENSORS)}")
+    rows = {name: sensors.SENSORS[name] for name in names}
     c = config_dict.ConfigDict()
     c.seed = 0
     c.steps = 100
@@ -24,8 +30,8 @@ def get_config() -> config_dict.ConfigDict:
     c.data.split = "train"
     c.data.statistics = "table"  # normalise with the sensor table's statistics, or the datasets' own (`data stats`)
     c.data.batch = 32  # images per step, all of one sensor, over all processes
-    c.data.bands = config_dict.ConfigDict({name: row.bands for name, row in sensors.SENSORS.items()})
-    c.data.eval_dates = config_dict.ConfigDict({"hr": 1, "s2": 2, "s1": 2, "dsm": 1})
+    c.data.bands = config_dict.ConfigDict({name: row.bands for name, row in rows.items()})
+    c.data.eval_dates = config_dict.ConfigDict({name: 1 + row.dated for name, row in rows.items()})
     c.data.scale = (0.67, 1.0)  # area of the crop box relative to the place, and its aspect (GFM)
     c.data.aspect = (0.75, 1.3333333)
     c.data.flip = 0.5  # probability of a horizontal flip
@@ -52,7 +58,7 @@ def get_config() -> config_dict.ConfigDict:
 
     c.optim = config_dict.ConfigDict({"b1": 0.9, "b2": 0.999, "eps": 1e-8, "clip": 5.0})
     # Factor on the learning rate of a batch by its sensor; the paper's are 1, 0.25, 0.25, 0.1 (batches 128, 32, 32, 12)
-    c.optim.lr_scale = config_dict.ConfigDict({"hr": 1.0, "s2": 1.0, "s1": 1.0, "dsm": 1.0})
+    c.optim.lr_scale = config_dict.ConfigDict(dict.fromkeys(rows, 1.0))
     c.schedule = config_dict.ConfigDict({
         "rule": "cosine", "warmup_lr": 0.0, "lr": 2e-3, "final_lr": 1e-5, "warmup_steps": 10,
         "weight_decay": 0.05, "final_weight_decay": 0.05,

@@ -10,9 +10,9 @@ import runpy
 from ml_collections import config_dict
 
 
-def get_config() -> config_dict.ConfigDict:
-    """The smoke configuration at test size: the same stages, images of 16 pixels, six steps of eight."""
-    c = runpy.run_path(str(pathlib.Path(__file__).with_name("msgfm_smoke.py")))["get_config"]()
+def get_config(taken: str = "") -> config_dict.ConfigDict:
+    """The smoke configuration at test size: the same stages, images of 16 pixels, six steps of eight. taken: as there."""
+    c = runpy.run_path(str(pathlib.Path(__file__).with_name("msgfm_smoke.py")))["get_config"](taken)
     c.steps = 6
     c.data.batch = 8
     c.model.patch, c.model.embed_dims, c.model.img_size, c.model.ratio = 2, 8, 16, 4
@@ -20,7 +20,8 @@ def get_config() -> config_dict.ConfigDict:
     c.model.moe.experts, c.model.moe.group = 4, 2
     c.objective.mask_cell = 4
     c.objective.distill.img_size, c.objective.distill.window = 16, 2
-    c.optim.lr_scale = config_dict.ConfigDict({"hr": 1.0, "s2": 0.25, "s1": 0.25, "dsm": 0.1})
+    factors = {"s2": 0.25, "s1": 0.25, "dsm": 0.1}
+    c.optim.lr_scale.update({name: factors.get(name, 1.0) for name in c.optim.lr_scale})
     c.schedule.warmup_steps = 2
     c.run.save_every, c.run.log_every, c.run.picture_every = 2, 1, 0
     return c

@@ -135,12 +135,26 @@ def describe_config(path: str) -> str:
     config = embed.read_config(path)
     contract = input_contract(config.data.bands.to_dict(), config.model.ratio)
     title = f"configuration  {path}  ({config.steps} steps of {config.data.batch} places)"
-    shapes = embed.abstract(config, contract)
-    counted = parameters(shapes)
-    if config.model.name == embed.MSGFM and "hr" in contract["sensors"]:  # the model's size as papers give it
-        parts = shapes["params"]["encoder"]
-        counted += f"\n  {'encoder with embed_hr':<28}{_size((parts['encoder'], parts['embed_hr'])):>16,}"
+    counted = parameters(embed.abstract(config, contract))
+    if config.model.name == embed.MSGFM and "hr" in contract["sensors"]:
+        counted += f"\n{encoder_sizes(config.model, contract)}"
     return "\n\n".join([title, counted, contract_table(contract)])
+
+
+def encoder_sizes(model: Any, contract: Mapping[str, Any]) -> str:
+    """Parameters of an msGFM encoder with the embedding of hr, which is how papers count: as `model` says, dense, and
+    with mixtures in all stages from its first one on. model: config.model."""
+    stages = tuple(model.moe.stages)
+    more = tuple(stage for stage in range(min(stages, default=len(model.depths)), len(model.depths))
+                 if model.depths[stage] > 1)
+    lines = ["encoder with embed_hr, as its mixtures are placed (model.moe.stages; this configuration first)"]
+    for one in dict.fromkeys((stages, (), more)):
+        other = model.copy_and_resolve_references()
+        with other.unlocked():
+            other.moe.stages = one
+        shapes = msgfm.param_shapes(other, contract)
+        lines.append(f"  {str(one) if one else '() dense':<28}{_size((shapes['encoder'], shapes['embed_hr'])):>16,}")
+    return "\n".join(lines)
 
 
 def parameters(shapes: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import config_dict
 
-from skysense_jax import cli, sensors
+from skysense_jax import cli, sensors, train
 from skysense_jax.convert import keymap
 from skysense_jax.models import msgfm
 from skysense_jax.nn.swin import OTHER_REGION, relative_index, shift_regions
@@ -69,7 +69,20 @@ def test_full_size_parameter_counts(stages, expected):
 
 def test_inspect_prints_the_counts(capsys):
     assert cli.main(["inspect", "--config", str(ROOT / "configs" / "msgfm_base.py")]) == 0
-    assert "219,043,896" in capsys.readouterr().out
+    words = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["(2,)", "219,043,896"] in words and ["()", "dense", "86,725,176"] in words
+    assert ["(2,", "3)", "277,808,184"] in words
+
+
+@pytest.mark.parametrize("name", ["base", "smoke", "tiny"])
+def test_a_configuration_takes_the_sensors_it_is_given(name):
+    read = runpy.run_path(str(ROOT / "configs" / f"msgfm_{name}.py"))["get_config"]
+    for given, wanted in (("", list(sensors.SENSORS)), ("s2,s1", ["s2", "s1"]), ("dsm", ["dsm"])):
+        config = read(given)
+        train.check_config(config)
+        assert sorted(config.data.bands) == sorted(wanted)
+    with pytest.raises(ValueError, match="unknown sensors .'sar'.: hr, s2, s1, dsm"):
+        read("s2,sar")
 
 
 def test_full_size_shapes():

@@ -287,16 +287,16 @@ def test_a_new_row_of_the_table_goes_on_from_old_weights(tmp_path, monkeypatch):
     c = config()
     old = train.make_contract(c)
     before = saved(tmp_path, train.OBJECTIVES["msgfm"](c, old), old, 5)
-    row = sensors.SENSORS["s1"]._replace(name="thermal", bands=("T10",), aliases={}, mean=(290.0,), std=(10.0,),
-                                           pair="")
-    monkeypatch.setitem(sensors.SENSORS, "thermal", row)
-    more = config()
-    more.unlock()
-    more.data.bands.thermal, more.optim.lr_scale.thermal = ("T10",), 1.0
+    row = sensors.SENSORS["s1"]._replace(
+        name="tir_L8", bands=("T10",), aliases={}, mean=(290.0,), std=(10.0,), pair="")
+    monkeypatch.setitem(sensors.SENSORS, row.name, row)
+    more = config()  # takes what the table has
+    train.check_config(more)
     contract = train.make_contract(more)
-    objective = train.OBJECTIVES["msgfm"](more, contract)
+    mesh = meshes.make_mesh({"data": 1, "fsdp": 1, "expert": 1}, jax.devices()[:1])
+    objective = train.make_plan(more, contract, mesh).objective  # its leaves have sharding and decay rules
     begun, report = init_from.init_from(tmp_path, fresh_state(objective), contract)
-    assert {name.split("/")[2] for name in report["new"]} == {"embed_thermal", "decoder_thermal"}
+    assert {name.split("/")[2] for name in report["new"]} == {"embed_tir_L8", "decoder_tir_L8"}
     assert len(report["new"]) == 6 and not report["left"] and not report["widened"]
     assert all(same(begun.params["encoder"][name], part) for name, part in before.params["encoder"].items())
     with pytest.raises(ValueError, match="input contract"):  # a sensor that is lost is another model

@@ -68,7 +68,8 @@ def check(cfg: Any, contract: Mapping[str, Any]) -> str:
     for name, rule in contract["sensors"].items():
         if name not in held:
             raise ValueError(f"the model takes {name!r}, no dataset of config.data.dir and config.data.also holds it; "
-                             f"drop {name!r} from config.data.bands or add a dataset that has it")
+                             f"name those that the run takes (--config configs/msgfm_smoke.py:s2,s1), or add a dataset "
+                             f"that has {name!r}")
         if unstored := [band for band in rule["bands"] if band in SENSORS[name].unstored]:
             raise ValueError(f"the model takes {unstored} of {name!r}, which records do not hold")
     return "+".join(str(meta["dataset_id"]) for meta in metas)
@@ -93,7 +94,8 @@ def make_plan(cfg: Any, contract: Mapping[str, Any], seed: int) -> Plan:
             found[name].append(np.stack([np.full_like(records, number), records], 1).astype(np.int32))
     members = {name: np.concatenate(parts) for name, parts in found.items()}
     if empty := [name for name in names if not len(members[name])]:
-        raise ValueError(f"no place of split {data.split!r} has {', '.join(empty)}; drop it from config.data.bands")
+        raise ValueError(f"no place of split {data.split!r} has {', '.join(empty)}: name the sensors that the run takes "
+                         "(--config configs/msgfm_smoke.py:s2,s1)")
     rounds = {name: max(1, round(len(rows) / data.batch)) for name, rows in members.items()}
     shuffled = {name: grain.MapDataset.range(len(rows)).seed(_seed(seed, name)).shuffle().repeat()
                 for name, rows in members.items()}

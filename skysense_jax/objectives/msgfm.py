@@ -153,7 +153,7 @@ def moe_metrics(moe: Mapping[str, Mapping[str, jax.Array]]) -> tuple[jax.Array, 
 def sharding_rules(cfg: Any, distils: bool) -> tuple[tuple[str, str], ...]:
     """Rules over the joined tree {"params", "teacher", "memory"} (core.sharding has the tactics)."""
     experts = r"params/encoder/encoder/.+/moe/fc[12](_bias)?"
-    rules = [(r"(params|teacher)/encoder/(embed|decoder)_[a-z0-9]+/.+", "fsdp"),
+    rules = [(r"(params|teacher)/encoder/(embed|decoder)_[^/]+/.+", "fsdp"),
              ("params/encoder/mask_token", "replicate"),
              (rf"(?!{experts}$)(params|teacher)/encoder/encoder/.+", "fsdp")]
     if cfg.model.moe.stages:
