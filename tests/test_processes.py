@@ -43,7 +43,7 @@ def arguments(dataset: str | list[str], workdir: pathlib.Path, *more: str) -> li
     given = dataset if isinstance(dataset, list) else [
         "--config", jobs.TINY, f"--config.data.dir={dataset}", "--config.model.name=toy"]
     return [*given, "--workdir", str(workdir), f"--config.steps={STEPS}", f"--config.data.batch={BATCH}",
-            "--config.run.save_every=100", "--config.run.watchdog_s=60", *more]
+            "--config.run.save_every=100", "--config.run.watchdog_s=600", *more]
 
 
 def shares(given: list[str], processes: int, index: int, steps: range) -> list[int]:
