@@ -2,9 +2,9 @@
 
     python -m tests.survival [--model msgfm] --kills 50 --out docs/survival.md
 
-Real processes of the real command with the real objective of a model, SIGKILL. What is compared: every array of the last
-checkpoint, the records of metrics.jsonl (losses and the digest of the places of every batch, each step once), and the
-evaluation of the result. A run lives through a few kills and ends; then a new one begins.
+Real processes of the real command with the real objective of a model, SIGKILL. What is compared: every array of the
+last checkpoint, the records of metrics.jsonl (losses and the digest of the places of every batch, each step once), and
+the evaluation of the result. A run lives through a few kills and ends; then a new one begins.
 """
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ PHASES = ("compile", "step", "save", "eval")
 CONFIGS = {"skysense": jobs.TINY, "msgfm": str(jobs.ROOT / "configs" / "msgfm_tiny.py")}
 TITLE = """# Survival: killed at random, and the same bits
 
-Every run was started again after every kill until it ended. All of them ended bitwise equal to the run left alone: every
-array of the last checkpoint, every record of metrics.jsonl (each step once), and the evaluation.
+Every run was started again after every kill until it ended. All of them ended bitwise equal to the run left alone:
+every array of the last checkpoint, every record of metrics.jsonl (each step once), and the evaluation.
 
 Phase by what the process had said and written when it died: compile = from the start of the interpreter to the
 compiled step; step = restoring or stepping; save = a checkpoint was being written; eval = `skysense-jax eval`.
