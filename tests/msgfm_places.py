@@ -1,13 +1,16 @@
-"""A dataset of places with four sensors, made of noise, at the size of configs/msgfm_tiny.py. Some places lack one."""
+"""A dataset of places with four sensors, made of noise, at the size of configs/msgfm_tiny.py. Some places lack one. And
+one of pictures, which come from nowhere.
+"""
 from __future__ import annotations
 
 import pathlib
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from configs import msgfm_tiny
-from skysense_jax.data import spec
+from skysense_jax.data import builder, draft, layouts, spec
 from tests import tiny
 
 SENSORS = ("hr", "s2", "s1", "dsm")
@@ -36,6 +39,20 @@ def write(folder: pathlib.Path, places: int = PLACES, first: int = 0, sensors: t
             "label_classes": ["a", "b", "c"], "label_map_classes": {"0": "a", "1": "b", "2": "c"}, "synthetic": True,
             "dataset_id": f"noise-{places}-{first}-{'-'.join(sensors)}"}
     return tiny.write_records(folder, features, {"train": rows(first), "test": rows(first + 1000)}, meta)
+
+
+def write_pictures(folder: pathlib.Path, count: int = PLACES) -> str:
+    """A dataset of `count` unpaired PNG files without georeference, built as its user builds it; the folder as text."""
+    side = tiny.TILE * tiny.RATIO
+    (folder / "png").mkdir(parents=True)
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 256, (side, side, 3))
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / "png" / f"{number:02}.png")
+    catalog = folder / "png" / "places.csv"
+    catalog.write_text(draft.to_csv(layouts.images(folder / "png", "hr").rows))
+    options = builder.Options(tile=tiny.TILE, ratio=tiny.RATIO, holdout=0.0, georeferenced=False)
+    builder.build(catalog, folder / "data", options, progress=False)
+    return str(folder / "data")
 
 
 def config(dataset: str) -> Any:

@@ -1,10 +1,10 @@
 """A run that is killed again and again, at random moments of every phase, ends in the same bits as one left alone.
 
-    python -m tests.survival --kills 50 --out docs/survival.md
+    python -m tests.survival [--model msgfm] --kills 50 --out docs/survival.md
 
-Real processes of the real command with the real SkySense objective, SIGKILL. What is compared: every array of the last
-checkpoint, the records of metrics.jsonl (losses and the digest of the places of every batch, each step once), and the
-evaluation of the result. A run lives through a few kills and ends; then a new one begins.
+Real processes of the real command with the real objective of a model, SIGKILL. What is compared: every array of the
+last checkpoint, the records of metrics.jsonl (losses and the digest of the places of every batch, each step once), and
+the evaluation of the result. A run lives through a few kills and ends; then a new one begins.
 """
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import os
 import pathlib
 import platform
 import random
+import re
 import sys
 import tempfile
 import time
@@ -26,11 +27,28 @@ import numpy as np
 from skysense_jax import evaluate
 from skysense_jax.run import checkpoint
 from skysense_jax.run.folder import COMPLETE
-from tests import jobs, tiny
+from tests import jobs, msgfm_places, tiny
 
 STEPS, SAVE_EVERY = 12, 3
 KILLS_PER_RUN = 8  # then it may end, and is compared
 PHASES = ("compile", "step", "save", "eval")
+CONFIGS = {"skysense": jobs.TINY, "msgfm": str(jobs.ROOT / "configs" / "msgfm_tiny.py")}
+TITLE = """# Survival: killed at random, and the same bits
+
+Every run was started again after every kill until it ended. All of them ended bitwise equal to the run left alone:
+every array of the last checkpoint, every record of metrics.jsonl (each step once), and the evaluation.
+
+Phase by what the process had said and written when it died: compile = from the start of the interpreter to the
+compiled step; step = restoring or stepping; save = a checkpoint was being written; eval = `skysense-jax eval`.
+"""
+
+
+class Job(NamedTuple):
+    """A model and what it learns from. dataset: of places, it is evaluated on it; also: further data, as a flag."""
+
+    model: str
+    dataset: str
+    also: tuple[str, ...] = ()
 
 
 class Kill(NamedTuple):
@@ -50,31 +68,39 @@ class Outcome(NamedTuple):
     report: dict[str, Any]
 
 
-def arguments(dataset: str, workdir: pathlib.Path) -> list[str]:
-    return ["--config", jobs.TINY, "--workdir", str(workdir), f"--config.data.dir={dataset}",
+def make_job(model: str, folder: pathlib.Path) -> Job:
+    """msgFM: places of which some lack a sensor, and unpaired pictures."""
+    if model == "skysense":
+        return Job(model, tiny.write_dataset(folder / "places"))
+    pictures = msgfm_places.write_pictures(folder / "pictures")
+    return Job(model, msgfm_places.write(folder / "places"), (f"--config.data.also=({pictures!r},)",))
+
+
+def arguments(job: Job, workdir: pathlib.Path) -> list[str]:
+    return ["--config", CONFIGS[job.model], "--workdir", str(workdir), f"--config.data.dir={job.dataset}", *job.also,
             f"--config.steps={STEPS}", f"--config.run.save_every={SAVE_EVERY}"]
 
 
-def start_evaluation(dataset: str, workdir: pathlib.Path) -> Any:
-    return jobs.start(["eval", str(workdir), "--data", dataset, "--task", "scene", "--out", str(report_of(workdir))],
-                      module="skysense_jax.cli")
+def start_evaluation(job: Job, workdir: pathlib.Path) -> Any:
+    return jobs.start(["eval", str(workdir), "--data", job.dataset, "--task", "scene", "--out",
+                       str(report_of(workdir))], module="skysense_jax.cli")
 
 
 def report_of(workdir: pathlib.Path) -> pathlib.Path:
     return workdir / "eval.json"
 
 
-def outcome(dataset: str, workdir: pathlib.Path) -> Outcome:
+def outcome(job: Job, workdir: pathlib.Path) -> Outcome:
     """Of a run that has ended."""
-    jobs.finish(start_evaluation(dataset, workdir))
+    jobs.finish(start_evaluation(job, workdir))
     return Outcome(jobs.arrays(workdir, STEPS), jobs.without_clocks(jobs.records(workdir)),
                    json.loads(report_of(workdir).read_text())["tasks"])
 
 
-def straight(dataset: str, workdir: pathlib.Path) -> Outcome:
+def straight(job: Job, workdir: pathlib.Path) -> Outcome:
     """The run left alone; it also fills the compile cache."""
-    jobs.finish(jobs.start(arguments(dataset, workdir)))
-    return outcome(dataset, workdir)
+    jobs.finish(jobs.start(arguments(job, workdir)))
+    return outcome(job, workdir)
 
 
 def assert_same(ours: Outcome, theirs: Outcome) -> None:
@@ -86,7 +112,7 @@ def assert_same(ours: Outcome, theirs: Outcome) -> None:
 
 
 def survive(
-    dataset: str, wanted: Outcome, folder: pathlib.Path, kills: int, seed: int,
+    job: Job, wanted: Outcome, folder: pathlib.Path, kills: int, seed: int,
     note: Callable[[list[Kill], int], None] = lambda kills, lives: None,
 ) -> list[Kill]:
     """`kills` kills that hit what they aimed at, as many of each phase, and those that did not; every run is compared
@@ -107,7 +133,7 @@ def survive(
                 if later is None:  # nothing to evaluate yet, nothing else to aim at
                     break
                 aims[0], aims[later] = aims[later], aims[0]
-            kill = _kill(dataset, workdir, aims[0], draw, spans)
+            kill = _kill(job, workdir, aims[0], draw, spans)
             if kill is None:  # the run or the evaluation was over first
                 continue
             done.append(kill)
@@ -115,19 +141,19 @@ def survive(
                 aims.pop(0)
             print(f"kill {len(done)}, {len(aims)} to come: {kill}", file=sys.stderr, flush=True)
         if not (workdir / COMPLETE).exists():
-            jobs.finish(jobs.start(arguments(dataset, workdir)))
+            jobs.finish(jobs.start(arguments(job, workdir)))
         enough = len(done) + KILLS_PER_RUN
         while aims and aims[0] == "eval" and len(done) < enough:
-            if (kill := _kill(dataset, workdir, aims[0], draw, spans)) is not None:
+            if (kill := _kill(job, workdir, aims[0], draw, spans)) is not None:
                 aims.pop(0)
                 done.append(kill)
-        assert_same(outcome(dataset, workdir), wanted)
+        assert_same(outcome(job, workdir), wanted)
         note(done, lives)
     return done
 
 
 def _kill(
-    dataset: str, workdir: pathlib.Path, aim: str, draw: random.Random, spans: dict[str, float]
+    job: Job, workdir: pathlib.Path, aim: str, draw: random.Random, spans: dict[str, float]
 ) -> Kill | None:
     """One process, killed at a random moment of the phase; None where it was over before."""
     last = max(checkpoint.steps(workdir / checkpoint.FOLDER), default=0)
@@ -145,7 +171,7 @@ def _kill(
 
     which = draw.randrange(2)  # the first save of the process, or the second: a run gets on between its kills
     begun = time.monotonic()
-    process = start_evaluation(dataset, workdir) if evaluation else jobs.start(arguments(dataset, workdir))
+    process = start_evaluation(job, workdir) if evaluation else jobs.start(arguments(job, workdir))
     if aim in spans:
         moment: Callable[[], bool] = lambda: True
         delay = draw.uniform(0, spans[aim])
@@ -180,34 +206,39 @@ def _kill(
     return Kill(aim, seen, step, after)
 
 
-def report(kills: list[Kill], lives: int, asked: int, seed: int, seconds: float) -> str:
-    """What happened so far, as a page."""
-    seen = Counter(kill.seen for kill in kills)
+def report(job: Job, kills: list[Kill], lives: int, asked: int, seed: int, seconds: float) -> str:
+    """What happened so far, as a section of the page."""
+    seen, config = Counter(kill.seen for kill in kills), pathlib.Path(CONFIGS[job.model]).relative_to(jobs.ROOT)
+    learnt = "noise" + " and a folder of unpaired pictures" * bool(job.also)
     lines = [
-        "# Survival: killed at random, and the same bits", "",
-        f"`python -m tests.survival --kills {asked} --seed {seed} --out docs/survival.md`, commit "
+        f"## {job.model}", "",
+        f"`python -m tests.survival --model {job.model} --kills {asked} --seed {seed} --out docs/survival.md`, commit "
         f"{evaluate.commit()}, jax {jax.__version__}, Python {platform.python_version()}, CPU, {os.cpu_count()} cores, "
         f"{seconds / 60:.0f} minutes.", "",
-        f"{len(kills)} SIGKILLs were spread over {lives} run{'s' * (lives > 1)} of {STEPS} steps of "
-        f"`configs/skysense_tiny.py:series` (the real objective on noise, float32, a checkpoint every {SAVE_EVERY} "
-        "steps). Each run was started again after every kill until it ended. All of them ended bitwise equal to the "
-        "run left alone: every array of the last checkpoint, every record of metrics.jsonl (each step once), and "
-        "the evaluation.", "",
-        "Phase by what the process had said and written when it died: compile = from the start of the interpreter to "
-        "the compiled step; step = restoring or stepping; save = a checkpoint was being written; eval = "
-        "`skysense-jax eval`.",
-        "", "| phase | kills |", "|---|---|", *(f"| {phase} | {seen[phase]} |" for phase in PHASES), "",
+        f"{len(kills)} SIGKILLs were spread over {lives} run{'s' * (lives > 1)} of {STEPS} steps of `{config}` (the "
+        f"real objective on {learnt}, float32, a checkpoint every {SAVE_EVERY} steps).", "",
+        "| phase | kills |", "|---|---|", *(f"| {phase} | {seen[phase]} |" for phase in PHASES), "",
         "| kill | aimed at | hit | last step recorded | seconds after the start |", "|---|---|---|---|---|",
         *(f"| {n} | {k.aimed} | {k.seen} | {k.step} | {k.after_s:.2f} |" for n, k in enumerate(kills, 1)),
     ]
     return "\n".join(lines) + "\n"
 
 
+def write_section(page: pathlib.Path, section: str) -> None:
+    """Puts a model's section in the place of its older one, or at the end of the page."""
+    head, *sections = re.split(r"(?m)^(?=## )", page.read_text() if page.exists() else f"{TITLE}\n")
+    title = section.splitlines()[0]
+    at = next((n for n, one in enumerate(sections) if one.splitlines()[0] == title), len(sections))
+    sections[at:at + 1] = [section]
+    page.write_text(head + "\n".join(one.rstrip("\n") + "\n" for one in sections))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=list(CONFIGS), default="skysense")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="page to write")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="page that gets a section")
     options = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "skysense_jax_survival"))
@@ -216,10 +247,10 @@ def main() -> None:
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
-        dataset = tiny.write_dataset(root / "places")
-        wanted = straight(dataset, root / "straight")
-        survive(dataset, wanted, root, options.kills, options.seed, lambda kills, lives: options.out.write_text(
-            report(kills, lives, options.kills, options.seed, time.monotonic() - begun)))
+        job = make_job(options.model, root)
+        wanted = straight(job, root / "straight")
+        survive(job, wanted, root, options.kills, options.seed, lambda kills, lives: write_section(
+            options.out, report(job, kills, lives, options.kills, options.seed, time.monotonic() - begun)))
 
 
 if __name__ == "__main__":

@@ -13,51 +13,72 @@ import time
 import numpy as np
 import pytest
 
-from configs import skysense_tiny
 from skysense_jax import train
 from skysense_jax.core import mesh, rendezvous
 from skysense_jax.data import pipeline
 from skysense_jax.run import checkpoint
-from tests import jobs, tiny, toy
+from tests import jobs, msgfm_places, tiny, toy
 
-STEPS, BATCH = 12, 8
+STEPS, BATCH, PLACES = 12, 8, 40
+MSGFM = ["--config", str(jobs.ROOT / "configs" / "msgfm_tiny.py"), "--config.model.depths=(2,)",
+         "--config.model.num_heads=(2,)", "--config.model.moe.stages=(0,)"]  # one stage: half as long to compile
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> str:
-    return tiny.write_dataset(tmp_path_factory.mktemp("places"), places=40)
+    return tiny.write_dataset(tmp_path_factory.mktemp("places"), PLACES)
 
 
-def arguments(dataset: str, workdir: pathlib.Path, *more: str) -> list[str]:
-    return ["--config", jobs.TINY, "--workdir", str(workdir), f"--config.data.dir={dataset}",
-            "--config.model.name=toy", f"--config.steps={STEPS}", f"--config.data.batch={BATCH}",
-            "--config.run.save_every=100", "--config.run.watchdog_s=60", *more]
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory) -> list[str]:
+    """msGFM and its data: PLACES with paired sensors, and as many unpaired pictures."""
+    folder = tmp_path_factory.mktemp("mixed")
+    pictures = msgfm_places.write_pictures(folder / "pictures", PLACES)
+    return [*MSGFM, f"--config.data.dir={msgfm_places.write(folder / 'places', PLACES)}",
+            f"--config.data.also=({pictures!r},)"]
 
 
-def shares(dataset: str, processes: int, index: int, steps: range) -> list[int]:
-    """The places that process `index` of `processes` needs in `steps`, by number."""
-    cfg = skysense_tiny.get_config("series")
-    cfg.data.dir, cfg.data.batch = dataset, BATCH
-    batches = pipeline.train_dataset(cfg, train.make_contract(cfg), cfg.seed)
+def arguments(dataset: str | list[str], workdir: pathlib.Path, *more: str) -> list[str]:
+    """dataset: of the toy, or all that another run is started with."""
+    given = dataset if isinstance(dataset, list) else [
+        "--config", jobs.TINY, f"--config.data.dir={dataset}", "--config.model.name=toy"]
+    return [*given, "--workdir", str(workdir), f"--config.steps={STEPS}", f"--config.data.batch={BATCH}",
+            "--config.run.save_every=100", "--config.run.watchdog_s=600", *more]
+
+
+def shares(given: list[str], processes: int, index: int, steps: range) -> list[int]:
+    """The records that process `index` of `processes` needs in `steps`, by their number in their dataset."""
+    cfg = train.parse(given).config
+    batches = train.DATA.get(cfg.model.name, pipeline).train_dataset(cfg, train.make_contract(cfg), cfg.seed)
     part = slice(index * BATCH // processes, (index + 1) * BATCH // processes)
-    return [int(n) for step in steps for n in batches[step]["place"]["index"][part]]
+    return [int(n) % PLACES for step in steps for n in batches[step]["place"]["index"][part]]
 
 
-def test_two_processes_stop_together_and_four_go_on_as_one_would(dataset, tmp_path, monkeypatch):
+@pytest.mark.parametrize("data, axis, split, indexed", [
+    ("dataset", "fsdp", 10 * jobs.TOY_WIDTH * 4, 0), ("mixed", "expert", 4 * 2 * 8 * 32 * 4, PLACES)],
+    ids=["toy", "msgfm"])
+def test_two_processes_stop_together_and_four_go_on_as_one_would(
+    data, axis, split, indexed, request, tmp_path, monkeypatch
+):
+    """axis: of the mesh, that lies over the processes; split: bytes of the kernels that are split over it; indexed:
+    records that every process looks into first, for the sensors they have.
+    """
+    given = request.getfixturevalue(data)
     monkeypatch.setitem(train.OBJECTIVES, "toy", lambda c, k: toy.make_objective(c, k, width=jobs.TOY_WIDTH))
     one, many = tmp_path / "one", tmp_path / "many"
-    assert train.main(arguments(dataset, one)) == 0  # one process, eight devices
+    assert train.main(arguments(given, one)) == 0  # one process, eight devices
 
     def run(count: int, devices: int, *more: str) -> list:
-        return jobs.start_together(count, arguments(dataset, many, *more), devices, "tests.jobs",
+        return jobs.start_together(count, arguments(given, many, *more), devices, "tests.jobs",
                                    lambda index: {"READS": str(tmp_path / f"reads-{count}-{index}")},
-                                   READ_S="0.1" if count == 2 else "0")  # time for the signal to reach the other one
+                                   READ_S="0.1" if count == 2 else "0",  # time for the signal to reach the other one
+                                   XLA_FLAGS="--xla_backend_optimization_level=0")
 
     def read(count: int, index: int) -> list[int]:
         return [int(line) for line in (tmp_path / f"reads-{count}-{index}").read_text().split()]
 
-    # Two processes, fsdp over both; a signal to one of them stops both, at the same step.
-    two = run(2, 2)
+    # Two processes, the state split over both; a signal to one of them stops both, at the same step.
+    two = run(2, 2, f"--config.mesh.{axis}=4")
     jobs.await_moment(two[0], jobs.reached(many, 2))
     two[1].send_signal(signal.SIGTERM)
     over = jobs.ended(two)
@@ -65,12 +86,12 @@ def test_two_processes_stop_together_and_four_go_on_as_one_would(dataset, tmp_pa
     [stopped] = checkpoint.steps(many / checkpoint.FOLDER)
     assert 2 <= stopped < STEPS and [r["step"] for r in jobs.records(many)] == list(range(1, stopped + 1))
     parts = many / checkpoint.FOLDER / str(stopped) / "params"
-    for index in range(2):  # each wrote its half of the kernel
+    for index in range(2):  # each wrote its half of the kernels
         files = [file for file in (parts / f"ocdbt.process_{index}").rglob("*") if file.is_file()]
-        assert sum(file.stat().st_size for file in files) > 10 * jobs.TOY_WIDTH * 4 / 2 * 0.8, files
+        assert sum(file.stat().st_size for file in files) > split / 2 * 0.8, files
 
     # Four go on, on another mesh, to the end: the records are those of one process.
-    over = jobs.ended(run(4, 1, "--config.mesh.data=2", "--config.mesh.fsdp=2"))
+    over = jobs.ended(run(4, 1, "--config.mesh.data=2", f"--config.mesh.{axis}=2"))
     assert [code for code, _ in over] == [0] * 4, over
     assert f"resuming from step {stopped}" in over[0][1] and not over[1][1].count("resuming")
     jobs.assert_close(jobs.records(many), jobs.records(one), 1e-5)
@@ -82,9 +103,9 @@ def test_two_processes_stop_together_and_four_go_on_as_one_would(dataset, tmp_pa
     for count, first in ((2, 0), (4, stopped)):
         for index in range(count):
             numbers = read(count, index)
-            assert len(numbers) >= ((stopped if count == 2 else STEPS) - first) * BATCH // count
-            wanted = shares(dataset, count, index, range(first, first + 2 * STEPS))
-            assert numbers == wanted[:len(numbers)], (count, index)
+            assert len(numbers) >= indexed + ((stopped if count == 2 else STEPS) - first) * BATCH // count
+            wanted = shares(arguments(given, many), count, index, range(first, first + 2 * STEPS))
+            assert numbers == [*range(indexed), *wanted][:len(numbers)], (count, index)
 
 
 def test_a_process_that_stands_still_ends_the_others_with_70_and_their_stacks(dataset, tmp_path):

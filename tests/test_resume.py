@@ -1,6 +1,6 @@
 """A run that is really killed, and really started again, ends in the same bits as a run that was left alone.
 
-Real processes, real signals, the real SkySense objective and input pipeline, float32 on one CPU device. What is
+Real processes, real signals, the real objectives and input pipelines, float32 on one CPU device. What is
 compared: parameters, optimiser, teacher, memory, counters, the records of metrics.jsonl (losses and the digest of the
 places of every batch, each step once), and the evaluation.
 """
@@ -13,36 +13,39 @@ import signal
 import pytest
 
 from skysense_jax.run import checkpoint
-from tests import jobs, survival, tiny
+from tests import jobs, survival
 from tests.survival import SAVE_EVERY, STEPS
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> str:
-    return tiny.write_dataset(tmp_path_factory.mktemp("places"))
+KILLS = {"skysense": 8, "msgfm": 4}
+
+
+@pytest.fixture(scope="module", params=list(KILLS))
+def job(request, tmp_path_factory) -> survival.Job:
+    return survival.make_job(request.param, tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
-def straight(dataset, tmp_path_factory) -> survival.Outcome:
+def straight(job, tmp_path_factory) -> survival.Outcome:
     """The outcome of the run left alone (it also warms the compile cache of the others)."""
-    found = survival.straight(dataset, tmp_path_factory.mktemp("straight"))
+    found = survival.straight(job, tmp_path_factory.mktemp("straight"))
     assert len({record["places"] for record in found.records}) == STEPS  # every batch is another one
     assert found.records[-1]["loss"] != found.records[0]["loss"] and found.records[-1]["skipped"] == 0
     return found
 
 
-def test_killed_at_random_moments_of_every_phase_and_still_the_same_bits(dataset, straight, tmp_path):
-    """Twice each while it compiles, steps, saves, and is evaluated: `python -m tests.survival`, small."""
-    kills = survival.survive(dataset, straight, tmp_path, 8, 20261122)
-    assert len(kills) >= 8 and {kill.seen for kill in kills} == set(survival.PHASES)
+def test_killed_at_random_moments_of_every_phase_and_still_the_same_bits(job, straight, tmp_path):
+    """Once or twice each while it compiles, steps, saves, and is evaluated: `python -m tests.survival`, small."""
+    kills = survival.survive(job, straight, tmp_path, KILLS[job.model], 20261122)
+    assert len(kills) >= KILLS[job.model] and {kill.seen for kill in kills} == set(survival.PHASES)
 
 
-def test_stopped_and_damaged_and_still_the_same_bits(dataset, straight, tmp_path):
+def test_stopped_and_damaged_and_still_the_same_bits(job, straight, tmp_path):
     """SIGTERM; a flipped byte in the checkpoint it left; SIGKILL; to the end. Each finds what the one before left."""
     folder = tmp_path / checkpoint.FOLDER
 
     def start():
-        return jobs.start(survival.arguments(dataset, tmp_path))
+        return jobs.start(survival.arguments(job, tmp_path))
 
     # SIGTERM: saved at the step where it came, exit code 75, and the next start goes on from there.
     there = jobs.reached(tmp_path, SAVE_EVERY + 1)
@@ -62,7 +65,7 @@ def test_stopped_and_damaged_and_still_the_same_bits(dataset, straight, tmp_path
 
     said = jobs.finish(start())
     assert "resuming from step" in said and f"done: {STEPS} steps" in said and not jobs.saving(tmp_path)
-    survival.assert_same(survival.outcome(dataset, tmp_path), straight)
+    survival.assert_same(survival.outcome(job, tmp_path), straight)
 
 
 def flip(file: pathlib.Path) -> None:
