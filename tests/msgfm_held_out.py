@@ -1,9 +1,12 @@
-"""msGFM's error behind the mask on held-out places: of every sensor to itself and to its pair.
+"""msGFM's error behind the mask on held-out places, from every sensor to itself and to its pair.
 
-Single networks and several alike: what is compared sees the same crops behind the same masks.
+    python -m tests.msgfm_held_out RUN      # the table of a run: places held out and places it has learnt from
+
+Whatever is compared sees the same crops behind the same masks.
 """
 from __future__ import annotations
 
+import argparse
 import functools
 from typing import Any, Callable, Mapping
 
@@ -11,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from skysense_jax import embed
 from skysense_jax.core import rngs
 from skysense_jax.data import samples
 from skysense_jax.models import msgfm
@@ -46,9 +50,9 @@ def make_errors(cfg: Any, contract: Mapping[str, Any]) -> Callable[..., Any]:
 
 
 def held_out(
-    cfg: Any, contract: Mapping[str, Any], errors: Callable[..., Any], encoder: Any
+    cfg: Any, contract: Mapping[str, Any], errors: Callable[..., Any], encoder: Any, split: str = "test"
 ) -> dict[str, dict[str, float]]:
-    """Mean absolute error over hidden pixels of the test places, in deviations of the target's bands:
+    """Mean absolute error over hidden pixels of a split's places, in deviations of the target's bands:
     {"<input>-<target>": {"error": the network's, "mean": of the training images' mean in its stead}}.
 
     errors: :func:`make_errors` of the same configuration. Whole places, each once as each sensor (as many as fill
@@ -57,7 +61,7 @@ def held_out(
     """
     cfg, names = cfg.copy_and_resolve_references(), tuple(contract["sensors"])
     cfg.unlock()
-    cfg.data.split, cfg.data.scale, cfg.data.aspect, cfg.data.flip = "test", (1.0, 1.0), (1.0, 1.0), 0.0
+    cfg.data.split, cfg.data.scale, cfg.data.aspect, cfg.data.flip = split, (1.0, 1.0), (1.0, 1.0), 0.0
     batches = samples.train_dataset(cfg, contract, MASKS)
     total: dict[str, dict[str, np.ndarray]] = {}
     for number in range(sum(samples.make_plan(cfg, contract, MASKS).rounds.values())):
@@ -69,3 +73,23 @@ def held_out(
                 total[direction][kind] += np.asarray(pair, np.float64)
     return {direction: {kind: float(error / pixels) for kind, (error, pixels) in kinds.items()}
             for direction, kinds in total.items()}
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="workdir of an msGFM run, whose datasets are where its configuration says")
+    network = embed.open_network(parser.parse_args().run)
+    found = network.description
+    errors = make_errors(found.config, found.contract)
+    test, train = (held_out(found.config, found.contract, errors, network.encoder, split)
+                   for split in ("test", "train"))
+    print("| from - to | held out: the mean | held out: network | learnt from: the mean | learnt from: network |")
+    print("|---|---|---|---|---|")
+    for direction, here in test.items():
+        values = (one[kind] for one in (here, train[direction]) for kind in ("mean", "error"))
+        print(f"| {direction} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
+
+
+if __name__ == "__main__":
+    main()
