@@ -1,16 +1,17 @@
-"""What crossing sensors, mixtures of experts and unpaired images do for msGFM, at small scale, over seeds.
+"""What crossing sensors, experts, unpaired images and distillation do for msGFM, at small scale, over seeds.
 
     python -m tests.msgfm_experiment FOLDER --data DATASET --seeds 0 1 2 [--out docs/msgfm.md]
     python -m tests.msgfm_experiment FOLDER --table --out docs/msgfm.md      # the tables of what is there
 
 DATASET: places with hr, s2, s1, dsm and scene labels (PLACES=1600 ./launch/local.sh makes one). Everything is kept in
-FOLDER and nothing is made twice: FOLDER/paired and FOLDER/unpaired (see :func:`split_places`), FOLDER/VARIANT-SEED.json
-with what a run scored. A seed is that of the network, the masks and the data order; the places are the same. All
-variants make the same number of updates with batches of the same size, step by step in turns.
+FOLDER and nothing is made twice: FOLDER/paired and FOLDER/unpaired (see :func:`split_places`), FOLDER/teacher-SEED (see
+:func:`teacher`), FOLDER/VARIANT-SEED.json with what a run scored. A seed is that of the network, the masks and the data
+order; the places are the same. All variants make the same number of updates with batches of the same size, step by step
+in turns.
 
 Scored on the held-out places ("test"): a linear probe and kNN on the frozen features of all sensors, fitted on the
 labels of FOLDER/paired, as `skysense-jax eval` has them; and the reconstruction of hidden pixels from each sensor to
-itself and to its pair, all variants behind the same masks (:func:`held_out`). Intervals over seeds are Student's.
+itself and to its pair, all variants behind the same masks (tests.msgfm_held_out). Intervals over seeds are Student's.
 """
 from __future__ import annotations
 
@@ -25,25 +26,23 @@ import types
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
 
 from skysense_jax import train as training
 from skysense_jax.core import mesh as meshes
-from skysense_jax.core import rngs
+from skysense_jax.core import paths
 from skysense_jax.data import pipeline, samples, sources, spec
 from skysense_jax.data.parts import write_atomically
 from skysense_jax.evals import compare, rows
 from skysense_jax.models import msgfm
 from skysense_jax.objectives import msgfm as msgfm_objective
 from skysense_jax.objectives import msgfm_views
-from skysense_jax.ops.masking import masked_sums, pixel_mask, random_cells
 from skysense_jax.pods import write_between
-from skysense_jax.run import metrics, optim, state
+from skysense_jax.run import init_from, metrics, optim, state
 from skysense_jax.run.step import make_step
 from skysense_jax.sensors import SENSORS
-from tests import tiny
+from tests import msgfm_held_out, tiny
 from tests.experiments import mean_and_interval
 
 CONFIG = pathlib.Path(__file__).resolve().parents[1] / "configs" / "msgfm_smoke.py"
@@ -68,20 +67,25 @@ VARIANTS = {
     "cross": "p = 1: every paired image reconstructs its partner",
     "dense": "p = 0.5, dense: an MLP in the place of the mixture",
     "unpaired": "p = 0.5, and unpaired images",
+    "distilled": "p = 0.5, distilled from a teacher of RGB images",
 }
 """What is compared. "unpaired" trains on both datasets, the others on the paired places alone."""
 
 CROSS = {"own": 0.0, "cross": 1.0}
 """objective.cross of the variants, 0.5 of the others."""
 
-ARCHITECTURE = {name: "dense" if name == "dense" else "moe" for name in VARIANTS}
-FIELDS = {"moe": (), "dense": ("model.moe.stages=()",)}
-"""Of an architecture, beside SETTINGS. A token of either goes through one MLP of the same width: top-1."""
+ARCHITECTURE = {name: name if name in ("dense", "distilled") else "moe" for name in VARIANTS}
+FIELDS = {
+    "moe": (), "dense": ("model.moe.stages=()",),
+    "distilled": ("objective.distill.weight=1", "objective.distill.img_size=32"),
+}
+"""Of an architecture, beside SETTINGS. A token of any goes through one MLP of the same width: top-1."""
+
+TAUGHT = "hr"
+TEACHERS = 1000
+"""The teacher's only sensor, and the seed of the first one: a seed's own would start teacher and student alike."""
 
 DIRECTIONS = tuple(f"{name}-{target}" for name in NAMES for target in (name, SENSORS[name].pair))
-MASKS = 17
-"""Seed of the held-out crops, masks and order."""
-
 MARKS = "<!-- rows: python -m tests.msgfm_experiment -->", "<!-- end of rows -->"
 
 def split_places(data: pathlib.Path, folder: pathlib.Path) -> None:
@@ -132,7 +136,8 @@ def split_places(data: pathlib.Path, folder: pathlib.Path) -> None:
 
 class Programs(NamedTuple):
     """What is compiled for one architecture, once for all seeds and probabilities. flops: of a step. init(seed): state;
-    step(state, batch, seed, cross): (state, metrics); features(encoder, PlaceInput); errors: :func:`make_errors`."""
+    step(state, batch, seed, cross): (state, metrics); features(encoder, PlaceInput); errors: of
+    :func:`msgfm_held_out.make_errors`."""
 
     cfg: Any
     contract: dict[str, Any]
@@ -168,53 +173,7 @@ def make_programs(cfg: Any) -> Programs:
     features = functools.partial(
         msgfm_views.encoder_features, cfg.model, contract, msgfm.make_model(cfg.model, contract))
     return Programs(cfg, contract, float(objective.flops(shapes)), jax.jit(init), jax.jit(step, donate_argnums=0),
-                    jax.jit(features), make_errors(cfg, contract))
-
-
-def make_errors(cfg: Any, contract: Mapping[str, Any]) -> Callable[..., Any]:
-    """errors(sensor, encoder, batch, key) -> {"<input>-<target>": {"error", "mean": [summed error, pixels]}} of a batch
-    of one sensor's images, to itself and to its pair, behind masks drawn from the key.
-    """
-    model, side, cell = msgfm.make_model(cfg.model, contract), int(cfg.model.img_size), int(cfg.objective.mask_cell)
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def errors(name: str, encoder: Any, batch: Any, key: jax.Array) -> dict[str, Any]:
-        cells = random_cells(key, len(batch["paired"]), side // cell, cfg.objective.mask_ratio)
-        image = msgfm_views.normalised(contract, name, batch["own"])[0]
-        tokens = model.embed(encoder, name, image, pixel_mask(cells, cell // cfg.model.patch))
-        final, hidden = model.encode(encoder, tokens).final, pixel_mask(cells, cell)[..., None]
-        found = {}
-        for target, part in ((name, "own"), (SENSORS[name].pair, "pair")):
-            truth, measured = msgfm_views.normalised(contract, target, batch[part])
-            guesses = {"error": model.decode(encoder, target, final), "mean": jnp.zeros_like(truth)}
-            found[f"{name}-{target}"] = {
-                kind: jnp.stack(masked_sums(guess, truth, measured * hidden)) for kind, guess in guesses.items()}
-        return found
-
-    return errors
-
-
-def held_out(programs: Programs, encoder: Any) -> dict[str, dict[str, float]]:
-    """Mean absolute error over hidden pixels of the test places, in deviations of the target's bands:
-    {"<input>-<target>": {"error": the network's, "mean": of the training images' mean in its stead}}.
-
-    Whole places, each once as each sensor (as many as fill batches); masks from MASKS; the partner as in training: the
-    acquisition nearest in time. As in evaluation elsewhere the gates have no noise and no token is dropped.
-    """
-    cfg, names = programs.cfg.copy_and_resolve_references(), tuple(programs.contract["sensors"])
-    cfg.unlock()
-    cfg.data.split, cfg.data.scale, cfg.data.aspect, cfg.data.flip = "test", (1.0, 1.0), (1.0, 1.0), 0.0
-    batches = samples.train_dataset(cfg, programs.contract, MASKS)
-    total: dict[str, dict[str, np.ndarray]] = {}
-    for number in range(sum(samples.make_plan(cfg, programs.contract, MASKS).rounds.values())):
-        batch = batches[number]
-        name = names[int(batch.pop("sensor")[0])]
-        for direction, kinds in programs.errors(name, encoder, batch, rngs.key(MASKS, "masks", number)).items():
-            for kind, pair in kinds.items():
-                total.setdefault(direction, {}).setdefault(kind, np.zeros(2))
-                total[direction][kind] += np.asarray(pair, np.float64)
-    return {direction: {kind: float(error / pixels) for kind, (error, pixels) in kinds.items()}
-            for direction, kinds in total.items()}
+                    jax.jit(features), msgfm_held_out.make_errors(cfg, contract))
 
 
 def probes(programs: Programs, encoders: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,17 +190,44 @@ def probes(programs: Programs, encoders: Mapping[str, Any]) -> dict[str, Any]:
         *parts, k=cfg.eval.knn_k, temperature=cfg.eval.knn_temp, resamples=cfg.eval.bootstrap, seed=0)
 
 
+def teacher(folder: pathlib.Path, seed: int) -> str:
+    """FOLDER/teacher-SEED, the run whose network is the teacher of a seed: the student's without experts, trained alone
+    on the HR images of the unpaired places, for as many updates. It stands in for one of natural images: it has seen
+    colour pictures of other places, no other sensor and no label. Trained by skysense_jax.train, which goes on with
+    what is there.
+    """
+    workdir = folder / f"teacher-{seed}"
+    cfg = configuration(folder, *FIELDS["dense"], f"data.dir={folder / 'unpaired'}", f"seed={TEACHERS + seed}",
+                        "run.picture_every=0", "run.save_every=500", "run.log_every=100")
+    with cfg.unlocked():
+        for section in (cfg.data.bands, cfg.data.eval_dates, cfg.optim.lr_scale):
+            for name in [name for name in section if name != TAUGHT]:
+                del section[name]
+    if status := training.train(training.Options(cfg, paths.absolute(workdir))):
+        raise RuntimeError(f"the training of {workdir} ended with {status}")
+    return str(workdir)
+
+
+def begin(programs: Mapping[str, Programs], folder: pathlib.Path, name: str, seed: int) -> Any:
+    """The state that a variant starts from."""
+    fresh = programs[ARCHITECTURE[name]].init(seed)
+    if name != "distilled":
+        return fresh
+    return init_from.with_teacher(
+        configuration(folder, *FIELDS[name], f"objective.distill.path={teacher(folder, seed)}"), fresh)
+
+
 def train(programs: Mapping[str, Programs], folder: pathlib.Path, variants: Sequence[str], seed: int) -> dict[str, Any]:
     """The variants of a seed, one step of each in turn on the same batch (of its datasets): variant -> (encoder, what
-    the last step said, seconds of the steps)."""
-    states = {name: programs[ARCHITECTURE[name]].init(seed) for name in variants}
+    each metric said last, seconds of the steps)."""
+    states = {name: begin(programs, folder, name, seed) for name in variants}
     streams = {}
     for mixed in {name == "unpaired" for name in variants}:
         also = (str(folder / "unpaired"),) if mixed else ()
         cfg = configuration(folder, f"data.also={also}")
         streams[mixed] = samples.train_dataset(cfg, programs["moe"].contract, seed)
     seconds: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in variants}
-    said: dict[str, dict[str, Any]] = {}
+    said: dict[str, dict[str, Any]] = {name: {} for name in variants}
     total = programs["moe"].cfg.steps
     for number in range(total):
         batches = {mixed: stream[number] for mixed, stream in streams.items()}
@@ -252,7 +238,7 @@ def train(programs: Mapping[str, Programs], folder: pathlib.Path, variants: Sequ
             measured = metrics.plain(measured)
             seconds[name]["wall"].append(time.perf_counter() - wall)
             seconds[name]["cpu"].append(time.process_time() - cpu)
-            said[name] = measured
+            said[name] |= {key: value for key, value in measured.items() if value != "nan"}
         if (number + 1) % 25 == 0:
             print(f"seed {seed}, step {number + 1} of {total}: " + ", ".join(
                 f"{name} {one['loss/mim']:.3f}" for name, one in said.items()), file=sys.stderr, flush=True)
@@ -267,9 +253,10 @@ def one_seed(programs: Mapping[str, Programs], folder: pathlib.Path, seed: int) 
         compiled = programs[ARCHITECTURE[name]]
         untrained = {"untrained": compiled.init(seed).params["encoder"]} if name == "half" else {}
         result = probes(compiled, {"trained": encoder, **untrained})
-        result |= {"held_out": held_out(compiled, encoder), "last": said, "flops": compiled.flops,
+        result |= {"held_out": msgfm_held_out.held_out(compiled.cfg, compiled.contract, compiled.errors, encoder),
+                   "last": said, "flops": compiled.flops, "batch": int(compiled.cfg.data.batch),
                    "seconds": {kind: {"median": statistics.median(values[1:]), "least": min(values[1:])}
-                               for kind, values in seconds.items()}, "batch": int(compiled.cfg.data.batch)}
+                               for kind, values in seconds.items()}}
         print(compare.table(result, f"{name} {seed}"), json.dumps(result["held_out"]), sep="\n", flush=True)
         write_atomically(files[name], (json.dumps(result, indent=1) + "\n").encode())
 
@@ -304,15 +291,15 @@ def probe_table(scores: Mapping[str, Mapping[int, Any]]) -> str:
 
 
 def reconstruction_table(scores: Mapping[str, Mapping[int, Any]]) -> str:
-    """Held-out error, one row per direction, one column per variant."""
+    """Held-out error, one row per direction, one column per variant that has scores."""
+    scores = {name: found for name, found in scores.items() if found}
     columns = [f"{name}, seeds: {len(found)}" for name, found in scores.items()]
     lines = ["| from - to | the mean | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
     for direction in DIRECTIONS:
         means = {one["held_out"][direction]["mean"] for found in scores.values() for one in found.values()}
-        cells = [f"{max(means):.3f}"] if means else [""]
+        cells = [f"{max(means):.3f}" if means else ""]
         for found in scores.values():
-            errors = [one["held_out"][direction]["error"] for one in found.values()]
-            cells.append(mean_and_interval(errors) if errors else "")
+            cells.append(mean_and_interval([one["held_out"][direction]["error"] for one in found.values()]))
         lines.append(f"| {direction} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -110,14 +110,12 @@ def hillshade(height: np.ndarray, step: float) -> np.ndarray:
     return (tint * (0.35 + 0.75 * lit[..., None])).clip(0, 255).astype(np.uint8)
 
 
-def colour(name: str, image: np.ndarray, step: float) -> np.ndarray:
-    """One acquisition [H, W, all bands of the sensor's row] in stored units -> uint8[H, W, 3], with fixed stretches but
-    for relief (pixels of `step` metres). A sensor without a rule: its first band, within two deviations of its mean.
+def colour(name: str, image: np.ndarray) -> np.ndarray:
+    """One acquisition [H, W, all bands of the sensor's row] in stored units -> uint8[H, W, 3], with fixed stretches. A
+    sensor without a rule: its first band, within two deviations of its mean.
     """
     if name == "hr":
         return image.clip(0, 255).astype(np.uint8)
-    if name == "dsm":
-        return hillshade(image[..., 0], step)
     if name in ("s2", "s1"):
         return (true_colour if name == "s2" else radar_colour)(image)
     grey = (0.5 + (image[..., :1].astype(np.float32) - SENSORS[name].mean[0]) / (4 * SENSORS[name].std[0])).clip(0, 1)
@@ -242,7 +240,7 @@ def _series(
     pen.text((_GAP, top), f"{name}  {len(images)} dates  {what}", (0, 0, 0), font)
     for column, t in enumerate(_pick(len(images))):
         left = _GAP + column * (_SMALL + _GAP)
-        shown = hatch(colour(name, images[t], 1.0), valid[t])
+        shown = hatch(colour(name, images[t]), valid[t])
         canvas.paste(enlarge(shown, _SMALL), (left, top + 2 * _TEXT))
         share = f"  clear {float((clear[t] & valid[t]).mean()):.0%}" if name == "s2" else ""
         pen.text((left, top + _TEXT), f"{date_text(record[f'{name}_date'][t])}{share}", (60, 60, 60), font)

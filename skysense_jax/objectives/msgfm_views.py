@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from skysense_jax.models import msgfm
 from skysense_jax.models.skysense import normalise
 from skysense_jax.objectives.skysense import time_mean
-from skysense_jax.ops.masking import pixel_mask, random_cells
+from skysense_jax.ops.masking import masked_sums, pixel_mask, random_cells
 from skysense_jax.sensors import SENSORS
 
 Tree = Any
@@ -70,20 +70,31 @@ def reconstructions(
     """What the model makes of a place behind a random mask, sensor by sensor. cfg: the whole configuration; inputs:
     PlaceInput of one place, [1, 1, ...] by sensor.
 
-    {sensor: {"image" [S, S, C], "mask" [S, S] 1 = hidden, "<target>" [S, S, C]}} for the sensor itself and its pair,
-    float32 in raw units; where a pixel is not hidden, "<target>" is what was measured.
+    {sensor: {"image" [S, S, C], "measured" [S, S], "mask" [S, S] 1 = hidden, "made": {target: [S, S, C]}, "errors":
+    {target: [2]}}} for the sensor itself and its pair as targets. Images are float32 in raw units, "made" whole as the
+    decoder drew it. errors: mean absolute error of hidden measured pixels in deviations of the target's bands, the
+    model's and that of the training mean in its stead; nan where there are no such pixels.
     """
     side, cell, found = int(cfg.model.img_size), int(cfg.objective.mask_cell), {}
-    images = {name: at_model_size(normalise(inputs[name], contract["sensors"][name])[0][:, 0], side)
-              for name in contract["sensors"] if name in inputs}
+    images, measured = {}, {}
+    for name in (name for name in contract["sensors"] if name in inputs):
+        image, valid = normalise(inputs[name], contract["sensors"][name])
+        images[name] = at_model_size(image[:, 0], side)
+        whole = at_model_size(valid[:, 0, ..., None], side) > 0.999  # beside a gap a resized pixel is part of the gap
+        measured[name] = whole * inputs[name]["bands"][:, 0, None, None]
     for number, (name, image) in enumerate(images.items()):
         cells = random_cells(jax.random.fold_in(rng, number), 1, side // cell, cfg.objective.mask_ratio)
         tokens = model.embed(encoder, name, image, pixel_mask(cells, cell // cfg.model.patch))
         final, mask = model.encode(encoder, tokens).final, pixel_mask(cells, cell)
-        found[name] = {"image": raw(contract, name, image[0]), "mask": mask[0].astype(jnp.float32)}
+        made, errors = {}, {}
         for target in (one for one in (name, SENSORS[name].pair) if one in images):
-            guess = jnp.where(mask[..., None] > 0, model.decode(encoder, target, final), images[target])
-            found[name][target] = raw(contract, target, guess[0])
+            guess, truth = model.decode(encoder, target, final), images[target]
+            counts = measured[target] * mask[..., None]
+            made[target] = raw(contract, target, guess[0])
+            sums = (masked_sums(one, truth, counts) for one in (guess, jnp.zeros_like(truth)))
+            errors[target] = jnp.stack([error / pixels for error, pixels in sums])
+        found[name] = {"image": raw(contract, name, image[0]), "mask": mask[0].astype(jnp.float32),
+                       "measured": measured[name][0].max(-1), "made": made, "errors": errors}
     return found
 
 

@@ -50,11 +50,9 @@ def picture(
 ) -> Image.Image:
     """The grid of reconstructions `found` of a place, under its name and `what`."""
     found = jax.tree.map(np.asarray, dict(found))
-    side = next(iter(found.values()))["mask"].shape[0]
     name = record["place"]
     title = f"{name.decode() if isinstance(name, bytes) else name}   {what}"
-    step = (meta.get("gsd") or 1.0) * int(meta["tile"]) / side  # only shades, where no size on the ground is known
-    return panels.draw(contract, found, step, title, bool(meta.get("synthetic")))
+    return panels.draw(contract, found, title, bool(meta.get("synthetic")))
 
 
 def in_training(
