@@ -26,6 +26,7 @@ from skysense_jax.data import pipeline, preview, prototype_map, sources
 from skysense_jax.data.parts import write_atomically
 from skysense_jax.evals import assignment
 from skysense_jax.models import skysense as models
+from skysense_jax.ops import prototypes as banks
 from skysense_jax.ops import regions
 from skysense_jax.sensors import UNLABELLED
 
@@ -166,7 +167,7 @@ def region_report(bank: Mapping[str, np.ndarray], row: int, side: float) -> dict
         "bank": {
             "usage_entropy": assignment.entropy(bank["usage"][row]),
             "similarity_mean": float(pairs.mean()), "similarity_max": float(pairs.max()),
-            "directions": assignment.directions(own),
+            "directions": float(banks.directions(own)),
         },
         "prototypes": [
             {"number": k, "usage": float(bank["usage"][row, k]), "like": int(others[k].argmax()),
@@ -279,7 +280,8 @@ def text(report: Mapping[str, Any]) -> str:
         f"region   row {region['row']} (visited regions: {region['visited_regions']}): lon {west:.3f}..{east:.3f}, "
         f"lat {south:.3f}..{north:.3f}, {region['side_m'] / 1000:g} km square; {region['visits']} visits",
         f"bank     entropy of the usage {bank['usage_entropy']:.3f} of log {count}; similarity of two prototypes: mean "
-        f"{bank['similarity_mean']:.3f}, greatest {bank['similarity_max']:.3f}; directions {bank['directions']:.1f}",
+        f"{bank['similarity_mean']:.3f}, greatest {bank['similarity_max']:.3f}; directions {bank['directions']:.1f} "
+        f"of {count}",
     ]
     if data:
         lines.append(

@@ -114,6 +114,17 @@ def saving(workdir: pathlib.Path) -> list[pathlib.Path]:
     return [path for path in folder.iterdir() if "tmp" in path.name] if folder.exists() else []
 
 
+def largest(folder: pathlib.Path) -> pathlib.Path:
+    return max((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+
+
+def flip(file: pathlib.Path) -> None:
+    """Damages the byte in the middle of a file."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    file.write_bytes(data)
+
+
 def arrays(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
     """Every array of one checkpoint by name."""
     return {f"{part}/{name}": np.asarray(leaf) for part in checkpoint.load_meta(workdir, step)["digests"]

@@ -9,6 +9,7 @@ import rasterio
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.transform import from_origin
 
+from skysense_jax import cli
 from skysense_jax.data import builder
 from skysense_jax.data.catalog import COLUMNS, read_catalog
 from skysense_jax.data.ingest import ingest_place
@@ -130,3 +131,8 @@ def refused(tmp_path, row):
     assert len(record["dsm_date"]) == 1 and (record["dsm_image"] == 5).all()
     assert len(refusals(report)) == 1
     return refusals(report)[0]
+
+
+def run(*arguments):
+    """`skysense-jax data ...`; returns its exit status."""
+    return cli.main(["data", *map(str, arguments)])

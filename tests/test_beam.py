@@ -19,6 +19,7 @@ pytest.importorskip(
 from skysense_jax import cli
 from skysense_jax.data import beam, builder, sources
 from skysense_jax.data.catalog import read_catalog
+from skysense_jax.data.processes import WorkerDied
 from tests.rasters import catalog, write
 from tests.test_build import OPTIONS, damaged_world, world
 
@@ -170,7 +171,7 @@ def test_a_raster_only_the_building_machine_sees_is_no_refusal(tmp_path, options
     raster, parts = tmp_path / "p01" / "hr.tif", tmp_path / "parts"
     parts.mkdir()
     raster.rename(tmp_path / "away.tif")
-    with pytest.raises(builder.WorkerDied, match=r"p01/hr\.tif is on the building machine but not on worker"):
+    with pytest.raises(WorkerDied, match=r"p01/hr\.tif is on the building machine but not on worker"):
         list(beam.run_units(units, settings, parts, "key", options))
     (tmp_path / "away.tif").rename(raster)
     found = {unit.name: done for unit, done in beam.run_units(units, settings, parts, "key", options)}

@@ -2,7 +2,6 @@
 real files.
 """
 
-import argparse
 import json
 import os
 import pathlib
@@ -16,10 +15,10 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from skysense_jax.data import builder, commands, report, statistics
+from skysense_jax.data import builder, report, statistics
 from skysense_jax.data.catalog import read_catalog
 from skysense_jax.sensors import SENSORS
-from tests.rasters import catalog, s2, write
+from tests.rasters import catalog, run, s2, write
 
 OPTIONS = builder.Options(tile=8, ratio=2, shard_places=2)
 
@@ -337,13 +336,6 @@ def test_statistics_of_heights_do_not_know_the_datum(tmp_path):
     builder.build(catalog(tmp_path, rows), tmp_path / "d", OPTIONS, progress=False)
     found = statistics.compute(tmp_path / "d", progress=False)["dsm"]
     np.testing.assert_allclose([found["mean"][0], found["std"][0]], [0.5, relief.std()], rtol=1e-6)
-
-
-def run(*arguments):
-    parser = argparse.ArgumentParser()
-    commands.add_parsers(parser.add_subparsers(required=True))
-    args = parser.parse_args([str(argument) for argument in arguments])
-    return args.run(args)
 
 
 def test_commands_and_their_exit_status(source, tmp_path, capsys):

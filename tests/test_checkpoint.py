@@ -5,7 +5,6 @@ The toy objective on eight fake devices.
 from __future__ import annotations
 
 import os
-import pathlib
 import re
 import shutil
 
@@ -17,6 +16,7 @@ import pytest
 from skysense_jax.core import mesh as meshes
 from skysense_jax.run import checkpoint, digest
 from tests import tiny, toy
+from tests.jobs import flip, largest
 from tests.toy import same, small_state
 
 
@@ -95,16 +95,6 @@ def test_one_part_loads_alone(saved):
         checkpoint.load_tree(workdir, "optimiser")
     with pytest.raises(FileNotFoundError, match="no checkpoint of step 7"):
         checkpoint.load_tree(workdir, "params", step=7)
-
-
-def flip(file: pathlib.Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 0xFF
-    file.write_bytes(data)
-
-
-def largest(folder: pathlib.Path) -> pathlib.Path:
-    return max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
 
 
 @pytest.mark.parametrize("damage, reason", [

@@ -1,6 +1,5 @@
 """Folders of images without georeference: what is read how, what is refused, cut by pixels, the same records always."""
 
-import argparse
 import csv
 import hashlib
 import json
@@ -19,10 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from skysense_jax.data import builder, commands, layouts, pictures, preview, sources, statistics
+from skysense_jax.data import builder, layouts, pictures, preview, sources, statistics
 from skysense_jax.data.draft import to_csv
 from skysense_jax.data.raster import Header, RasterRefused
-from tests.rasters import HR, catalog, write
+from tests.rasters import HR, catalog, run, write
 
 OPTIONS = builder.Options(tile=16, ratio=2, shard_places=2, holdout=0.0, georeferenced=False)
 SIDE = 32  # pixels of an hr tile with OPTIONS
@@ -336,13 +335,6 @@ def test_killed_and_continued_gives_the_same_bytes_also_with_processes(tmp_path)
     for name in names:
         if name not in ("dataset_info.json", "features.json"):
             assert (out / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name
-
-
-def run(*arguments):
-    parser = argparse.ArgumentParser()
-    commands.add_parsers(parser.add_subparsers(required=True))
-    args = parser.parse_args([str(argument) for argument in arguments])
-    return args.run(args)
 
 
 def test_commands(tmp_path, capsys):

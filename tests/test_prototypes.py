@@ -202,14 +202,21 @@ def test_monitors_tell_collapse_and_death():
     assert monitors["directions"] < 1.2 / bank["prototypes"].shape[1] < 0.5 < healthy["directions"]
 
 
-def test_directions_tell_groups_that_the_mean_cosine_does_not():
+def test_directions_see_groups_that_the_mean_cosine_does_not():
+    basis = np.linalg.qr(np.random.default_rng(0).normal(size=(6, 6)))[0]
+    grouped = basis[[0, 0, 1, 1]] * np.array([1, -1, 1, -1])[:, None]
+    assert abs((grouped @ grouped.T).sum()) < 1e-12
+    found = prototypes.directions(jnp.stack([basis[[0, 1, 2, 3]], basis[[0, 0, 0, 0]], grouped]))
+    np.testing.assert_allclose(found, [4, 1, 2], rtol=1e-6)
+
+
+def test_the_monitor_of_directions_is_their_share_of_the_prototypes():
     bank, place, features, mask = world(1)
     count, width = bank["prototypes"].shape[1:]
     pairs = np.repeat(np.eye(2, width, dtype=np.float32), -(-count // 2), 0)[:count]
     bank["prototypes"] = jnp.asarray(np.broadcast_to(pairs, bank["prototypes"].shape))
     _, monitors = step(bank, place, features, mask)
-    gram = pairs @ pairs.T
-    np.testing.assert_allclose(monitors["directions"], count / np.square(gram).sum(), rtol=1e-6)
+    np.testing.assert_allclose(monitors["directions"], prototypes.directions(pairs) / count, rtol=1e-6)
     assert monitors["directions"] * count < 2.01
 
 

@@ -6,7 +6,6 @@ places of every batch, each step once), and the evaluation.
 """
 from __future__ import annotations
 
-import pathlib
 import random
 import signal
 
@@ -57,7 +56,7 @@ def test_stopped_and_damaged_and_still_the_same_bits(job, straight, tmp_path):
     assert [record["step"] for record in jobs.records(tmp_path)] == list(range(1, newest + 1))
 
     # A flipped byte in that checkpoint: named, set aside, and only the steps since the one before are done again.
-    flip(largest(folder / str(newest) / "params"))
+    jobs.flip(jobs.largest(folder / str(newest) / "params"))
     older = checkpoint.steps(folder)[-2:-1]
     later = random.Random(20261122).randrange(max(older, default=0) + 1, STEPS - 1)
     assert jobs.interrupt(start(), jobs.reached(tmp_path, later))[0] == -signal.SIGKILL
@@ -66,13 +65,3 @@ def test_stopped_and_damaged_and_still_the_same_bits(job, straight, tmp_path):
     said = jobs.finish(start())
     assert "resuming from step" in said and f"done: {STEPS} steps" in said and not jobs.saving(tmp_path)
     survival.assert_same(survival.outcome(job, tmp_path), straight)
-
-
-def flip(file: pathlib.Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 0x10
-    file.write_bytes(data)
-
-
-def largest(folder: pathlib.Path) -> pathlib.Path:
-    return max((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)

@@ -1,6 +1,5 @@
 """SEN12MS folders: pairs and what has no partner, values in their units, and no held-out region in training."""
 
-import argparse
 import csv
 
 import numpy as np
@@ -9,10 +8,10 @@ import tensorflow_datasets as tfds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skysense_jax.data import builder, commands, layouts, splits
+from skysense_jax.data import builder, layouts, splits
 from skysense_jax.data.catalog import CatalogError, read_catalog
 from skysense_jax.sensors import SENSORS
-from tests.rasters import catalog, write
+from tests.rasters import catalog, run, write
 
 SIDE = 16
 SEASONS = ("ROIs1158_spring", "ROIs1868_summer", "ROIs1970_fall", "ROIs2017_winter")
@@ -37,13 +36,6 @@ def patch(root, season, region, number, kinds=("s1", "s2", "lc"), flat=False):
         folder = root / (f"{season}_{kind}" if flat else season) / f"{kind}_{region}"
         write(folder / f"{season}_{kind}_{region}_p{number}.tif", values[kind], west=286_708.597, north=1_958_546.7)
     return {kind: values[kind] for kind in kinds}
-
-
-def run(*arguments):
-    parser = argparse.ArgumentParser()
-    commands.add_parsers(parser.add_subparsers(required=True))
-    args = parser.parse_args([str(argument) for argument in arguments])
-    return args.run(args)
 
 
 def records(out, split):

@@ -16,10 +16,11 @@ import apache_beam
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.runner import PipelineState
 
-from skysense_jax.data.builder import BuildError, WorkerDied
+from skysense_jax.data.builder import BuildError
 from skysense_jax.data.catalog import Row
 from skysense_jax.data.ingest import Settings
 from skysense_jax.data.parts import Unit, run_unit, write_atomically
+from skysense_jax.data.processes import WorkerDied
 
 PLAN = "units.jsonl"
 AGAIN = "run the same command again to continue: finished parts are kept"

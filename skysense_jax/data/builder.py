@@ -15,14 +15,7 @@ import fcntl
 import functools
 import hashlib
 import json
-import multiprocessing
-import multiprocessing.connection
-import os
 import shutil
-import signal
-import threading
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
@@ -31,7 +24,8 @@ from tqdm import tqdm
 
 from skysense_jax.data.catalog import SPLITS, Catalog, Row, read_catalog
 from skysense_jax.data.ingest import Settings
-from skysense_jax.data.parts import Unit, encode, features_of, move, run_unit, write_atomically
+from skysense_jax.data.parts import Unit, encode, features_of, move, write_atomically
+from skysense_jax.data.processes import in_processes
 from skysense_jax.data.raster import MAX_PIXELS
 from skysense_jax.data.report import REFUSED, merge, new_report, summary
 from skysense_jax.sensors import SENSORS
@@ -49,10 +43,6 @@ RunUnits = Callable[[Sequence[Unit], Settings, Path, str], Iterator[tuple[Unit, 
 
 class BuildError(ValueError):
     """The build cannot be done as asked: wrong options, or a folder that holds something else."""
-
-
-class WorkerDied(RuntimeError):
-    """A process was killed; what was finished is kept and the same command continues."""
 
 
 class Options(NamedTuple):
@@ -132,42 +122,6 @@ def plan(catalog: Catalog, options: Options) -> tuple[Settings, list[Unit]]:
     return settings, units
 
 
-def _leave_with_parent() -> None:
-    """Worker start: end when the building process has ended, however it ended, so that no orphan goes on reading.
-
-    An interrupt from the keyboard is the building process's to handle.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sentinel = multiprocessing.parent_process().sentinel
-
-    def watch() -> None:
-        multiprocessing.connection.wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _run_units(
-    units: Sequence[Unit], settings: Settings, folder: Path | None, key: str, workers: int
-) -> Iterator[tuple[Unit, dict[str, Any]]]:
-    if workers == 1 or len(units) <= 1:
-        for unit in units:
-            yield unit, run_unit(unit, settings, folder, key)
-        return
-    pool = ProcessPoolExecutor(min(workers, len(units)), multiprocessing.get_context("spawn"), _leave_with_parent)
-    try:
-        pending = {pool.submit(run_unit, unit, settings, folder, key): unit for unit in units}
-        for future in as_completed(pending):
-            yield pending[future], future.result()
-    except BrokenProcessPool as error:
-        raise WorkerDied(
-            "a worker process died (killed, or out of memory: try fewer --workers); run the same command again to "
-            "continue"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def _collect(done: Sequence[dict[str, Any]], catalog: Catalog, settings: Settings) -> dict[str, Any]:
     """One report of all units plus the rows the catalog itself refused, files in row order."""
     total = new_report(settings.sensors)
@@ -198,7 +152,7 @@ def check(catalog_path: str | Path, options: Options, workers: int = 1, progress
     settings, units = plan(catalog, options)
     done: dict[str, dict[str, Any]] = {}
     with _progress(units, (), progress) as bar:
-        for unit, result in _run_units(units, settings, None, "", workers):
+        for unit, result in in_processes(units, settings, None, "", workers):
             done[unit.name] = result
             bar.update(len(unit.places))
     return summary(_collect([done[unit.name] for unit in units], catalog, settings))
@@ -280,7 +234,7 @@ def build(
             if (folder / f"{unit.name}.json").is_file()
         }
         pending = [unit for unit in units if unit.name not in done]
-        run_units = run_units or functools.partial(_run_units, workers=workers)
+        run_units = run_units or functools.partial(in_processes, workers=workers)
         with _progress(units, list(done.values()), progress) as bar:
             for unit, result in run_units(pending, settings, folder, key):
                 done[unit.name] = result

@@ -19,6 +19,7 @@ from skysense_jax.core import paths
 from skysense_jax.data import builder, draft, layouts, report, splits, statistics
 from skysense_jax.data.catalog import CatalogError
 from skysense_jax.data.parts import write_atomically
+from skysense_jax.data.processes import WorkerDied
 from skysense_jax.sensors import SENSORS
 
 DONE, FAILED, BAD_CONFIGURATION = 0, 1, 78
@@ -31,7 +32,7 @@ def _guarded(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Nam
         except (CatalogError, builder.BuildError) as error:
             print(f"error: {error}", file=sys.stderr)
             return BAD_CONFIGURATION
-        except builder.WorkerDied as error:
+        except WorkerDied as error:
             print(f"error: {error}", file=sys.stderr)
             return FAILED
 

@@ -33,14 +33,6 @@ def entropy(share: np.ndarray) -> float:
     return float(-np.sum(p * np.log(np.where(p > 0, p, 1))) / np.log(len(p)))
 
 
-def directions(rows: np.ndarray) -> float:
-    """Over how many directions unit rows [P, D] spread: exp of the entropy of the eigenvalues of their Gram matrix / P.
-    P = orthogonal rows, 1 = all on one line. Unlike the mean similarity it sees groups of rows that are the same.
-    """
-    share = np.linalg.eigvalsh(rows @ rows.T).clip(0) / len(rows)
-    return float(np.exp(-np.sum(share * np.log(np.where(share > 0, share, 1)))))
-
-
 def best_of_places(cosine: np.ndarray, valid: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
     """The places nearest to every prototype, by their cell that is most like it.
 

@@ -72,6 +72,14 @@ def at_places(bank: Bank, place: Mapping[str, jax.Array]) -> tuple[jax.Array, ja
 
 
 @jax.default_matmul_precision("highest")
+def directions(rows: jax.Array) -> jax.Array:
+    """Over how many directions unit rows [..., P, D] spread: P^2 / the sum of their P x P squared cosines, float32
+    [...]. P = orthogonal rows, 1 = all on one line. Unlike the mean cosine it sees groups of rows that are the same.
+    """
+    return rows.shape[-2] ** 2 / jnp.square(jnp.einsum("...pd,...qd->...pq", rows, rows)).sum((-2, -1))
+
+
+@jax.default_matmul_precision("highest")
 def observe(
     bank: Bank, place: Mapping[str, jax.Array], queries: jax.Array, mask: jax.Array, epsilon: float, iterations: int
 ) -> tuple[Observed, dict[str, jax.Array]]:
@@ -99,7 +107,6 @@ def observe(
     attention = jax.nn.softmax(cosine * queries.shape[-1] ** 0.5, axis=-1)
     entropy = jax.scipy.special.entr(attention).sum(-1) / jnp.log(count)
     pairs = (jnp.square(own.sum(1)).sum(-1) - count) / max(count * (count - 1), 1)
-    spread = count / jnp.square(jnp.einsum("bpd,bqd->bpq", own, own)).sum((1, 2))  # groups of equal ones leave their mean low
     dead = (bank["usage"][row] < DEAD / count).mean(-1)
     monitors = {
         "located": weight.mean(),
@@ -107,7 +114,7 @@ def observe(
         "fit": safe_mean((cosine.max(-1) * mask).sum(), mask.sum()),
         "entropy": safe_mean((entropy * mask).sum(), mask.sum()),
         "similarity": safe_mean((pairs * weight).sum(), weight.sum()),
-        "directions": safe_mean((spread * weight).sum(), weight.sum()),
+        "directions": safe_mean((directions(own) / count * weight).sum(), weight.sum()),
         "dead": safe_mean((dead * weight).sum(), weight.sum()),
     }
     return observed, monitors
