@@ -198,7 +198,7 @@ def open_network(path: str | pathlib.Path, bank: str | pathlib.Path = OWN_BANK) 
 
     bank: which prototype bank a network with geo-context asks: "own" (frozen, as its training left it), "none" (no
     geo-context: the features are the fusion's alone), or a folder with a network whose bank has the same width: that
-    one.
+    one. The description's model.geo_context.bank says "frozen" or "none", whatever it was in training.
     """
     if bank not in (OWN_BANK, NO_BANK):
         return _with_other_bank(open_network(path), bank)
@@ -215,9 +215,13 @@ def open_network(path: str | pathlib.Path, bank: str | pathlib.Path = OWN_BANK) 
         encoder = checkpoint.load_tree(found.path, trained, found.step)["encoder"]
         if has_geo(found):
             encoder = models.with_bank(encoder, checkpoint.load_tree(found.path, "memory", found.step)["bank"])
-    if bank == NO_BANK and has_geo(found):
-        found = found._replace(model=models.without_bank(found.model, found.contract))
-        encoder = {name: part for name, part in encoder.items() if name != "geo"}
+    if has_geo(found):
+        model = found.model.copy_and_resolve_references()
+        model.geo_context.bank = "frozen"
+        if bank == NO_BANK:
+            model = models.without_bank(model, found.contract)
+            encoder = {name: part for name, part in encoder.items() if name != "geo"}
+        found = found._replace(model=model)
     return Network(found, encoder, features_of(found))
 
 

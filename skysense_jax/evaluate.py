@@ -86,7 +86,8 @@ def text(report: Mapping[str, Any]) -> str:
     """The report as it is printed."""
     network, data = report["network"], report["dataset"]
     lines = [
-        f"network  {network['path']} ({network['kind']}, step {network['step']}), features: {report['features']}",
+        f"network  {network['path']} ({network['kind']}, step {network['step']}), features: {report['features']}, "
+        f"prototype bank: {report['bank']}",
         f"dataset  {data['dir']} ({data['dataset_id']})",
         f"kNN k={report['eval']['knn_k']}, cosine, T={report['eval']['knn_temp']}; linear probe: strength by "
         "cross-validation on the training places",
@@ -140,7 +141,7 @@ def evaluate(
         "network": {"path": str(path), "kind": found.kind, "step": found.step},
         "dataset": {"dir": str(data), "dataset_id": meta.get("dataset_id"), "synthetic": bool(meta.get("synthetic"))},
         "features": features,
-        "bank": bank,
+        "bank": bank if embed.has_geo(found) else embed.NO_BANK,
         "seed": seed,
         "commit": commit(),
         "eval": cfg.eval.to_dict(),

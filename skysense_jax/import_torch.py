@@ -244,8 +244,9 @@ def describe(
     contract = sensors.input_contract({name: bands[name] for name in encoders}, cfg.ratio)
     if "geo" in parts and "geo_context" not in cfg:
         raise ValueError(f"{parts['geo'].path} holds a prototype bank, the configuration has no model.geo_context")
+    if "geo_context" in cfg:
+        cfg.geo_context.bank = "frozen" if "geo" in parts else "none"
     if "geo" in parts:
-        cfg.geo_context.bank = "frozen"
         if len(shape := parts["geo"].tensors.shapes.get("prototypes", ())) == 3:
             cfg.geo_context.regions, cfg.geo_context.prototypes, cfg.geo_context.width = shape
         for name, edges in zip(("lon_edges", "lat_edges"), regions.grid_edges(cfg.geo_context.cell)):

@@ -68,8 +68,8 @@ def prepare(contract: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict
 def location(place: Mapping[str, Any], count: int) -> dict[str, np.ndarray]:
     """Where `count` places are: {"lon", "lat"} float32 [count] of degrees, one number each or one per place.
 
-    Raises ValueError for a name that is missing or unknown, another number of places, or degrees that are none on Earth;
-    nan = not known.
+    nan = not known. Raises ValueError for a name that is missing or unknown, another number of places, or degrees that
+    are none on Earth.
     """
     if not isinstance(place, Mapping) or set(place) != {"lon", "lat"}:
         raise ValueError(f'place: give {{"lon": degrees, "lat": degrees}}, got {place!r}')

@@ -193,7 +193,7 @@ def where_to_start(
         return Start(fresh, 0, {})
     begun, report = init_from.init_from(given, fresh, json.loads(json.dumps(plan.contract)))
     if geo is not None and geo.bank == "frozen" and not jax.device_get(begun.memory["bank"]["visits"]).any():
-        raise ValueError(f"config.model.geo_context.bank='frozen': nothing has been learnt in a bank of {given}; take 'on'")
+        raise ValueError(f"config.model.geo_context.bank='frozen': {given} holds no bank that has learnt; take 'on'")
     say(f"starting from the weights of {given}: {len(report['taken'])} leaves")
     for kind in ("new", "widened", "left"):
         if report[kind]:

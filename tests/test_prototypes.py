@@ -55,7 +55,8 @@ def test_poles_antimeridian_and_missing_locations():
     top = (len(EDGES[0]) + 1) * (len(EDGES[1]) + 1)
     assert cells(180 - 1e-3, 89.99) == top - 1 and cells(-180, -89.99) == 0
     for pole in (90, -90):
-        assert len(set(cells([0, 90, -90, 180, -180, 12.3, 359], [pole] * 7))) == 1 and cells(0, pole) != regions.NOWHERE
+        same = cells([0, 90, -90, 180, -180, 12.3, 359], [pole] * 7)
+        assert (same == same[0]).all() and same[0] != regions.NOWHERE
     lost = cells([np.nan, 3, np.inf, 3, 400, np.nan], [48, np.nan, 0, 90.1, 0, np.nan])
     assert (lost == regions.NOWHERE).all()
 
@@ -240,7 +241,7 @@ LON, LAT = np.float32([3.0, np.nan]), np.float32([48.0, 48.0])
 
 def geo_model(width=12, regions_=3, seed=0):
     """A tiny model of two time series, its parameters, and a bank that knows the cell of the first place."""
-    cfg = tiny.config(geo_context={"bank": "frozen", "regions": regions_, "prototypes": 4, "width": width,
+    cfg = tiny.config(geo_context={"bank": "on", "regions": regions_, "prototypes": 4, "width": width,
                                    "cell": 65_536.0, "table": "stream"})
     bank = jax.device_get(empty_bank(cfg, jax.random.key(seed)))
     bank["cells"] = regions.occupied(cells(LON[:1], LAT[:1]), regions_)
@@ -283,7 +284,8 @@ def test_modules_with_and_without_geo():
     for change, words in (({"modules": ("s2", "s1", "geo")}, "lacks.*head_s2.*geo needs the fusion"),
                           ({"geo_context": geo | {"bank": "off"}}, "bank must be one of"),
                           ({"geo_context": geo | {"table": "hash"}}, "table must be one of"),
-                          ({"geo_context": geo | {"prototypes": 1}}, "regions of 1 prototypes")):
+                          ({"geo_context": geo | {"prototypes": 1}}, "regions of 1 prototypes"),
+                          ({"geo_context": geo | {"width": 0}}, "prototypes of width 0; at least")):
         with pytest.raises(ValueError, match=words):
             module_names(tiny.config(**{"geo_context": geo, **change}), CONTRACT)
 
@@ -301,6 +303,7 @@ def test_the_bank_goes_to_pytorch_and_back(width, per_module, tmp_path):
     assert max(verify.in_jax(out).values()) == 0
 
     bare = embed.open_network(out, "none")
+    assert [one.description.model.geo_context.bank for one in (network, bare)] == ["frozen", "none"]
     mild = {name: 0.7 * np.float32(rule["mean"]) for name, rule in CONTRACT["sensors"].items()}
     given = {name: {"image": mild[name] + 0.3 * one["image"][0], "dates": one["dates"][0]}
              for name, one in tiny.inputs(CONTRACT).items()}
@@ -364,7 +367,7 @@ def test_partial_weights_with_and_without_the_bank(tmp_path):
     some = [path for name, path in files.items() if name != "glbank"]
     import_torch.import_files(some, cfg, BANDS, tmp_path / "plain")
     without = embed.open_network(tmp_path / "plain")
-    assert "geo" not in without.encoder and without.description.model.geo_context.bank == "frozen"
+    assert "geo" not in without.encoder and without.description.model.geo_context.bank == "none"
     out = torch_export.export(without.encoder, CONTRACT, without.description.model, tmp_path / "out2", {})
     assert max(verify.in_jax(out).values()) == 0
     near = tiny.config(geo_context=cfg.geo_context.to_dict() | {"cell": 65_537.0})  # as many edges
@@ -393,6 +396,14 @@ def test_flops_with_a_bank_are_the_products_of_the_traced_step():
     parts = flops.skysense_parts(c, contract, batch)
     assert abs(objective.flops(batch) / flops.of_jaxpr(traced.jaxpr) - 1) < 0.02, parts
     assert parts["geo"] > 0.05 * objective.flops(batch)  # enough of it to be missed
+
+
+@pytest.mark.parametrize("field, value", [("sinkhorn_eps", 0.0), ("prototype_momentum", 1.0)])
+def test_an_update_that_means_nothing_is_refused(field, value):
+    c = test_objective.tiny()
+    c.model.geo_context.bank, c.objective[field] = "on", value
+    with pytest.raises(ValueError, match=f"objective.{field}={value}"):
+        make_objective(c, test_objective.contract_of(c))
 
 
 def test_a_step_moves_the_bank_and_one_that_is_not_finite_does_not():
@@ -481,7 +492,7 @@ def test_a_second_stage_starts_from_a_run_without_a_bank(tmp_path):
             saver.wait()
             init_from.init_from(tmp_path / "bank", other, {"ratio": 4, "sensors": {}})
             continue
-        with pytest.raises(ValueError, match="another grid than this run's .*lon_edges.*geo_context.cell"):
+        with pytest.raises(ValueError, match="another grid than this run's .*_edges.*geo_context.cell"):
             init_from.init_from(tmp_path / "bank", other, {"ratio": 4, "sensors": {}})
     fresh.params["encoder"]["s2"]["kernel"] = jnp.zeros((3, 4))
     with pytest.raises(ValueError, match=r"params/encoder/s2/kernel is float32\[3, 3\] there, float32\[3, 4\] here"):

@@ -139,8 +139,9 @@ def _has_bank(cfg: Any) -> bool:
         raise ValueError(f"model.geo_context.bank must be one of {BANKS}, got {geo.bank!r}")
     if geo.table not in TABLES:
         raise ValueError(f"model.geo_context.table must be one of {TABLES}, got {geo.table!r}")
-    if geo.regions < 1 or geo.prototypes < 2:
-        raise ValueError(f"model.geo_context: {geo.regions} regions of {geo.prototypes} prototypes; at least 1 and 2")
+    if geo.regions < 1 or geo.prototypes < 2 or geo.width < 1:
+        raise ValueError(f"model.geo_context: {geo.regions} regions of {geo.prototypes} prototypes of width {geo.width}; "
+                         "at least 1, 2 and 1")
     return geo.bank != "none"
 
 
@@ -160,6 +161,7 @@ def without_bank(cfg: Any, contract: Mapping[str, Any]) -> Any:
     cfg = copy.deepcopy(cfg)
     with cfg.unlocked():
         cfg.modules = tuple(name for name in module_names(cfg, contract) if name != "geo")
+        cfg.geo_context.bank = "none"
     return cfg
 
 

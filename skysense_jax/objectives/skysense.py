@@ -84,6 +84,9 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
         raise ValueError(f"objective.align_grid={o.align_grid} does not divide data.global_size={size}")
     if o.microbatches < 1 or int(cfg.data.batch) % o.microbatches:
         raise ValueError(f"objective.microbatches={o.microbatches} does not divide data.batch={cfg.data.batch}")
+    if o.sinkhorn_eps <= 0 or has_bank and not 0 <= o.prototype_momentum < 1:
+        raise ValueError(f"objective.sinkhorn_eps={o.sinkhorn_eps} must be above 0, objective.prototype_momentum="
+                         f"{o.get('prototype_momentum')} in 0..1 and below 1")
     seeds = clusters.seed_cells(size, size, o.clusters)
 
     def init(rng: jax.Array, spec: Tree) -> tuple[Tree, Tree, Tree]:

@@ -84,8 +84,8 @@ def _leaf(part: str, name: str, fresh: jax.Array, old: Mapping[str, np.ndarray],
         report["widened"].append(full)
         value = np.concatenate([value, np.zeros((fresh.shape[0] - value.shape[0], *value.shape[1:]), value.dtype)])
     elif full in GRID and not np.array_equal(value, jax.device_get(fresh)):
-        raise ValueError(f"--init_from: the regions of its bank are cells of another grid than this run's ({full}); take "
-                         "the config.model.geo_context.cell of the run it was learnt in")
+        raise ValueError(f"--init_from: the regions of its bank are cells of another grid than this run's ({full}); "
+                         "take the config.model.geo_context.cell of the run it was learnt in")
     elif (value.shape, value.dtype) != (fresh.shape, fresh.dtype):
         there, here = (f"{x.dtype}{list(x.shape)}" for x in (value, fresh))
         raise ValueError(f"--init_from: {full} is {there} there, {here} here")
