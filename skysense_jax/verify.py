@@ -1,8 +1,8 @@
 """`skysense-jax verify`: an exported folder against its own frozen batch, in JAX and, where it is there, in torch.
 
 parity.safetensors holds inputs and the outputs they had when the weights were exported; whoever converts, copies or
-quantises the folder sees in one table whether it still is the same network. What that batch cannot see (the last bits of a
-weight, an expert that none of its tokens chose) the digests of the files do.
+quantises the folder sees in one table whether it still is the same network. What that batch cannot see (the last bits
+of a weight, an expert that none of its tokens chose) the digests of the files do.
 """
 
 from __future__ import annotations

@@ -68,6 +68,18 @@ def simmim(*args, channels=3, patch=2, seed=0, **fields):
     return state
 
 
+def with_networks(state, seed=3):
+    """With Swin-MoE's networks in the place of the bias tables."""
+    state, rng = dict(state), np.random.default_rng(seed)
+    for name in [name for name in state if name.endswith("relative_position_bias_table")]:
+        rows, heads = state.pop(name).shape
+        side, attn = round(rows**0.5), name.removesuffix("relative_position_bias_table")
+        for part, shape in (("0.weight", (512, 2)), ("0.bias", 512), ("2.weight", (heads, 512))):
+            state[f"{attn}cpb_mlp.{part}"] = rng.standard_normal(shape).astype(np.float32)
+        state[f"{attn}relative_coords_table"] = np.zeros((1, side, side, 2), np.float32)
+    return state
+
+
 def shards(state, ranks, slices=1):
     """The files of Swin-MoE's processes: {"rank0": ..., "master": ...}; every expert is cut into `slices`."""
     own = [name for name in state if "._moe_layer.experts." in name]

@@ -4,6 +4,7 @@ real ones), the folder plain torch runs, and back.
 import importlib.util
 import json
 import pathlib
+import pickle
 import re
 import runpy
 import subprocess
@@ -17,7 +18,8 @@ import safetensors.numpy
 
 import skysense_jax
 from skysense_jax import cli, sensors
-from skysense_jax.convert import bias_tables, expert_shards, keymap, swin_files, tensor_files, torch_export, torch_import
+from skysense_jax.convert import (
+    bias_tables, expert_shards, keymap, swin_files, tensor_files, torch_export, torch_import)
 from skysense_jax.core import trees
 from skysense_jax.models import msgfm
 from skysense_jax.run import checkpoint, init_from, state
@@ -116,6 +118,8 @@ def test_what_wrappers_put_before_the_names_is_taken_off(prefix):
      r"unexpected: encoder.absolute_pos_embed \(1, 64, 4\)"),
     (lambda s: s.update({"encoder.norm.weight": np.zeros(9, np.float32)}),
      r"wrong shape: encoder.norm.weight is \(9,\), the model needs \(8,\)"),
+    (lambda s: s.update({"encoder.layers.1.blocks.1.attn.relative_position_bias_table": np.zeros((), np.float32)}),
+     r"wrong shape: .*blocks\.1\.attn\.relative_position_bias_table is \(\), the model needs \(49, 2\)"),
     (lambda s: s.update({"encoder.layers.1.blocks.1.attn.relative_position_bias_table": np.zeros((1, 49, 2), "f4")}),
      r"wrong shape: .*blocks\.1\.attn\.relative_position_bias_table is \(1, 49, 2\), the model needs \(49, 2\)"),
     (lambda s: s.update({"encoder.layers.1.blocks.1.attn.relative_position_bias_table": np.zeros((50, 2), np.float32)}),
@@ -221,14 +225,7 @@ MOE = {"experts": [(1, 1), (1, 3)], "count": 4, "bias2": False}
 
 def swin_moe(**changes):
     """A Swin-MoE file as one: experts, no second biases, a network in the place of tables."""
-    file, rng = layouts.swin(*SIZES, **{**MOE, **changes}), np.random.default_rng(3)
-    for name in [name for name in file if name.endswith("relative_position_bias_table")]:
-        heads, attn = file.pop(name).shape[1], name.removesuffix("relative_position_bias_table")
-        file |= {f"{attn}cpb_mlp.0.weight": rng.standard_normal((512, 2)).astype(np.float32),
-                 f"{attn}cpb_mlp.0.bias": rng.standard_normal(512).astype(np.float32),
-                 f"{attn}cpb_mlp.2.weight": rng.standard_normal((heads, 512)).astype(np.float32),
-                 f"{attn}relative_coords_table": np.zeros((1, 7, 7, 2), np.float32)}
-    return file
+    return layouts.with_networks(layouts.swin(*SIZES, **{**MOE, **changes}))
 
 
 def write_shards(folder, file, ranks, slices):
@@ -254,7 +251,8 @@ def test_the_shards_of_swin_moe_are_one_file(tmp_path, ranks, slices):
 def test_biases_as_tutel_had_them_when_swin_moe_was_released(ranks, slices):
     """[E,1,n], in one file (0 ranks) and in shards."""
     file = swin_moe()
-    files = {f"m.{name}": part for name, part in layouts.shards(file, ranks, slices).items()} if ranks else {"m": dict(file)}
+    parts = layouts.shards(file, ranks, slices) if ranks else {"m": dict(file)}
+    files = {f"m.{name}": part for name, part in parts.items()}
     for part in files.values():
         part |= {k: v[:, None] for k, v in part.items() if "experts" in k and k.endswith("_bias")}
     whole = expert_shards.join({k: tensor_files.in_memory(v) for k, v in files.items()}, 4, {0: 8, 1: 16})
@@ -385,11 +383,18 @@ def test_other_code_in_a_pickle_is_still_refused(tmp_path, monkeypatch):
     save_simmim(monkeypatch, tmp_path / "bad.pth", {"a": np.zeros(2, np.float32)}, code=sys.exit)
     with pytest.raises(ValueError, match=r"would run code that its pickle asks for \(sys.exit\)"):
         tensor_files.open_tensors(tmp_path / "bad.pth")
+    torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pt")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps({"a": sys.exit}))
+    for name, why in {"script.pt": ".*TorchScript", "plain.pth": "Unsupported operand"}.items():
+        with pytest.raises(ValueError, match=rf"{name}: not a sound PyTorch file of weights: {why}"):
+            tensor_files.open_tensors(tmp_path / name)
 
 
 def test_tensors_are_found_in_any_wrapping_trained_or_half(tmp_path):
     torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
-    inside = {"a": torch.nn.Parameter(torch.ones(2)), "b": torch.ones(2, dtype=torch.bfloat16), "c": torch.ones(2).half()}
+    ones = torch.ones(2)
+    inside = {"a": torch.nn.Parameter(ones), "b": ones.bfloat16(), "c": ones.half()}
     for content in ({"model": {"state_dict": inside}}, {"state_dict": {"module": {"model": inside}}}, inside):
         torch.save(content, tmp_path / "x.pth")
         opened = tensor_files.open_tensors(tmp_path / "x.pth")
@@ -537,9 +542,10 @@ def test_a_weight_that_is_no_number_is_a_difference(exported, tmp_path):
 def test_plain_torch_refuses_masks_of_another_shape(exported):
     torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
     model, image = modelling(exported[2]).load(exported[2]), torch.zeros(1, 2, 1, 32, 32)
-    for given, message in (({"valid": torch.ones(1, 2, 1, 1)}, r"dsm: valid must be \(1, 2, 32, 32\), got \(1, 2, 1, 1\)"),
-                           ({"bands": torch.ones(1, 2)}, r"dsm: bands must be \(1, 2, 1\), got \(1, 2\)"),
-                           ({"hidden": torch.ones(1, 2, 1, 1)}, r"dsm: hidden must be \(2, 16, 16\), .* got \(2, 1, 1\)")):
+    one = torch.ones(1, 2, 1, 1)
+    for given, message in (({"valid": one}, r"dsm: valid must be \(1, 2, 32, 32\), got \(1, 2, 1, 1\)"),
+                           ({"bands": one[..., 0, 0]}, r"dsm: bands must be \(1, 2, 1\), got \(1, 2\)"),
+                           ({"hidden": one}, r"dsm: hidden must be \(2, 16, 16\), .* got \(2, 1, 1\)")):
         with pytest.raises(ValueError, match=message):
             model({"dsm": {"image": image, **given}})
 

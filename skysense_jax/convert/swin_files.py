@@ -45,8 +45,8 @@ class Found(NamedTuple):
 
 
 def bare(tensors: Tensors) -> Tensors:
-    """The tensors without what wrappers put in front of their names, `module.` and `model.`. Raises ValueError where two
-    names become one.
+    """The tensors without what wrappers put in front of their names, `module.` and `model.`. Raises ValueError where
+    two names become one.
     """
     names: dict[str, str] = {}
     for name in tensors:
@@ -192,11 +192,11 @@ def with_tables(readers: Readers, prefix: str, trained: Mapping[str, int], cfg: 
             name = f"{attn}relative_position_bias_table"
             network = [f"{attn}cpb_mlp.{key}" for key in ("0.weight", "0.bias", "2.weight")]
             if name in readers:
-                (count, *rest), read = readers[name]
-                if len(rest) == 1 and count != rows and bias_tables.window_of(count) is not None:
+                shape, read = readers[name]
+                if len(shape) == 2 and shape[0] != rows and bias_tables.window_of(shape[0]) is not None:
                     readers[name] = (
                         (rows, heads), lambda read=read, window=window: bias_tables.resized(read(), window))
-                    resized.append(f"{count} to {rows}")
+                    resized.append(f"{shape[0]} to {rows}")
             elif all(key in readers for key in network):
                 reads = [readers.pop(key)[1] for key in network]
                 readers[name] = ((rows, heads), lambda reads=reads, attn=attn, window=window: bias_tables.from_network(

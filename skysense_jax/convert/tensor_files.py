@@ -145,7 +145,7 @@ def _open_torch(path: pathlib.Path) -> Tensors:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except UNREADABLE as error:
         asked = re.findall(r"GLOBAL (\w+(?:\.\w+)+)", str(error))
-        if zipfile.is_zipfile(path):  # all of them, where the format lets torch look ahead
+        if asked and zipfile.is_zipfile(path):  # all of them, where the format lets torch look ahead
             found = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
             asked = [name for name in found if name not in (known for _, known in INERT)] or asked
         if asked:
@@ -154,7 +154,9 @@ def _open_torch(path: pathlib.Path) -> Tensors:
                 "is refused. Where you trust the file, load it in a process of its own and save the tensors alone: "
                 "torch.save(checkpoint['state_dict'], FILE), or checkpoint['model'] where it has that"
             ) from error
-        raise ValueError(f"{path}: not a sound PyTorch file: {(str(error).splitlines() or [''])[0]}") from error
+        said = str(error).rpartition("WeightsUnpickler error:")[2].strip()  # without torch's advice to allow code
+        said = re.split(r"\. |\n", said)[0] or type(error).__name__
+        raise ValueError(f"{path}: not a sound PyTorch file of weights: {said}") from error
     found = content
     while wrapper := next((w for w in WRAPPERS if isinstance(found, dict) and isinstance(found.get(w), dict)), None):
         found = found[wrapper]
