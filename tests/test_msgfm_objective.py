@@ -133,6 +133,7 @@ def np_loss(c: Any, params: Any, batch: Any, drawn: Any) -> dict[str, float]:
     out |= {"loss/mim": total / (pixels + 1e-5), "moe/aux": float(stats["aux"].sum()), "cross/share": crosses.mean(),
             "moe/load_entropy": (-(load * np.log(safe)).sum(-1) / np.log(load.shape[-1])).mean(),
             "moe/load_max": load.max(-1).mean(), "moe/dropped": float(stats["dropped"].mean())}
+    out |= {f"moe/load/{mixture}-{expert}": share for (mixture, expert), share in np.ndenumerate(load)}
     return out | {"loss/total": out["loss/mim"] + o.aux_weight * out["moe/aux"]}
 
 

@@ -26,7 +26,9 @@ Metrics (float32 scalars; "nan" where this batch has none of it):
   moe/aux                    sum over mixtures of the auxiliary loss, unweighted
   moe/dropped                share of tokens that no expert had a place for. Rising: raise moe.capacity or aux_weight
   moe/load_entropy           entropy of the load of the experts / log E, mean over mixtures. 1 = even, 0 = one expert
-  moe/load_max               share of the tokens that the most loaded expert was chosen by. 1/E = even
+  moe/load/<mixture>-<expert>  share of the tokens that the gate of a mixture (they count from the first) sent to an
+                             expert. 1/E = even
+  moe/load_max               that of the most loaded expert, mean over mixtures
   distill/cosine             mean cosine with the teacher's features
 """
 from __future__ import annotations
@@ -147,7 +149,9 @@ def moe_metrics(moe: Mapping[str, Mapping[str, jax.Array]]) -> tuple[jax.Array, 
     load, aux = stats["load"], stats["aux"].sum()
     entropy = -jnp.sum(jnp.where(load > 0, load * jnp.log(jnp.maximum(load, 1e-30)), 0), -1) / jnp.log(load.shape[-1])
     return aux, {"moe/aux": aux, "moe/dropped": stats["dropped"].mean(), "moe/load_entropy": entropy.mean(),
-                 "moe/load_max": load.max(-1).mean()}
+                 "moe/load_max": load.max(-1).mean(),
+                 **{f"moe/load/{mixture}-{expert}": share
+                    for mixture, row in enumerate(load) for expert, share in enumerate(row)}}
 
 
 def sharding_rules(cfg: Any, distils: bool) -> tuple[tuple[str, str], ...]:
