@@ -195,6 +195,21 @@ def test_the_multiplier_acts_on_the_update_and_on_nothing_else():
     assert norm(moved[0]) > 0.05 and norm(moved[1]) / norm(moved[0]) == pytest.approx(0.25, rel=1e-5)
 
 
+def test_a_batch_moves_the_parts_of_its_sensor_and_its_pair_and_what_all_share():
+    """After a step of s2 Adam remembers gradients of its parts; a step of hr leaves them bit for bit as they are."""
+    c, objective, params, _, _ = crossing(0.5)
+    c = config()
+    c.schedule.warmup_steps = 0
+    begin = state.TrainState(jnp.int32(0), params, optim.init(params), {}, {}, jnp.int32(0))
+    advance = jit(step.make_step(objective, c, optim.decay_mask(params)))
+    now, taken = begin, {"encoder", "mask_token"}
+    for sensor in ("s2", "hr"):
+        last, (now, _) = now, advance(now, batch_of(c, sensor))
+        for was, new in ((last.params, now.params), (last.opt["mu"], now.opt["mu"]), (last.opt["nu"], now.opt["nu"])):
+            moved = {name for name, part in new["encoder"].items() if not same(part, was["encoder"][name])}
+            assert moved == taken | {f"embed_{sensor}", f"decoder_{sensor}", f"decoder_{PAIRS[sensor]}"}
+
+
 # ---------------------------------------------------------------- distillation
 
 def test_distillation_is_that_of_numpy_and_only_for_the_sensor_the_teacher_knows():

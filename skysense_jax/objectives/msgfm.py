@@ -16,7 +16,8 @@ coin is tossed for each sample, and the partner is compared under the input's ma
 
 The batch says which sensor it holds, a number: one compiled step serves all sensors, the encoder runs once, and
 `lax.switch` picks patch embedding and decoders. The learning rate of the update is scaled by optim.lr_scale of the
-batch's sensor; a patch embedding without a gradient moves by what Adam remembers of it.
+batch's sensor; patch embeddings and decoders of other sensors than its own and its pair's stay as they are, and so do
+their moments: what Adam remembers of a rare sensor would otherwise move them at the rates of the frequent ones.
 
 Metrics (float32 scalars; "nan" where this batch has none of it):
   loss/total, loss/mim       the sums above
@@ -39,6 +40,7 @@ import jax
 import jax.numpy as jnp
 
 from skysense_jax.core import flops as count
+from skysense_jax.core import trees
 from skysense_jax.core.rngs import name_hash
 from skysense_jax.models import msgfm
 from skysense_jax.objectives import gfm
@@ -136,9 +138,20 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
     def lr_scale(batch: Tree) -> jax.Array:
         return jnp.asarray(scales, jnp.float32)[batch["sensor"][0]]
 
+    def taking_part(batch: Tree, params: Tree) -> Tree:
+        users = {msgfm.EMBED.format(name): (name,) for name in names}
+        users |= {msgfm.DECODER.format(name): [one for one in names if name in targets[one]] for name in names}
+        users["projector"] = (gfm.TAUGHT,)
+
+        def leaf(name: str, _: Any) -> Any:
+            module = name.removeprefix("encoder/").split("/")[0]
+            numbers = [names.index(one) for one in users.get(module, names)]
+            return jnp.any(batch["sensor"][0] == jnp.array(numbers))
+        return trees.map_named(leaf, params)
+
     return Objective(
         init, loss, settle, features, sharding_rules(cfg, teach is not None),
-        lambda spec: count.msgfm_step(cfg, bands, targets), ("mask", "cross", "encoder"), (), lr_scale)
+        lambda spec: count.msgfm_step(cfg, bands, targets), ("mask", "cross", "encoder"), (), lr_scale, taking_part)
 
 
 def moe_metrics(moe: Mapping[str, Mapping[str, jax.Array]]) -> tuple[jax.Array, dict[str, jax.Array]]:
