@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import pathlib
 import subprocess
@@ -10,11 +11,12 @@ import sys
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from skysense_jax import cli, embed, train
 from skysense_jax.core import paths, trees
 from skysense_jax.data import sources
-from skysense_jax.run import checkpoint, metrics, profiler, records
+from skysense_jax.run import checkpoint, metrics, pictures, profiler, records
 from skysense_jax.run.folder import COMPLETE
 from tests import buckets, jobs, tiny, toy
 
@@ -53,6 +55,14 @@ def killed(bucket, local, tmp_path_factory):
     code, _ = jobs.interrupt(jobs.start(remote, module="tests.jobs"), lambda: (workdir / "checkpoints" / "4").exists())
     assert code == -9 and not (workdir / COMPLETE).exists()
     return workdir, straight, jobs.finish(jobs.start(remote, module="tests.jobs"))
+
+
+@needs_gcsfs
+def test_pictures_are_written_into_a_bucket(bucket, tmp_path):
+    image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+    for folder in (paths.path(f"{bucket}/pictures"), tmp_path):
+        pictures.write(image, folder / "step.png")
+        assert np.array_equal(Image.open(io.BytesIO((folder / "step.png").read_bytes())), image)
 
 
 @needs_gcsfs

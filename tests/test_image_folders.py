@@ -180,6 +180,7 @@ def bad_images(root):
     save(root / "gif.png", image, format="GIF")
     save(root / "clear.png", np.dstack([pixels(), np.zeros((SIDE, SIDE), np.uint8)]))
     write(root / "deep.tif", np.full((3, SIDE, SIDE), 4000, np.uint16), crs=None, photometric="RGB")
+    image.save(root / "pages.tif", save_all=True, append_images=[image])
     write(root / "four.tif", np.ones((4, SIDE, SIDE), np.uint8), crs=None, photometric="MINISBLACK")
     return {
         "cmyk.jpg": "mode CMYK",
@@ -198,6 +199,7 @@ def bad_images(root):
         "gif.png": "not a JPEG, PNG, GeoTIFF or JPEG 2000 file",
         "clear.png": "no valid pixel",
         "deep.tif": "16-bit imagery needs a declared scale",
+        "pages.tif": "holds 2 images, of which only the first would be read",
         "four.tif": "has 4 bands whose order nobody states",
     }
 

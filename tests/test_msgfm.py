@@ -103,6 +103,15 @@ def test_full_size_shapes():
 
 
 # -------------------------------------------------------------------------------------------------------- small model
+def test_embeddings_and_decoders_start_as_torch_starts_a_convolution():
+    """Uniform within 1 / sqrt(fan in), kernel and bias (SimMIM's own initialisation leaves convolutions alone)."""
+    params = jax.jit(msgfm.make_model(config(embed_dims=64), CONTRACT).init)(jax.random.key(0))
+    for module, inputs in (("embed_s1", 2 * 2 * 2), ("decoder_hr", 128)):
+        for leaf in (params[module]["proj"]["kernel"], params[module]["proj"]["bias"]):
+            scaled = np.asarray(leaf) * inputs**0.5
+            assert 0.9 < np.abs(scaled).max() <= 1.0 and abs(scaled.std() - 3**-0.5) < 0.1
+
+
 def test_every_sensor_goes_through_one_encoder_to_any_decoder():
     cfg = config()
     model, params = msgfm.make_model(cfg, CONTRACT), random_params(cfg)

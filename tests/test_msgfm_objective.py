@@ -133,6 +133,7 @@ def np_loss(c: Any, params: Any, batch: Any, drawn: Any) -> dict[str, float]:
     out |= {"loss/mim": total / (pixels + 1e-5), "moe/aux": float(stats["aux"].sum()), "cross/share": crosses.mean(),
             "moe/load_entropy": (-(load * np.log(safe)).sum(-1) / np.log(load.shape[-1])).mean(),
             "moe/load_max": load.max(-1).mean(), "moe/dropped": float(stats["dropped"].mean())}
+    out |= {f"moe/load/{mixture}-{expert}": share for (mixture, expert), share in np.ndenumerate(load)}
     return out | {"loss/total": out["loss/mim"] + o.aux_weight * out["moe/aux"]}
 
 
@@ -192,6 +193,21 @@ def test_the_multiplier_acts_on_the_update_and_on_nothing_else():
              for end in (whole, part)]
     norm = lambda tree: np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(tree)))
     assert norm(moved[0]) > 0.05 and norm(moved[1]) / norm(moved[0]) == pytest.approx(0.25, rel=1e-5)
+
+
+def test_a_batch_moves_the_parts_of_its_sensor_and_its_pair_and_what_all_share():
+    """After a step of s2 Adam remembers gradients of its parts; a step of hr leaves them bit for bit as they are."""
+    c, objective, params, _, _ = crossing(0.5)
+    c = config()
+    c.schedule.warmup_steps = 0
+    begin = state.TrainState(jnp.int32(0), params, optim.init(params), {}, {}, jnp.int32(0))
+    advance = jit(step.make_step(objective, c, optim.decay_mask(params)))
+    now, taken = begin, {"encoder", "mask_token"}
+    for sensor in ("s2", "hr"):
+        last, (now, _) = now, advance(now, batch_of(c, sensor))
+        for was, new in ((last.params, now.params), (last.opt["mu"], now.opt["mu"]), (last.opt["nu"], now.opt["nu"])):
+            moved = {name for name, part in new["encoder"].items() if not same(part, was["encoder"][name])}
+            assert moved == taken | {f"embed_{sensor}", f"decoder_{sensor}", f"decoder_{PAIRS[sensor]}"}
 
 
 # ---------------------------------------------------------------- distillation

@@ -95,6 +95,14 @@ def test_invalid_pixels_are_hatched_not_black():
     preview.draw(_record(s2_image=colour, s2_valid=valid, s2_clear=valid, s2_date=np.array([19000], np.int32)), META)
 
 
+def test_a_sensor_without_dates_is_drawn_too(monkeypatch):
+    plain = preview.draw(_record(), META)
+    monkeypatch.setitem(SENSORS, "thermal", SENSORS["dsm"]._replace(name="thermal", grid="s2", heights=False))
+    seen = {"thermal_image": np.ones((1, 8, 8, 1), np.float32), "thermal_valid": np.ones((1, 8, 8), np.uint8),
+            "thermal_clear": np.ones((1, 8, 8), np.uint8), "thermal_date": np.array([NO_DATE], np.int32)}
+    assert preview.draw(_record(**seen), META).height > plain.height
+
+
 def test_stretches_are_fixed_and_relief_is_lit_from_the_north_west():
     dark, bright = (preview.true_colour(np.full((2, 2, 13), dn, np.uint16)) for dn in (300, 2600))
     assert dark.max() < 100 and (bright == 255).all()

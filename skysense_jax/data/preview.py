@@ -147,9 +147,8 @@ def _pick(count: int) -> np.ndarray:
 
 
 def draw(record: Mapping[str, Any], meta: Mapping[str, Any]) -> Image.Image:
-    """Picture of one record: HR, surface model and label map above; then one row of dates per series sensor."""
-    names = [name for name in SENSORS if f"{name}_image" in record]
-    series = [name for name in names if SENSORS[name].dated]
+    """Picture of one record: HR, surface model and label map above; then one row of dates per other sensor."""
+    series = [name for name in SENSORS if f"{name}_image" in record and name not in ("hr", "dsm")]
     width = max(3 * (_LARGE + _GAP) + 190, _MOST_DATES * (_SMALL + _GAP)) + _GAP
     height = 50 + _TEXT + _LARGE + _GAP + len(series) * (_SMALL + 2 * _TEXT + _GAP)
     canvas = Image.new("RGB", (width, height), (250, 250, 250))

@@ -165,6 +165,9 @@ def header(
     """Checks what the file declares. catalog_nodata: the catalog settles nodata itself. georeferenced: it must say
     where it lies; otherwise crs and transform are not looked at. Raises RasterRefused.
     """
+    if file.subdatasets:
+        raise RasterRefused(f"holds {len(file.subdatasets)} images, of which only the first would be read: write each "
+                            "into a file of its own")
     if file.count < 1 or file.count > MAX_BANDS:
         raise RasterRefused(f"{file.count} bands; between 1 and {MAX_BANDS} are read")
     declared = file.width * file.height * file.count

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from skysense_jax.core.rngs import name_hash
 from skysense_jax.nn.attention import layer_norm, trunc_normal
 from skysense_jax.nn.heads import UPHead
-from skysense_jax.nn.patch import PatchEmbed, torch_linear
+from skysense_jax.nn.patch import PatchEmbed, conv_bias, torch_linear
 from skysense_jax.nn.swin_v1 import Encoded, SwinTransformerV1
 
 ENCODER, MASK_TOKEN, EMBED, DECODER = "encoder", "mask_token", "embed_{}", "decoder_{}"
@@ -43,7 +43,7 @@ class NormedPatches(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = PatchEmbed(self.width, self.patch, self.dtype, name="proj")(x)
+        x = PatchEmbed(self.width, self.patch, self.dtype, torch_linear, name="proj")(x)
         return layer_norm(self.eps, "norm")(x).astype(self.dtype)
 
 
@@ -89,7 +89,9 @@ def make_model(cfg: Any, contract: Mapping[str, Any]) -> Model:
     encoder = SwinTransformerV1(
         tuple(cfg.depths), tuple(cfg.num_heads), stage_windows(cfg), moe_stages, moe, mlp_ratio=cfg.mlp_ratio,
         drop=cfg.drop_path, eps=cfg.eps, remat=cfg.remat, dtype=dtype)
-    decoders = {name: UPHead(len(rule["bands"]), stride(cfg), dtype, torch_linear) for name, rule in sensors.items()}
+    width = cfg.embed_dims * 2 ** (len(cfg.depths) - 1)
+    decoders = {name: UPHead(len(rule["bands"]), stride(cfg), dtype, torch_linear, conv_bias(width))
+                for name, rule in sensors.items()}
 
     def init(rng: jax.Array) -> Params:
         key = lambda name: jax.random.fold_in(rng, name_hash(name))
@@ -98,7 +100,6 @@ def make_model(cfg: Any, contract: Mapping[str, Any]) -> Model:
             ENCODER: encoder.init(key(ENCODER), jnp.zeros((1, side, side, cfg.embed_dims)))["params"],
             MASK_TOKEN: trunc_normal(key(MASK_TOKEN), (1, 1, cfg.embed_dims), jnp.float32),
         }
-        width = cfg.embed_dims * 2 ** (len(cfg.depths) - 1)
         for sensor, rule in sensors.items():
             embed, decoder = EMBED.format(sensor), DECODER.format(sensor)
             image = jnp.zeros((1, cfg.patch, cfg.patch, len(rule["bands"])))

@@ -13,17 +13,19 @@ from skysense_jax.nn.patch import kaiming_normal, pixel_shuffle
 
 class UPHead(nn.Module):
     """1x1 convolution to width*scale^2 channels, then pixel shuffle: [B,h,w,Cin] -> [B,h*scale,w*scale,width]
-    (SkySense release; SimMIM's decoder, whose kernel starts differently, is the same module).
+    (SkySense release; SimMIM's decoder, which starts differently, is the same module).
     """
 
     width: int
     scale: int
     dtype: Any = jnp.float32
     kernel_init: Any = kaiming_normal
+    bias_init: Any = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = dense(self.width * self.scale**2, "proj", self.dtype, kernel_init=self.kernel_init)(x)
+        x = dense(self.width * self.scale**2, "proj", self.dtype, kernel_init=self.kernel_init,
+                  bias_init=self.bias_init)(x)
         return pixel_shuffle(x, self.scale)
 
 

@@ -48,10 +48,11 @@ class PatchEmbed(nn.Module):
     width: int
     patch: int
     dtype: Any = jnp.float32
+    kernel_init: Any = kaiming_normal
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", kaiming_normal, (self.patch, self.patch, x.shape[-1], self.width), jnp.float32)
+        kernel = self.param("kernel", self.kernel_init, (self.patch, self.patch, x.shape[-1], self.width), jnp.float32)
         # As torch's convolution. Not zeros: an invalid region (0 after normalisation) would be the zero vector through
         # the whole encoder, and every LayerNorm multiplies a gradient there by 1 / sqrt(eps), up to infinity.
         bias = self.param("bias", conv_bias(self.patch**2 * x.shape[-1]), (self.width,), jnp.float32)

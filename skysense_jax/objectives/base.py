@@ -36,6 +36,8 @@ class Objective(NamedTuple):
         rule, each rule used.
     flops(spec) -> float: analytic model FLOPs of one step of the global batch (what is counted: core.flops).
     lr_scale(batch) -> scalar: factor on the learning rate of this batch's update (not on its gradient).
+    taking_part(batch, params) -> tree like params of booleans: False where this batch has no gradient by its kind. Such
+        a parameter and its moments stay as they are, as torch leaves parameters whose .grad is None. None: all move.
     streams: names of the random streams `loss` draws from (core.rngs.keys).
     schedule_keys: names `loss` and `settle` read from the schedule, beside what the optimiser itself needs.
         SkySense: "teacher_temp" (temperature of the teacher's softmax), "last_layer_frozen" (1 while the prototypes
@@ -52,3 +54,4 @@ class Objective(NamedTuple):
     streams: tuple[str, ...]
     schedule_keys: tuple[str, ...]
     lr_scale: Callable[[Tree], Any] = lambda batch: 1.0
+    taking_part: Callable[[Tree, Tree], Tree | None] = lambda batch, params: None

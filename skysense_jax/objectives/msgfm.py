@@ -16,7 +16,8 @@ coin is tossed for each sample, and the partner is compared under the input's ma
 
 The batch says which sensor it holds, a number: one compiled step serves all sensors, the encoder runs once, and
 `lax.switch` picks patch embedding and decoders. The learning rate of the update is scaled by optim.lr_scale of the
-batch's sensor; a patch embedding without a gradient moves by what Adam remembers of it.
+batch's sensor; patch embeddings and decoders of other sensors than its own and its pair's stay as they are, and so do
+their moments: what Adam remembers of a rare sensor would otherwise move them at the rates of the frequent ones.
 
 Metrics (float32 scalars; "nan" where this batch has none of it):
   loss/total, loss/mim       the sums above
@@ -26,7 +27,9 @@ Metrics (float32 scalars; "nan" where this batch has none of it):
   moe/aux                    sum over mixtures of the auxiliary loss, unweighted
   moe/dropped                share of tokens that no expert had a place for. Rising: raise moe.capacity or aux_weight
   moe/load_entropy           entropy of the load of the experts / log E, mean over mixtures. 1 = even, 0 = one expert
-  moe/load_max               share of the tokens that the most loaded expert was chosen by. 1/E = even
+  moe/load/<mixture>-<expert>  share of the tokens that the gate of a mixture (they count from the first) sent to an
+                             expert. 1/E = even
+  moe/load_max               that of the most loaded expert, mean over mixtures
   distill/cosine             mean cosine with the teacher's features
 """
 from __future__ import annotations
@@ -37,6 +40,7 @@ import jax
 import jax.numpy as jnp
 
 from skysense_jax.core import flops as count
+from skysense_jax.core import trees
 from skysense_jax.core.rngs import name_hash
 from skysense_jax.models import msgfm
 from skysense_jax.objectives import gfm
@@ -134,9 +138,20 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
     def lr_scale(batch: Tree) -> jax.Array:
         return jnp.asarray(scales, jnp.float32)[batch["sensor"][0]]
 
+    def taking_part(batch: Tree, params: Tree) -> Tree:
+        users = {msgfm.EMBED.format(name): (name,) for name in names}
+        users |= {msgfm.DECODER.format(name): [one for one in names if name in targets[one]] for name in names}
+        users["projector"] = (gfm.TAUGHT,)
+
+        def leaf(name: str, _: Any) -> Any:
+            module = name.removeprefix("encoder/").split("/")[0]
+            numbers = [names.index(one) for one in users.get(module, names)]
+            return jnp.any(batch["sensor"][0] == jnp.array(numbers))
+        return trees.map_named(leaf, params)
+
     return Objective(
         init, loss, settle, features, sharding_rules(cfg, teach is not None),
-        lambda spec: count.msgfm_step(cfg, bands, targets), ("mask", "cross", "encoder"), (), lr_scale)
+        lambda spec: count.msgfm_step(cfg, bands, targets), ("mask", "cross", "encoder"), (), lr_scale, taking_part)
 
 
 def moe_metrics(moe: Mapping[str, Mapping[str, jax.Array]]) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -147,7 +162,9 @@ def moe_metrics(moe: Mapping[str, Mapping[str, jax.Array]]) -> tuple[jax.Array, 
     load, aux = stats["load"], stats["aux"].sum()
     entropy = -jnp.sum(jnp.where(load > 0, load * jnp.log(jnp.maximum(load, 1e-30)), 0), -1) / jnp.log(load.shape[-1])
     return aux, {"moe/aux": aux, "moe/dropped": stats["dropped"].mean(), "moe/load_entropy": entropy.mean(),
-                 "moe/load_max": load.max(-1).mean()}
+                 "moe/load_max": load.max(-1).mean(),
+                 **{f"moe/load/{mixture}-{expert}": share
+                    for mixture, row in enumerate(load) for expert, share in enumerate(row)}}
 
 
 def sharding_rules(cfg: Any, distils: bool) -> tuple[tuple[str, str], ...]:

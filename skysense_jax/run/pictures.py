@@ -1,6 +1,7 @@
 """Pictures of what msGFM reconstructs: of one place, during training and afterwards."""
 from __future__ import annotations
 
+import io
 import pathlib
 from typing import Any, Callable, Mapping
 
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from skysense_jax.core import rngs
+from skysense_jax.core import paths, rngs
 from skysense_jax.data import panels, pipeline, sources
 from skysense_jax.models import msgfm
 from skysense_jax.objectives import msgfm_views
@@ -55,6 +56,13 @@ def picture(
     return panels.draw(contract, found, title, bool(meta.get("synthetic")))
 
 
+def write(image: Image.Image, path: pathlib.Path) -> None:
+    """The picture as a PNG; also of a gs:// path, which nothing can be streamed to."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    path.write_bytes(buffer.getvalue())
+
+
 def in_training(
     cfg: Any, contract: Mapping[str, Any], workdir: pathlib.Path, whole: Any, writes: bool
 ) -> Callable[[Any, int], None]:
@@ -77,13 +85,13 @@ def in_training(
     inputs = place_inputs(contract, record, meta)
     compiled = reconstructor(cfg, contract, int(cfg.seed), out_shardings=whole)
     folder = workdir / FOLDER
-    folder.mkdir(exist_ok=True)
+    paths.make_folder(folder)
 
     def draw(params: Any, step: int) -> None:
         if step % every and step < cfg.steps:
             return
         found = compiled(params["encoder"], inputs)
         if writes:
-            picture(contract, found, record, meta, f"step {step}").save(folder / f"step-{step:06d}.png")
+            write(picture(contract, found, record, meta, f"step {step}"), folder / f"step-{step:06d}.png")
 
     return draw

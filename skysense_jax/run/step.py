@@ -42,6 +42,9 @@ def make_step(
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         params, opt = optim.update(
             grads, state.opt, state.params, mask, schedule["lr"], schedule["weight_decay"], cfg.optim)
+        if (part := objective.taking_part(batch, state.params)) is not None:
+            params = jax.tree.map(jnp.where, part, params, state.params)
+            opt |= {name: jax.tree.map(jnp.where, part, opt[name], state.opt[name]) for name in ("mu", "nu")}
         teacher, memory = objective.settle(params, state.teacher, state.memory, settle_inputs, schedule)
 
         old = (state.params, state.opt, state.teacher, state.memory)
