@@ -14,7 +14,7 @@ from ml_collections import config_dict
 
 
 def get_config(taken: str = "") -> config_dict.ConfigDict:
-    """The paper's sizes and recipe; what it leaves open follows SimMIM and GFM, and Swin-MoE for the experts. taken: see
+    """The paper's sizes and recipe; what it leaves open follows SimMIM and GFM, and Swin-MoE for the experts. taken: as in
     configs/msgfm_smoke.py.
     """
     c = runpy.run_path(str(pathlib.Path(__file__).with_name("msgfm_smoke.py")))["get_config"](taken)

@@ -1,4 +1,4 @@
-"""What the equal shares of geo-context's Sinkhorn cost a bank: prototypes learnt from frozen features, by the update alone.
+"""What the equal shares of geo-context's Sinkhorn cost a bank: prototypes of frozen features, by the update alone.
 
     python -m tests.geo_shares RUN --data DATASET --region LON,LAT [--together 1 8 32] [--updates 200]
 
@@ -41,7 +41,7 @@ def learn(
     bank: dict[str, jax.Array], seen: command.Seen, maps: np.ndarray, valid: np.ndarray, together: int, updates: int,
     momentum: float, epsilon: float, iterations: int,
 ) -> np.ndarray:
-    """The prototypes [P, D] of the places' region after `updates` updates of one view of together x SIDE x SIDE cells."""
+    """The prototypes [P, D] of the places' region after `updates` updates of one view of together x SIDE^2 cells."""
     rng = np.random.default_rng(0)
     place = {name: jnp.asarray(getattr(seen, name)[:1], jnp.float32) for name in ("lon", "lat")}
 

@@ -94,8 +94,8 @@ def make_plan(cfg: Any, contract: Mapping[str, Any], seed: int) -> Plan:
             found[name].append(np.stack([np.full_like(records, number), records], 1).astype(np.int32))
     members = {name: np.concatenate(parts) for name, parts in found.items()}
     if empty := [name for name in names if not len(members[name])]:
-        raise ValueError(f"no place of split {data.split!r} has {', '.join(empty)}: name the sensors that the run takes "
-                         "(--config configs/msgfm_smoke.py:s2,s1)")
+        raise ValueError(f"no place of split {data.split!r} has {', '.join(empty)}: name the sensors that the run "
+                         "takes (--config configs/msgfm_smoke.py:s2,s1)")
     rounds = {name: max(1, round(len(rows) / data.batch)) for name, rows in members.items()}
     shuffled = {name: grain.MapDataset.range(len(rows)).seed(_seed(seed, name)).shuffle().repeat()
                 for name, rows in members.items()}

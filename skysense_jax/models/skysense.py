@@ -140,8 +140,8 @@ def _has_bank(cfg: Any) -> bool:
     if geo.table not in TABLES:
         raise ValueError(f"model.geo_context.table must be one of {TABLES}, got {geo.table!r}")
     if geo.regions < 1 or geo.prototypes < 2 or geo.width < 1:
-        raise ValueError(f"model.geo_context: {geo.regions} regions of {geo.prototypes} prototypes of width {geo.width}; "
-                         "at least 1, 2 and 1")
+        raise ValueError(f"model.geo_context: {geo.regions} regions of {geo.prototypes} prototypes of width "
+                         f"{geo.width}; at least 1, 2 and 1")
     return geo.bank != "none"
 
 

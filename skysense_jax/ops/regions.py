@@ -41,7 +41,8 @@ def cell_ids(lon: jax.Array, lat: jax.Array, lon_edges: jax.Array, lat_edges: ja
     """Cell of every location, row * columns + column: int32 [B], numpy for numpy input.
 
     lon, lat: [B] degrees; longitudes may run from -360 to 360, -180 and 180 are the same, and all at a pole; a location
-    that is not finite or outside of the Earth gives NOWHERE. A place on an edge belongs to the cell to the east or to the north.
+    that is not finite or outside of the Earth gives NOWHERE. A place on an edge belongs to the cell to the east or to
+    the north.
     """
     xp = np if isinstance(lon, np.ndarray) else jnp
     lon, lat = lon.astype(np.float32), lat.astype(np.float32)  # what batches hold
