@@ -96,8 +96,11 @@ def test_two_processes_stop_together_and_four_go_on_as_one_would(
     assert f"resuming from step {stopped}" in over[0][1] and not over[1][1].count("resuming")
     jobs.assert_close(jobs.records(many), jobs.records(one), 1e-5)
     ours, theirs = (jobs.arrays(folder, STEPS) for folder in (many, one))
-    for name, value in theirs.items():
-        np.testing.assert_allclose(ours[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+    assert ours.keys() == theirs.keys()
+    for part in {"/".join(name.split("/")[:2]) for name in theirs}:  # Adam divides rounding by rounding in single numbers
+        a, b = (np.concatenate([value.ravel() for name, value in arrays.items() if name.startswith(f"{part}/")
+                                or name == part]).astype(np.float64) for arrays in (ours, theirs))
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b), part
 
     # Each read its share of the records, in order and no other (it may read some steps ahead).
     for count, first in ((2, 0), (4, stopped)):
