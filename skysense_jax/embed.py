@@ -23,6 +23,7 @@ from skysense_jax.core import paths
 from skysense_jax.data import spec
 from skysense_jax.models import msgfm
 from skysense_jax.models import skysense as models
+from skysense_jax.models.inputs import PLACE
 from skysense_jax.objectives import msgfm_views
 from skysense_jax.objectives import skysense as objectives
 from skysense_jax.run import checkpoint
@@ -135,13 +136,13 @@ def load(path: str | pathlib.Path, bank: str = OWN_BANK) -> Loaded:
 
     def features(given: Mapping[str, Any]) -> dict[str, np.ndarray]:
         given = dict(given)
-        place = given.pop(models.PLACE, None)
+        place = given.pop(PLACE, None)
         inputs, batched = prepare.prepare(contract, given)
         if "geo" in network.encoder:
             if place is None:
                 raise ValueError('this network uses geo-context: give "place": {"lon": degrees, "lat": degrees}, nan '
                                  'where it is not known, or open it with bank="none"')
-            inputs[models.PLACE] = prepare.location(place, len(next(iter(inputs.values()))["image"]))
+            inputs[PLACE] = prepare.location(place, len(next(iter(inputs.values()))["image"]))
         out = {name: np.asarray(value) for name, value in forward(network.encoder, inputs).items()}
         return out if batched else {name: value[0] for name, value in out.items()}
 

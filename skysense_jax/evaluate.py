@@ -26,7 +26,7 @@ from skysense_jax import embed
 from skysense_jax.data import pipeline, sources
 from skysense_jax.data.parts import write_atomically
 from skysense_jax.evals import baselines, compare, rows
-from skysense_jax.models.skysense import PLACE
+from skysense_jax.models.inputs import PLACE
 
 Arrays = Mapping[str, Any]
 

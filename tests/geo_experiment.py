@@ -31,7 +31,7 @@ from skysense_jax.data import pipeline, sources
 from skysense_jax.data.parts import write_atomically
 from skysense_jax.data.synthetic_world import WORLDS
 from skysense_jax.evals import compare, linear, metrics, rows
-from skysense_jax.models.skysense import PLACE
+from skysense_jax.models.inputs import PLACE
 from skysense_jax.ops import regions
 from skysense_jax.pods import write_between
 from tests import tiny

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from skysense_jax.data import sources
-from skysense_jax.models.skysense import PLACE
+from skysense_jax.models.inputs import PLACE
 from tests import geo_experiment, tiny
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from skysense_jax import sensors
 from skysense_jax.convert.torch_export import count_parameters
-from skysense_jax.models.skysense import cell_mask, make_model, normalise, param_shapes
+from skysense_jax.models.inputs import normalise
+from skysense_jax.models.skysense import cell_mask, make_model, param_shapes
 from skysense_jax.nn.attention import drop_path, l2_normalise
 from skysense_jax.nn.fusion import Fusion
 from skysense_jax.nn.position import calendar_rows

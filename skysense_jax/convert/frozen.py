@@ -8,7 +8,8 @@ import numpy as np
 from ml_collections import config_dict
 
 from skysense_jax.models import msgfm
-from skysense_jax.models.skysense import PLACE, Params, make_model, normalise, per_stage
+from skysense_jax.models.inputs import PLACE, normalise
+from skysense_jax.models.skysense import Params, make_model, per_stage
 from skysense_jax.ops import regions
 
 Inputs = dict[str, dict[str, np.ndarray]]

@@ -13,7 +13,7 @@ from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 import numpy as np
 
 from skysense_jax import sensors
-from skysense_jax.models.skysense import PLACE
+from skysense_jax.models.inputs import PLACE
 
 TASKS = ("scene", "patch")
 MIN_COVER = 0.5  # share of a patch's labelled pixels its majority class must cover

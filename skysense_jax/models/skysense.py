@@ -11,11 +11,11 @@ from typing import Any, Callable, Mapping, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from skysense_jax.core.rngs import name_hash
 from skysense_jax.core.sharding import gathered
-from skysense_jax.nn.attention import trunc_normal, wide
+from skysense_jax.models.inputs import PLACE, check_inputs, normalise
+from skysense_jax.nn.attention import trunc_normal
 from skysense_jax.nn.fusion import Fusion
 from skysense_jax.nn.geo import GeoQuery, geo_context
 from skysense_jax.nn.heads import UPHead
@@ -34,9 +34,6 @@ BANKS = ("none", "on", "frozen")
 
 TABLES = ("places", "stream")
 """model.geo_context.table: regions are the cells of the training places, or cells as they come."""
-
-PLACE = "place"
-"""Entry of a PlaceInput beside its sensors: where the places are."""
 
 HEADS = {"s2": "head_s2", "s1": "head_s1"}
 """The UP head that brings a ViT's map to the common grid."""
@@ -174,33 +171,6 @@ def with_bank(params: Params, bank: Params | None) -> Params:
     return {name: part for name, part in params.items() if name != "geo"} | ({"geo": geo} if geo else {})
 
 
-def normalise(sensor: Mapping[str, jax.Array], contract: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
-    """Raw units -> what the encoders eat. sensor: a SensorInput; contract: the input contract's entry of this sensor.
-
-    Returns (image [B,T,H,W,C] float32 normalised, 0 where a pixel is invalid or a band unmeasured; valid [B,T,H,W]
-    float32, 0 also at dates where no band was measured).
-    """
-    mean, std = (jnp.asarray(contract[key], jnp.float32) for key in ("mean", "std"))
-    valid = sensor["valid"] * jnp.any(sensor["bands"] > 0, axis=-1)[:, :, None, None]
-    use = (valid[..., None] > 0) & (sensor["bands"][:, :, None, None, :] > 0)
-    image = sensor["image"].astype(wide(sensor["image"].dtype))
-    if "datum" in contract:
-        image = image - lower_median(image, use)
-    image = (image - mean) / std
-    return jnp.where(use, image, 0.0), valid.astype(jnp.float32)
-
-
-def lower_median(image: jax.Array, use: jax.Array) -> jax.Array:
-    """[B,T,H,W,C] -> [B,T,1,1,C], of the pixels where `use` (same shape) is true; 0 where there is none. The lower one
-    of two in the middle, as torch.median.
-    """
-    b, t, h, w, c = image.shape
-    ordered = jnp.sort(jnp.where(use, image, jnp.inf).reshape(b, t, h * w, c), axis=2)
-    count = use.sum((2, 3))[:, :, None]
-    middle = jnp.take_along_axis(ordered, jnp.maximum(count - 1, 0) // 2, axis=2)
-    return jnp.where(count > 0, middle, 0.0)[:, :, None]
-
-
 def cell_mask(valid: jax.Array, grid: tuple[int, int]) -> jax.Array:
     """[B,T,H,W] pixel validity -> [B,T,h,w] float32 on the grid of a map: 1 where at least half of a cell's pixels are
     valid. Pixels that a ViT padded at the bottom and the right count as invalid.
@@ -237,37 +207,6 @@ def fusion_sequence(
         parts.append(x.transpose(0, 2, 3, 1, 4))
         seen.append(masks[name].transpose(0, 2, 3, 1))
     return jnp.concatenate(parts, axis=3), jnp.concatenate(seen, axis=3) > 0
-
-
-def check_inputs(inputs: Mapping[str, Mapping[str, Any]], contract: Mapping[str, Any]) -> tuple[int, int]:
-    """Door check of a PlaceInput's shapes; returns the base grid (h, w). Raises ValueError naming the sensor and the
-    rule.
-    """
-    grids = {}
-    for name, sensor in inputs.items():
-        if name == PLACE:
-            continue
-        if name not in contract["sensors"]:
-            raise ValueError(f"the model takes no {name!r}; its input contract has {', '.join(contract['sensors'])}")
-        rule, shape = contract["sensors"][name], tuple(sensor["image"].shape)
-        if len(shape) != 5 or shape[-1] != len(rule["bands"]):
-            raise ValueError(
-                f"{name}: image must be [B,T,H,W,{len(rule['bands'])}] with bands {rule['bands']}, got {shape}")
-        wanted = {"valid": shape[:4], "bands": shape[:2] + shape[-1:], "dates": shape[:2]}
-        for key, expected in wanted.items():
-            if tuple(sensor[key].shape) != expected:
-                raise ValueError(f"{name}: {key} must have shape {expected}, got {tuple(sensor[key].shape)}")
-        cell = contract["ratio"] if rule["grid"] == "hr" else 1
-        if shape[2] % cell or shape[3] % cell:
-            raise ValueError(f"{name}: {shape[2]}x{shape[3]} pixels are not multiples of the ratio {cell}")
-        grids[name] = (shape[2] // cell, shape[3] // cell)
-        if any(np.shape(where) != shape[:1] for where in inputs.get(PLACE, {}).values()):
-            raise ValueError(f"{PLACE}: lon and lat must have shape {shape[:1]}, one location per place")
-    if not grids:
-        raise ValueError("no sensor given; a place needs at least one")
-    if len(set(grids.values())) > 1:
-        raise ValueError(f"the sensors of a place must cover the same grid of cells, got {grids}")
-    return next(iter(grids.values()))
 
 
 def make_model(cfg: Any, contract: Mapping[str, Any]) -> Model:

@@ -8,7 +8,8 @@ from typing import Any, Mapping
 import jax
 import jax.numpy as jnp
 
-from skysense_jax.models.skysense import PLACE, Model
+from skysense_jax.models.inputs import PLACE
+from skysense_jax.models.skysense import Model
 from skysense_jax.objectives.granularity import Cells
 from skysense_jax.ops import prototypes
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from skysense_jax.models import msgfm
-from skysense_jax.models.skysense import normalise
+from skysense_jax.models.inputs import normalise
 from skysense_jax.objectives.skysense import time_mean
 from skysense_jax.ops.masking import masked_sums, pixel_mask, random_cells
 from skysense_jax.sensors import SENSORS
