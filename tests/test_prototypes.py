@@ -363,6 +363,12 @@ def test_partial_weights_with_and_without_the_bank(tmp_path):
     assert "geo" not in without.encoder and without.description.model.geo_context.bank == "none"
     out = torch_export.export(without.encoder, CONTRACT, without.description.model, tmp_path / "out2", {})
     assert max(verify.in_jax(out).values()) == 0
+    narrow = geo_model(8)
+    torch_export.export(narrow[1], CONTRACT, narrow[0], tmp_path / "narrow", {})
+    with pytest.raises(ValueError, match="narrow has prototypes of width 8, this network needs 12"):
+        embed.open_network(tmp_path / "all", tmp_path / "narrow")
+    with pytest.raises(ValueError, match="plain has no prototype bank: its model has no geo-context"):
+        embed.open_network(tmp_path / "all", tmp_path / "plain")
     near = tiny.config(geo_context=cfg.geo_context.to_dict() | {"cell": 65_537.0})  # as many edges
     with pytest.raises(ValueError, match=r"lon_edges.*model.geo_context.cell=65537 metres"):
         import_torch.import_files(list(files.values()), near, BANDS, tmp_path / "near")
