@@ -89,7 +89,7 @@ def main() -> None:
                 empty, seen, maps, valid, together, args.updates, objective.prototype_momentum,
                 objective.sinkhorn_eps, objective.sinkhorn_iters))
             cosine = cells @ learnt.T
-            print(f"| {text} | {together} view{'s' * (together > 1)} | {assignment.directions(learnt):.1f} | "
+            print(f"| {text} | {together} view{'s' * (together > 1)} | {prototypes.directions(learnt):.1f} | "
                   f"{cosine.max(-1).mean():.3f} | {assignment.agreement(cosine.argmax(-1), label):.3f} | "
                   f"{reference:.3f} |", flush=True)
 

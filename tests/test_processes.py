@@ -15,7 +15,7 @@ import pytest
 
 from skysense_jax import train
 from skysense_jax.core import mesh, rendezvous
-from skysense_jax.data import pipeline
+from skysense_jax.data import feed
 from skysense_jax.run import checkpoint
 from tests import jobs, msgfm_places, tiny, toy
 
@@ -49,7 +49,7 @@ def arguments(dataset: str | list[str], workdir: pathlib.Path, *more: str) -> li
 def shares(given: list[str], processes: int, index: int, steps: range) -> list[int]:
     """The records that process `index` of `processes` needs in `steps`, by their number in their dataset."""
     cfg = train.parse(given).config
-    batches = train.DATA.get(cfg.model.name, pipeline).train_dataset(cfg, train.make_contract(cfg), cfg.seed)
+    batches = feed.of(cfg).train_dataset(cfg, train.make_contract(cfg), cfg.seed)
     part = slice(index * BATCH // processes, (index + 1) * BATCH // processes)
     return [int(n) % PLACES for step in steps for n in batches[step]["place"]["index"][part]]
 
@@ -97,7 +97,8 @@ def test_two_processes_stop_together_and_four_go_on_as_one_would(
     jobs.assert_close(jobs.records(many), jobs.records(one), 1e-5)
     ours, theirs = (jobs.arrays(folder, STEPS) for folder in (many, one))
     assert ours.keys() == theirs.keys()
-    for part in {"/".join(name.split("/")[:2]) for name in theirs}:  # Adam divides rounding by rounding in single numbers
+    # Adam divides rounding by rounding in single numbers.
+    for part in {"/".join(name.split("/")[:2]) for name in theirs}:
         a, b = (np.concatenate([value.ravel() for name, value in arrays.items() if name.startswith(f"{part}/")
                                 or name == part]).astype(np.float64) for arrays in (ours, theirs))
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b), part

@@ -11,7 +11,7 @@ import safetensors.numpy
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from skysense_jax import embed, import_torch, sensors, verify
+from skysense_jax import embed, import_torch, sensors, train, verify
 from skysense_jax.convert import tensor_files, torch_export
 from skysense_jax.core import fields, flops, rngs
 from skysense_jax.core import mesh as meshes
@@ -21,7 +21,7 @@ from skysense_jax.objectives.skysense import make_objective
 from skysense_jax.ops import prototypes, regions
 from skysense_jax.run import checkpoint, init_from, optim, state
 from skysense_jax.run import step as run_step
-from tests import test_objective
+from tests import test_objective, toy
 from tests import tiny as tiny_data
 from tests import tiny_model as tiny
 from tests.test_ops import np_sinkhorn
@@ -370,6 +370,12 @@ def test_partial_weights_with_and_without_the_bank(tmp_path):
     assert "geo" not in without.encoder and without.description.model.geo_context.bank == "none"
     out = torch_export.export(without.encoder, CONTRACT, without.description.model, tmp_path / "out2", {})
     assert max(verify.in_jax(out).values()) == 0
+    narrow = geo_model(8)
+    torch_export.export(narrow[1], CONTRACT, narrow[0], tmp_path / "narrow", {})
+    with pytest.raises(ValueError, match="narrow has prototypes of width 8, this network needs 12"):
+        embed.open_network(tmp_path / "all", tmp_path / "narrow")
+    with pytest.raises(ValueError, match="plain has no prototype bank: its model has no geo-context"):
+        embed.open_network(tmp_path / "all", tmp_path / "plain")
     near = tiny.config(geo_context=cfg.geo_context.to_dict() | {"cell": 65_537.0})  # as many edges
     with pytest.raises(ValueError, match=r"lon_edges.*model.geo_context.cell=65537 metres"):
         import_torch.import_files(list(files.values()), near, BANDS, tmp_path / "near")
@@ -497,3 +503,38 @@ def test_a_second_stage_starts_from_a_run_without_a_bank(tmp_path):
     fresh.params["encoder"]["s2"]["kernel"] = jnp.zeros((3, 4))
     with pytest.raises(ValueError, match=r"params/encoder/s2/kernel is float32\[3, 3\] there, float32\[3, 4\] here"):
         init_from.init_from(tmp_path, fresh, {"ratio": 4, "sensors": {}})
+
+
+def test_a_frozen_bank_has_learnt_something(tmp_path):
+    """Where a run begins, with the objective of the tests beside a bank."""
+    c = toy.config("unread")
+    c.model.geo_context.bank = "frozen"
+    contract = sensors.input_contract(c.data.bands.to_dict(), c.model.ratio)
+    mesh = meshes.make_mesh({"data": 1, "fsdp": 8})
+    plain = toy.make_objective(c, contract)
+
+    def init(rng, spec):
+        params, teacher, memory = plain.init(rng, spec)
+        return params, teacher, {**memory, "bank": prototypes.empty_bank(rng, 2, 2, 4, 65_536.0)}
+
+    geo = plain._replace(init=init, rules=(*plain.rules, ("memory/bank/.+", "replicate")))
+    batch = state.batch_shapes(spec.batch_spec(c, contract), mesh)
+    plan = train.Plan(contract, {}, geo, state.state_shapes(geo, batch, 0, mesh), batch, lambda: None, 0.0)
+    now = state.create(geo, batch, 1, plan.state)
+    bank = now.memory["bank"]
+    learnt = {**bank, "visits": bank["visits"].at[1].set(3)}
+    for name, memory in (("plain", {"centre": now.memory["centre"]}), ("fresh", now.memory),
+                         ("learnt", {**now.memory, "bank": learnt})):
+        saver = checkpoint.Saver(tmp_path / name, keep=1)
+        saver.save(now._replace(memory=memory), {}, {"config": {}, "contract": contract})
+        saver.close()
+
+    def start(given):
+        return train.where_to_start(c, tmp_path / "new", plan, {"dataset_id": "", "code": {}}, given)
+
+    for given, words in ((None, "nothing has learnt; start from"), (tmp_path / "plain", "plain holds no bank"),
+                         (tmp_path / "fresh", "fresh holds no bank")):
+        with pytest.raises(ValueError, match=f"bank='frozen'.*{words}"):
+            start(given)
+    for name, leaf in start(tmp_path / "learnt").state.memory["bank"].items():
+        np.testing.assert_array_equal(leaf, learnt[name])

@@ -16,7 +16,7 @@ import pytest
 
 from configs import skysense_tiny
 from skysense_jax import train
-from skysense_jax.data import pipeline, sources, spec
+from skysense_jax.data import feed, pipeline, sources, spec
 from skysense_jax.run import checkpoint
 from tests import jobs, msgfm_places, tiny
 
@@ -82,7 +82,7 @@ def test_a_place_of_nans_changes_nothing_is_counted_and_too_many_are_65(config, 
     given = ["--config", config, "--workdir", str(workdir), f"--config.data.dir={data}", "--config.steps=12",
              "--config.run.save_every=1", "--config.run.keep=12", "--config.run.max_skipped=2"]
     cfg = train.parse(given).config
-    batches = train.DATA.get(cfg.model.name, pipeline).train_dataset(cfg, train.make_contract(cfg), cfg.seed)
+    batches = feed.of(cfg).train_dataset(cfg, train.make_contract(cfg), cfg.seed)
     poisoned = lambda batch: any(np.isnan(leaf).any() for leaf in jax.tree.leaves(batch))
     bad = [n for n in range(1, 13) if poisoned(batches[n - 1])][:3]  # a record counts the steps done
     assert len(bad) == 3
