@@ -532,9 +532,9 @@ def test_a_frozen_bank_has_learnt_something(tmp_path):
     def start(given):
         return train.where_to_start(c, tmp_path / "new", plan, {"dataset_id": "", "code": {}}, given)
 
-    for given, words in ((None, "nothing has learnt; start from"), (tmp_path / "plain", "plain holds no bank"),
+    for begin, words in ((None, "nothing has learnt; start from"), (tmp_path / "plain", "plain holds no bank"),
                          (tmp_path / "fresh", "fresh holds no bank")):
         with pytest.raises(ValueError, match=f"bank='frozen'.*{words}"):
-            start(given)
+            start(begin)
     for name, leaf in start(tmp_path / "learnt").state.memory["bank"].items():
         np.testing.assert_array_equal(leaf, learnt[name])
