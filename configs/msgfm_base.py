@@ -14,8 +14,8 @@ from ml_collections import config_dict
 
 
 def get_config(taken: str = "") -> config_dict.ConfigDict:
-    """The paper's sizes and recipe; what it leaves open follows SimMIM and GFM, and Swin-MoE for the experts. taken: as
-    in configs/msgfm_smoke.py.
+    """The paper's sizes and recipe; what it leaves open follows SimMIM and GFM, and Swin-MoE for the experts. taken:
+    see configs/msgfm_smoke.py.
     """
     c = runpy.run_path(str(pathlib.Path(__file__).with_name("msgfm_smoke.py")))["get_config"](taken)
     # GeoPile-2 has 1.96 million images: 1914 steps of 1024. The paper's batches were 1024 RGB, 256 SEN12MS and 96 MDAS

@@ -11,7 +11,9 @@ from ml_collections import config_dict
 
 
 def get_config(taken: str = "") -> config_dict.ConfigDict:
-    """The smoke configuration at test size: images of 16 pixels, six steps of eight. taken: likewise."""
+    """The smoke configuration at test size: the same stages, images of 16 pixels, six steps of eight. taken: as
+    there.
+    """
     c = runpy.run_path(str(pathlib.Path(__file__).with_name("msgfm_smoke.py")))["get_config"](taken)
     c.steps = 6
     c.data.batch = 8
