@@ -74,7 +74,8 @@ def get_config() -> config_dict.ConfigDict:
         "bank": "none", "regions": 96, "prototypes": 16, "width": 64,
         # Side of a region's grid cell in metres. The paper's 65,536 would give nearly every synthetic place its own.
         "cell": 1e6,
-        # Which cells are regions: those of the training "places", read before the start, or a "stream": as they come
+        # Which cells are regions: those of the training "places", read before the start, a "stream": as they come; or
+        # "hashed": all, sharing the regions, a square number
         "table": "places"})
 
     c.objective = config_dict.ConfigDict()

@@ -249,6 +249,10 @@ def describe(
     if "geo" in parts:
         if len(shape := parts["geo"].tensors.shapes.get("prototypes", ())) == 3:
             cfg.geo_context.regions, cfg.geo_context.prototypes, cfg.geo_context.width = shape
+        if "cells" in parts["geo"].tensors:
+            hashed = regions.is_shared(parts["geo"].tensors["cells"])
+            if hashed != (cfg.geo_context.table == "hashed"):
+                cfg.geo_context.table = "hashed" if hashed else "stream"
         for name, edges in zip(("lon_edges", "lat_edges"), regions.grid_edges(cfg.geo_context.cell)):
             if name in parts["geo"].tensors and not np.array_equal(parts["geo"].tensors[name], edges):
                 raise ValueError(f"{parts['geo'].path}: the grid of its regions ({name}) is not the one of squares of "

@@ -77,12 +77,13 @@ def run(args: argparse.Namespace) -> int:
     else:
         record, _ = preview.read_place(args.data, args.map)
         where = float(record["lon"]), float(record["lat"])
-    row = region_at(bank, *where)
     found = network.description
+    side = models.region_side(found.model.geo_context)
+    row = region_at(bank, *where, side)
     report: dict[str, Any] = {
         "command": shlex.join(["skysense-jax", *sys.argv[1:]]),
         "network": {"path": str(args.path), "kind": found.kind, "step": found.step},
-        **region_report(bank, row, float(found.model.geo_context.cell)),
+        **region_report(bank, row, plain_cell(bank, *where), float(found.model.geo_context.cell)),
     }
     if args.data is not None:
         config = None if args.config is None else embed.read_config(args.config)
@@ -124,10 +125,15 @@ def bank_of(network: embed.Network) -> dict[str, np.ndarray]:
     return {name: np.asarray(leaf) for name, leaf in bank.items()}
 
 
-def region_at(bank: Mapping[str, np.ndarray], lon: float, lat: float) -> int:
-    """Row of the region a location lies in. ValueError, naming the nearest known ones, where that was never visited."""
-    edges = bank["lon_edges"], bank["lat_edges"]
-    cell = regions.cell_ids(np.float32([lon]), np.float32([lat]), *edges)[0]
+def plain_cell(bank: Mapping[str, np.ndarray], lon: float, lat: float, side: int = regions.ALONE) -> int:
+    """Cell of the bank's grid at a location; `side` as in regions.cell_ids."""
+    return int(regions.cell_ids(np.float32([lon]), np.float32([lat]), bank["lon_edges"], bank["lat_edges"], side)[0])
+
+
+def region_at(bank: Mapping[str, np.ndarray], lon: float, lat: float, side: int = regions.ALONE) -> int:
+    """Row of the region a location lies in. ValueError where that was never visited, naming the nearest known ones
+    unless cells share regions (`side` as in regions.cell_ids)."""
+    edges, cell = (bank["lon_edges"], bank["lat_edges"]), plain_cell(bank, lon, lat, side)
     known = np.flatnonzero((bank["cells"] != regions.NOWHERE) & (bank["visits"] > 0))
     row = known[bank["cells"][known] == cell]
     if len(row):
@@ -136,6 +142,9 @@ def region_at(bank: Mapping[str, np.ndarray], lon: float, lat: float) -> int:
         raise ValueError("no region of the bank has ever been visited: its network was not pretrained with the bank on")
     if cell == regions.NOWHERE:
         raise ValueError(f"lon {lon:g} lat {lat:g} is no location: the place's is missing")
+    if side != regions.ALONE:
+        raise ValueError(f"the region that lon {lon:g} lat {lat:g} shares with other squares (table='hashed') has "
+                         f"never been visited; {len(known)} of {len(bank['cells'])} have")
     centres = np.array([regions.cell_centre(one, *edges) for one in bank["cells"][known]])
     away = _distance(lon, lat, *centres.T)
     nearest = np.argsort(away, kind="stable")[:NEAREST]
@@ -151,9 +160,10 @@ def _distance(lon: float, lat: float, lons: np.ndarray, lats: np.ndarray) -> np.
     return 2 * regions.RADIUS / 1000 * np.arcsin(np.sqrt(np.minimum(half, 1)))
 
 
-def region_report(bank: Mapping[str, np.ndarray], row: int, side: float) -> dict[str, Any]:
-    """What the bank itself says about a region, JSON-able. side: metres of a cell of its grid."""
-    edges, cell = (bank["lon_edges"], bank["lat_edges"]), int(bank["cells"][row])
+def region_report(bank: Mapping[str, np.ndarray], row: int, cell: int, side: float) -> dict[str, Any]:
+    """What the bank itself says about a region, JSON-able. cell: the one of its cells that is shown; side: metres of a
+    cell of the grid."""
+    edges = bank["lon_edges"], bank["lat_edges"]
     own = assignment.unit(bank["prototypes"][row])
     cosine = own @ own.T
     pairs = cosine[~np.eye(len(own), dtype=bool)]
@@ -162,7 +172,7 @@ def region_report(bank: Mapping[str, np.ndarray], row: int, side: float) -> dict
         "region": {
             "row": row, "cell": cell, "centre": regions.cell_centre(cell, *edges),
             "bounds": regions.cell_bounds(cell, *edges), "side_m": side, "visits": int(bank["visits"][row]),
-            "visited_regions": int(np.sum(bank["visits"] > 0)),
+            "shared": regions.is_shared(bank["cells"]), "visited_regions": int(np.sum(bank["visits"] > 0)),
         },
         "bank": {
             "usage_entropy": assignment.entropy(bank["usage"][row]),
@@ -182,7 +192,7 @@ def places_of(network: embed.Network, bank: Mapping[str, np.ndarray], cfg: Any, 
     """The places of a dataset that lie in a region, encoded. cfg: of `evaluate.settings`. ValueError: there is none."""
     found = network.description
     model, size = models.make_model(found.model, found.contract), int(cfg.eval.batch)
-    width = found.model.fusion.embed_dims
+    width, side = found.model.fusion.embed_dims, models.region_side(found.model.geo_context)
 
     @jax.jit
     def forward(encoder: Any, inputs: Any) -> tuple[jax.Array, jax.Array]:
@@ -193,7 +203,7 @@ def places_of(network: embed.Network, bank: Mapping[str, np.ndarray], cfg: Any, 
     parts: list[dict[str, Any]] = []
     for split in sources.splits(cfg.data.dir):
         lon, lat = sources.locations(cfg.data.dir, split)
-        ids = regions.cell_ids(lon, lat, bank["lon_edges"], bank["lat_edges"])
+        ids = regions.cell_ids(lon, lat, bank["lon_edges"], bank["lat_edges"], side)
         chosen = np.flatnonzero(ids == bank["cells"][row])
         batches = pipeline.eval_batches(cfg, found.contract, split, size, chosen)
         for batch in tqdm(batches, total=-(-len(chosen) // size), desc=f"places of the region, {split}", unit="batch"):
@@ -278,7 +288,8 @@ def text(report: Mapping[str, Any]) -> str:
     lines = [
         f"network  {network['path']} ({network['kind']}, step {network['step']})",
         f"region   row {region['row']} (visited regions: {region['visited_regions']}): lon {west:.3f}..{east:.3f}, "
-        f"lat {south:.3f}..{north:.3f}, {region['side_m'] / 1000:g} km square; {region['visits']} visits",
+        f"lat {south:.3f}..{north:.3f}, {region['side_m'] / 1000:g} km square"
+        f"{', shared with distant ones' * region['shared']}; {region['visits']} visits",
         f"bank     entropy of the usage {bank['usage_entropy']:.3f} of log {count}; similarity of two prototypes: mean "
         f"{bank['similarity_mean']:.3f}, greatest {bank['similarity_max']:.3f}; directions {bank['directions']:.1f} "
         f"of {count}",

@@ -16,7 +16,7 @@ from skysense_jax.convert import tensor_files, torch_export
 from skysense_jax.core import fields, flops, rngs
 from skysense_jax.core import mesh as meshes
 from skysense_jax.data import sources, spec
-from skysense_jax.models.skysense import empty_bank, make_model, module_names, with_bank, without_bank
+from skysense_jax.models.skysense import empty_bank, make_model, module_names, region_side, with_bank, without_bank
 from skysense_jax.objectives.skysense import make_objective
 from skysense_jax.ops import prototypes, regions
 from skysense_jax.run import checkpoint, init_from, optim, state
@@ -95,6 +95,45 @@ def test_streaming_claims_in_order_and_never_moves_a_region(batches, capacity, r
         random.shuffle(ids)
         table = np.asarray(regions.claim(jnp.asarray(table), jnp.asarray(ids, jnp.int32)))
         assert table.tolist() == known + [regions.NOWHERE] * (capacity - len(known))
+
+
+def test_cells_that_share_regions_are_those_of_the_formula():
+    """Region = (X // cell mod side) * side + (Y // cell mod side) in float64, X and Y from the grid's corner."""
+    rng, side, metres = np.random.default_rng(0), 64, 65_536.0
+    lon, lat = np.float32(rng.uniform(-180, 180, 2000)), np.float32(rng.uniform(-90, 90, 2000))
+    angles = np.radians(np.float64(lon)), np.sin(np.radians(np.float64(lat)))
+    x, y = (np.floor(regions.RADIUS * angle / metres) for angle in angles)
+    corner = len(EDGES[0]) // 2 + 1, len(EDGES[1]) // 2 + 1
+    wanted = (x + corner[0]) % side * side + (y + corner[1]) % side
+    table = regions.shared(side, len(EDGES[0]) + 1)
+    found = regions.lookup(table, jnp.asarray(regions.cell_ids(lon, lat, *EDGES, side)))
+    np.testing.assert_array_equal(found, wanted)
+    assert regions.is_shared(table) and len(np.unique(table)) == side * side == len(table)
+    assert not regions.is_shared(np.int32([3, 9, 20, 25])) and not regions.is_shared(np.full(4, regions.NOWHERE))
+    assert regions.lookup(table, jnp.asarray(regions.cell_ids(np.float32([np.nan]), lat[:1], *EDGES, side))) == -1
+
+
+def test_a_bank_of_shared_regions_knows_every_cell_and_learns_from_all_that_share():
+    _, place, features, mask = world(3)
+    bank = prototypes.empty_bank(jax.random.key(0), 9, 5, 12, 500_000, 3)
+    observed, _ = jax.jit(prototypes.observe, static_argnums=(4, 5, 6))(bank, place, features, mask, 0.05, 3, 3)
+    new = prototypes.update(bank, observed, 0.9)
+    ids = regions.cell_ids(place["lon"], place["lat"], bank["lon_edges"], bank["lat_edges"], 3)
+    rows = np.asarray(regions.lookup(bank["cells"], jnp.asarray(ids)))
+    assert ((rows < 0) == np.isnan(place["lon"])).all()
+    apart = regions.cell_ids(place["lon"], place["lat"], bank["lon_edges"], bank["lat_edges"])
+    assert len(np.unique(apart)) > len(np.unique(ids))  # some do share
+    # As if every region were one far place of its own on a grid without sharing.
+    where = np.array([regions.cell_centre(cell, bank["lon_edges"], bank["lat_edges"]) for cell in bank["cells"]])
+    lon, lat = np.where(rows[:, None] < 0, np.nan, where[rows]).T
+    wanted, usage, _ = np_update(jax.device_get(bank), np.float32(lon), np.float32(lat), features, mask, 0.05, 3, 0.9)
+    assert relative(new["prototypes"], wanted) < 1e-6 and relative(new["usage"], usage) < 1e-6
+    np.testing.assert_array_equal(new["cells"], bank["cells"])
+    own, usable = prototypes.at_places(new, place, 3)
+    np.testing.assert_array_equal(usable, (rows >= 0) & (np.asarray(new["visits"])[rows] > 0))
+    np.testing.assert_array_equal(own[usable], np.asarray(new["prototypes"])[rows[usable]])
+    with pytest.raises(ValueError, match="64 rows of shared regions, a grid of 1e.06 m has 14"):
+        prototypes.empty_bank(jax.random.key(0), 4096, 2, 4, 1e6, 64)
 
 
 # -------------------------------------------------------------------------------- update
@@ -239,13 +278,15 @@ CONTRACT = tiny.contract(BANDS)
 LON, LAT = np.float32([3.0, np.nan]), np.float32([48.0, 48.0])
 
 
-def geo_model(width=12, regions_=3, seed=0):
+def geo_model(width=12, regions_=3, seed=0, table="stream"):
     """A tiny model of two time series, its parameters, and a bank that knows the cell of the first place."""
     cfg = tiny.config(geo_context={"bank": "on", "regions": regions_, "prototypes": 4, "width": width,
-                                   "cell": 65_536.0, "table": "stream"})
+                                   "cell": 65_536.0, "table": table})
     bank = jax.device_get(empty_bank(cfg, jax.random.key(seed)))
-    bank["cells"] = regions.occupied(cells(LON[:1], LAT[:1]), regions_)
-    bank["visits"] = np.int32([5] + [0] * (regions_ - 1))
+    if table == "stream":
+        bank["cells"] = regions.occupied(cells(LON[:1], LAT[:1]), regions_)
+    here = regions.cell_ids(LON[:1], LAT[:1], *EDGES, region_side(cfg.geo_context))
+    bank["visits"] = 5 * (bank["cells"] == here).astype(np.int32)
     return cfg, with_bank(tiny.params(cfg, CONTRACT, seed), bank)
 
 
@@ -284,15 +325,16 @@ def test_modules_with_and_without_geo():
     for change, words in (({"modules": ("s2", "s1", "geo")}, "lacks.*head_s2.*geo needs the fusion"),
                           ({"geo_context": geo | {"bank": "off"}}, "bank must be one of"),
                           ({"geo_context": geo | {"table": "hash"}}, "table must be one of"),
+                          ({"geo_context": geo | {"table": "hashed"}}, "regions=3: table='hashed' needs a square"),
                           ({"geo_context": geo | {"prototypes": 1}}, "regions of 1 prototypes"),
                           ({"geo_context": geo | {"width": 0}}, "prototypes of width 0; at least")):
         with pytest.raises(ValueError, match=words):
             module_names(tiny.config(**{"geo_context": geo, **change}), CONTRACT)
 
 
-@pytest.mark.parametrize("width, per_module", [(12, True), (8, False)])
-def test_the_bank_goes_to_pytorch_and_back(width, per_module, tmp_path):
-    cfg, params = geo_model(width)
+@pytest.mark.parametrize("width, per_module, table", [(12, True, "stream"), (8, False, "hashed")])
+def test_the_bank_goes_to_pytorch_and_back(width, per_module, table, tmp_path):
+    cfg, params = geo_model(width, 9 if table == "hashed" else 3, table=table)
     out = torch_export.export(params, CONTRACT, cfg, tmp_path / "out", {}, per_module)
     network = embed.open_network(out)
     assert jax.tree.structure(network.encoder) == jax.tree.structure(params)
@@ -329,23 +371,26 @@ def test_the_bank_goes_to_pytorch_and_back(width, per_module, tmp_path):
         assert max(verify.in_torch(folder).values()) <= 3e-5
 
 
-@pytest.mark.parametrize("side", [65_536.0, 1e6, 12_345.6])
-def test_plain_torch_finds_the_same_region_in_every_precision(side):
+@pytest.mark.parametrize("side, table", [(65_536.0, "stream"), (1e6, "places"), (12_345.6, "stream"), (1e6, "hashed")])
+def test_plain_torch_finds_the_same_region_in_every_precision(side, table):
     torch = pytest.importorskip("torch", reason="needs torch (the extra `torch`): the modelling file is plain PyTorch")
     from skysense_jax.convert import modeling_skysense
 
-    rng, count = np.random.default_rng(0), 200
-    lon, lat = np.float32(rng.uniform(-200, 200, count)), np.float32(rng.uniform(-90, 90, count))
+    rng, count = np.random.default_rng(0), 100 if table == "hashed" else 200
+    lon, lat = np.float32(rng.uniform(-200, 200, 200)), np.float32(rng.uniform(-90, 90, 200))
     lon[:8], lat[:8] = [0, 90, -180, 180, 179.99999, np.nan, 3, 10], [90, 90, -90, 0, 0, 3, 90.5, -1e-39]
-    bank = jax.device_get(prototypes.empty_bank(jax.random.key(0), count, 3, 8, side))
+    shared = 10 if table == "hashed" else regions.ALONE
+    bank = jax.device_get(prototypes.empty_bank(jax.random.key(0), count, 3, 8, side, shared))
     lon[8:60] = np.resize(bank["lon_edges"], 52)  # on an edge
-    ids = regions.cell_ids(lon, lat, bank["lon_edges"], bank["lat_edges"])
-    bank |= {"cells": regions.occupied(ids, count), "visits": np.ones(count, np.int32)}
-    module = modeling_skysense.GeoContext(8, {"regions": count, "prototypes": 3, "width": 8, "cell": side})
+    ids = regions.cell_ids(lon, lat, bank["lon_edges"], bank["lat_edges"], shared)
+    bank |= {"cells": bank["cells"] if table == "hashed" else regions.occupied(ids, count),
+             "visits": np.ones(count, np.int32)}
+    module = modeling_skysense.GeoContext(
+        8, {"regions": count, "prototypes": 3, "width": 8, "cell": side, "table": table})
     module.load_state_dict({name: torch.tensor(leaf) for name, leaf in bank.items()})
     for name, edges in zip(("lon_edges", "lat_edges"), module.edges):
         np.testing.assert_array_equal(np.float32(edges), bank[name])
-    features, place = rng.standard_normal((count, 1, 1, 8)), {"lon": torch.tensor(lon), "lat": torch.tensor(lat)}
+    features, place = rng.standard_normal((200, 1, 1, 8)), {"lon": torch.tensor(lon), "lat": torch.tensor(lat)}
     rows = np.asarray(regions.lookup(bank["cells"], jnp.asarray(ids)))
     wanted = np.stack([np_context(f, bank["prototypes"][row]) for f, row in zip(features, rows)])
     wanted[rows < 0] = 0
@@ -500,6 +545,13 @@ def test_a_second_stage_starts_from_a_run_without_a_bank(tmp_path):
             continue
         with pytest.raises(ValueError, match="another grid than this run's .*_edges.*geo_context.cell"):
             init_from.init_from(tmp_path / "bank", other, {"ratio": 4, "sensors": {}})
+    hashed = made(0, 6, bank=prototypes.empty_bank(jax.random.key(0), 4, 2, 4, 65_536.0, 2))
+    saver = checkpoint.Saver(tmp_path / "hashed", keep=1)
+    saver.save(hashed, {}, {"config": {}, "contract": {"ratio": 4, "sensors": {}}})
+    saver.wait()
+    with pytest.raises(ValueError, match="one has config.model.geo_context.table='hashed'"):
+        init_from.init_from(tmp_path / "hashed", made(
+            0, 6, bank=prototypes.empty_bank(jax.random.key(0), 4, 2, 4, 65_536.0)), {"ratio": 4, "sensors": {}})
     fresh.params["encoder"]["s2"]["kernel"] = jnp.zeros((3, 4))
     with pytest.raises(ValueError, match=r"params/encoder/s2/kernel is float32\[3, 3\] there, float32\[3, 4\] here"):
         init_from.init_from(tmp_path, fresh, {"ratio": 4, "sensors": {}})

@@ -17,6 +17,7 @@ from skysense_jax.data import pipeline, prototype_map, spec
 from skysense_jax.evals import assignment
 from skysense_jax.objectives.skysense import make_objective
 from skysense_jax.ops import regions
+from skysense_jax.ops.prototypes import empty_bank
 from skysense_jax.run import checkpoint, state
 from tests import tiny
 from tests.test_api import CONFIG
@@ -186,6 +187,10 @@ def test_an_unknown_region_names_the_known_ones(root, capsys):
     centre = regions.cell_centre(bank["cells"][2], bank["lon_edges"], bank["lat_edges"])
     assert f"nearest: {centre[0]:.4f},{centre[1]:.4f} (" in str(error.value)
     assert prototypes.region_at(bank, *centre) == 2  # what the message says can be typed
+    shared = jax.device_get(empty_bank(jax.random.key(0), 9, 2, 4, CELL, 3)) | {"visits": np.ones(9, np.int32)}
+    shared["visits"][prototypes.region_at(shared, 8.5, 64.0, 3)] = 0
+    with pytest.raises(ValueError, match="shares with other squares .* has never been visited; 8 of 9 have"):
+        prototypes.region_at(shared, 8.5, 64.0, 3)
     lengths = prototypes._distance(0.0, 0.0, np.array([90.0, 180, 0]), np.array([0.0, 0, 45]))
     np.testing.assert_allclose(lengths, np.pi * regions.RADIUS / 1000 * np.array([0.5, 1, 0.25]))
 

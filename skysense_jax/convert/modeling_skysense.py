@@ -237,6 +237,7 @@ class GeoContext(nn.Module):
         super().__init__()
         self.query = nn.Identity() if geo["width"] == width else nn.Linear(width, geo["width"])
         rows, cell, r = (geo["regions"], geo["prototypes"]), geo["cell"], 6371007.1809
+        self.side = math.isqrt(rows[0]) if geo["table"] == "hashed" else 2**31  # cells share regions modulo this
         x, y = ([k * cell / r for k in range(1 - n, n)] for n in map(math.ceil, (math.pi * r / cell, r / cell)))
         # Inner edges in degrees, as in the file; not its buffers, which .half() and .bfloat16() would round.
         self.edges = [math.degrees(v) for v in x], [math.degrees(math.asin(v)) for v in y]
@@ -252,7 +253,7 @@ class GeoContext(nn.Module):
         lon, lat = (torch.where(v.abs() < torch.finfo(torch.float32).tiny, 0, v)[:, None] for v in (lon, lat))
         there = (lon.abs() <= 360) & (lat.abs() <= 90)
         lon = torch.where(lon >= 180, lon - 360, torch.where(lon < -180, lon + 360, lon)) * (lat.abs() != 90)
-        column, row = ((v >= torch.tensor(edges, **exact)).sum(1) for v, edges in zip((lon, lat), self.edges))
+        column, row = ((v >= torch.tensor(e, **exact)).sum(1) % self.side for v, e in zip((lon, lat), self.edges))
         hit = (self.cells == (row * (len(self.lon_edges) + 1) + column)[:, None]) & there & (self.visits > 0)
         own = F.normalize(self.prototypes[hit.int().argmax(1)], dim=-1)
         logits = F.normalize(self.query(x), dim=-1).flatten(1, 2) @ own.transpose(1, 2) * own.shape[-1] ** 0.5
@@ -279,8 +280,7 @@ class SkySenseParts:
         self.fusion = Fusion(width, architecture["fusion"])
         if architecture["calendar"] != "none":
             self.ctpe = nn.Parameter(torch.zeros(1, 365, width))
-        geo = architecture.get("geo_context") or {"bank": "none"}
-        if geo["bank"] != "none" and (not modules or "geo" in modules):
+        if (geo := architecture.get("geo_context")) and geo["bank"] != "none" and (not modules or "geo" in modules):
             self.glbank = GeoContext(architecture["fusion"]["embed_dims"], geo)
 
     def prepare(self, name, sensor):

@@ -7,6 +7,7 @@ at the choice.
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any, Callable, Mapping, NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ from skysense_jax.nn.heads import UPHead
 from skysense_jax.nn.position import CALENDAR_DAYS, calendar_rows
 from skysense_jax.nn.swin import SwinTransformerV2
 from skysense_jax.nn.vit import VisionTransformer
-from skysense_jax.ops import prototypes
+from skysense_jax.ops import prototypes, regions
 
 SENSOR_ORDER = ("hr", "s2", "s1")
 """Sensors a SkySense model can take, in the order of the fusion sequence."""
@@ -32,8 +33,8 @@ CALENDARS = ("s2", "dated", "none")
 BANKS = ("none", "on", "frozen")
 """model.geo_context.bank: no geo-context; a bank that pretraining updates; a bank as it is."""
 
-TABLES = ("places", "stream")
-"""model.geo_context.table: regions are the cells of the training places, or cells as they come."""
+TABLES = ("places", "stream", "hashed")
+"""model.geo_context.table: regions are the cells of the training places, cells as they come, or all, sharing them."""
 
 HEADS = {"s2": "head_s2", "s1": "head_s1"}
 """The UP head that brings a ViT's map to the common grid."""
@@ -139,7 +140,14 @@ def _has_bank(cfg: Any) -> bool:
     if geo.regions < 1 or geo.prototypes < 2 or geo.width < 1:
         raise ValueError(f"model.geo_context: {geo.regions} regions of {geo.prototypes} prototypes of width "
                          f"{geo.width}; at least 1, 2 and 1")
+    if geo.table == "hashed" and (geo.regions < 4 or math.isqrt(geo.regions) ** 2 != geo.regions):
+        raise ValueError(f"model.geo_context.regions={geo.regions}: table='hashed' needs a square number, 4 or more")
     return geo.bank != "none"
+
+
+def region_side(geo: Any) -> int:
+    """`side` of ops.regions.cell_ids for config.model.geo_context."""
+    return math.isqrt(geo.regions) if geo.table == "hashed" else regions.ALONE
 
 
 def fused_width(cfg: Any, contract: Mapping[str, Any]) -> int:
@@ -150,7 +158,7 @@ def fused_width(cfg: Any, contract: Mapping[str, Any]) -> int:
 def empty_bank(cfg: Any, rng: jax.Array) -> Params:
     """The prototype bank of config.model.geo_context before anything was learnt (:mod:`ops.prototypes`)."""
     geo = cfg.geo_context
-    return prototypes.empty_bank(rng, geo.regions, geo.prototypes, geo.width, geo.cell)
+    return prototypes.empty_bank(rng, geo.regions, geo.prototypes, geo.width, geo.cell, region_side(geo))
 
 
 def without_bank(cfg: Any, contract: Mapping[str, Any]) -> Any:
@@ -295,7 +303,7 @@ def make_model(cfg: Any, contract: Mapping[str, Any]) -> Model:
         if bank["prototypes"].shape[-1] != cfg.geo_context.width:
             raise ValueError(f"the bank has prototypes of width {bank['prototypes'].shape[-1]}, "
                              f"model.geo_context.width is {cfg.geo_context.width}")
-        return geo_context(query(params, fused), *prototypes.at_places(bank, place))
+        return geo_context(query(params, fused), *prototypes.at_places(bank, place, region_side(cfg.geo_context)))
 
     return Model(init, apply, query)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from skysense_jax.models.inputs import PLACE
-from skysense_jax.models.skysense import Model
+from skysense_jax.models.skysense import Model, region_side
 from skysense_jax.objectives.granularity import Cells
 from skysense_jax.ops import prototypes
 
@@ -33,7 +33,7 @@ def observe(
     features = jax.lax.stop_gradient(fused.features[:, :, 0, :, : cfg.model.fusion.embed_dims])
     seen, monitors = prototypes.observe(
         bank, place, model.query(encoder, features), fused.mask[:, :, 0], cfg.objective.sinkhorn_eps,
-        cfg.objective.sinkhorn_iters)
+        cfg.objective.sinkhorn_iters, region_side(cfg.model.geo_context))
     return seen, {f"geo/{name}": value for name, value in monitors.items()}
 
 

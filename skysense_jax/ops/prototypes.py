@@ -20,6 +20,7 @@ from typing import Mapping, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from skysense_jax.ops import clusters, regions
 from skysense_jax.ops.contrast import normalise, safe_mean
@@ -44,29 +45,41 @@ class Observed(NamedTuple):
     views: jax.Array
 
 
-def empty_bank(rng: jax.Array, count: int, prototypes: int, width: int, cell: float) -> dict[str, jax.Array]:
-    """A bank of `count` regions nobody has visited: prototypes drawn from the sphere, no cell taken. cell: metres."""
+def empty_bank(
+    rng: jax.Array, count: int, prototypes: int, width: int, cell: float, side: int = regions.ALONE
+) -> dict[str, jax.Array]:
+    """A bank of `count` regions nobody has visited: prototypes drawn from the sphere, no cell taken. cell: metres;
+    side: of regions.cell_ids, where cells share regions; their table is full from the start.
+
+    Raises ValueError where the grid has fewer rows or columns than `side`.
+    """
     lon_edges, lat_edges = regions.grid_edges(cell)
+    if side != regions.ALONE and side > len(lat_edges) + 1:
+        raise ValueError(f"model.geo_context: {side} rows of shared regions, a grid of {cell:g} m has "
+                         f"{len(lat_edges) + 1}; lower regions, or cell")
+    cells = np.full(count, regions.NOWHERE) if side == regions.ALONE else regions.shared(side, len(lon_edges) + 1)
     return {
         "prototypes": normalise(jax.random.normal(rng, (count, prototypes, width), jnp.float32)),
         "usage": jnp.full((count, prototypes), 1 / prototypes, jnp.float32),
         "visits": jnp.zeros(count, jnp.int32),
-        "cells": jnp.full(count, regions.NOWHERE, jnp.int32),
+        "cells": jnp.asarray(cells, jnp.int32),
         "lon_edges": jnp.asarray(lon_edges),
         "lat_edges": jnp.asarray(lat_edges),
     }
 
 
-def place_cells(bank: Bank, place: Mapping[str, jax.Array]) -> jax.Array:
+def place_cells(bank: Bank, place: Mapping[str, jax.Array], side: int) -> jax.Array:
     """Cell of the bank's grid of every place; place: {"lon", "lat"} [B] degrees -> int32 [B]."""
-    return regions.cell_ids(place["lon"], place["lat"], bank["lon_edges"], bank["lat_edges"])
+    return regions.cell_ids(place["lon"], place["lat"], bank["lon_edges"], bank["lat_edges"], side)
 
 
-def at_places(bank: Bank, place: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def at_places(
+    bank: Bank, place: Mapping[str, jax.Array], side: int = regions.ALONE
+) -> tuple[jax.Array, jax.Array]:
     """The prototypes of the places' regions [B, P, D], and whether they may be used [B] bool: not where the location is
-    missing, its cell is none of the bank's, or its region has never been visited.
+    missing, its cell is none of the bank's, or its region has never been visited. side: as in :func:`empty_bank`.
     """
-    region = regions.lookup(bank["cells"], place_cells(bank, place))
+    region = regions.lookup(bank["cells"], place_cells(bank, place, side))
     row = jnp.maximum(region, 0)
     return bank["prototypes"][row], (region != regions.NOWHERE) & (bank["visits"][row] > 0)
 
@@ -81,7 +94,8 @@ def directions(rows: jax.Array) -> jax.Array:
 
 @jax.default_matmul_precision("highest")
 def observe(
-    bank: Bank, place: Mapping[str, jax.Array], queries: jax.Array, mask: jax.Array, epsilon: float, iterations: int
+    bank: Bank, place: Mapping[str, jax.Array], queries: jax.Array, mask: jax.Array, epsilon: float, iterations: int,
+    side: int = regions.ALONE,
 ) -> tuple[Observed, dict[str, jax.Array]]:
     """Assigns the cells of every view to the prototypes of its place's region; new cells of the grid take free regions.
 
@@ -89,7 +103,7 @@ def observe(
     valid input. Views without a valid cell and places without a region do not count. Returns (Observed, monitors:
     scalars "located", "regions", "fit", "entropy", "similarity", "directions", "dead", see objectives.skysense).
     """
-    ids = place_cells(bank, place)
+    ids = place_cells(bank, place, side)
     table = regions.claim(bank["cells"], ids)
     region = regions.lookup(table, ids)
     row = jnp.maximum(region, 0)

@@ -6,9 +6,15 @@ squares of 65,536 m; which ones is open, so: those with a place in them). A grid
 and a location is compared with them: no rounding of a product or a sine decides on which side of an edge a place lies,
 so that numpy, every device and torch agree bit for bit. The first and the last column end at the antimeridian, the
 first and the last row at the poles; these cells are smaller than the others. A pole is one place and lies in one cell.
+
+Or every cell of the Earth has a region from the start, which it shares with those `side` cells to its east and north:
+region = (column mod side) * side + (row mod side). Then a cell is stood for by that of its region with the lowest
+column and row, and the table holds these.
 """
 
 from __future__ import annotations
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +25,9 @@ RADIUS = 6371007.1809
 
 NOWHERE = -1
 """Cell of a place without a location, region of a place whose cell has none, and a free row of a table."""
+
+ALONE = 2**31 - 1
+"""`side` of a grid whose cells do not share regions: more than any grid has columns."""
 
 
 def grid_edges(cell: float) -> tuple[np.ndarray, np.ndarray]:
@@ -37,8 +46,10 @@ def grid_edges(cell: float) -> tuple[np.ndarray, np.ndarray]:
             np.degrees(np.arcsin(steps(RADIUS))).astype(np.float32))
 
 
-def cell_ids(lon: jax.Array, lat: jax.Array, lon_edges: jax.Array, lat_edges: jax.Array) -> jax.Array:
-    """Cell of every location, row * columns + column: int32 [B], numpy for numpy input.
+def cell_ids(
+    lon: jax.Array, lat: jax.Array, lon_edges: jax.Array, lat_edges: jax.Array, side: int = ALONE
+) -> jax.Array:
+    """Cell of every location, row * columns + column, row and column modulo `side`: int32 [B], numpy for numpy input.
 
     lon, lat: [B] degrees; longitudes may run from -360 to 360, -180 and 180 are the same, and all at a pole; a location
     that is not finite or outside of the Earth gives NOWHERE. A place on an edge belongs to the cell to the east or to
@@ -51,8 +62,8 @@ def cell_ids(lon: jax.Array, lat: jax.Array, lon_edges: jax.Array, lat_edges: ja
     there = (xp.abs(lon) <= 360) & (xp.abs(lat) <= 90)  # False for NaN
     lon = xp.where(xp.abs(lat) == 90, np.float32(0), lon)
     lon = xp.where(lon >= 180, lon - 360, xp.where(lon < -180, lon + 360, lon))  # exact in float32
-    column = xp.sum(lon[:, None] >= lon_edges, axis=-1, dtype=np.int32)
-    row = xp.sum(lat[:, None] >= lat_edges, axis=-1, dtype=np.int32)
+    column = xp.sum(lon[:, None] >= lon_edges, axis=-1, dtype=np.int32) % side
+    row = xp.sum(lat[:, None] >= lat_edges, axis=-1, dtype=np.int32) % side
     return xp.where(there, row * (len(lon_edges) + 1) + column, NOWHERE).astype(np.int32)
 
 
@@ -68,6 +79,18 @@ def occupied(ids: np.ndarray, capacity: int) -> np.ndarray:
     return np.concatenate([cells, np.full(capacity - len(cells), NOWHERE)]).astype(np.int32)
 
 
+def shared(side: int, columns: int) -> np.ndarray:
+    """The table of a grid whose cells share regions: int32 [side^2], row `region` the cell that stands for it."""
+    column, row = np.divmod(np.arange(side * side), side)
+    return (row * columns + column).astype(np.int32)
+
+
+def is_shared(cells: np.ndarray) -> bool:
+    """Whether a table is one of :func:`shared`; tables of occupied cells are not."""
+    side = math.isqrt(len(cells))
+    return side * side == len(cells) > 1 and bool(np.array_equal(cells, shared(side, int(cells[1]))))
+
+
 def lookup(cells: jax.Array, ids: jax.Array) -> jax.Array:
     """Row of the table that holds each cell: int32 [B], NOWHERE where none does. cells: int32 [R]; ids: int32 [B]."""
     hit = (cells[None, :] == ids[:, None]) & (ids != NOWHERE)[:, None]
@@ -78,7 +101,7 @@ def claim(cells: jax.Array, ids: jax.Array) -> jax.Array:
     """The table after the new cells in `ids` took its free rows, in ascending order: int32 [R].
 
     Rows that are taken never change; cells that find no room stay out. The order of `ids` does not matter. This is how
-    a stream of unknown places fills a bank; hashing the cell instead would let distant places share a region.
+    a stream of unknown places fills a bank.
     """
     new = jnp.sort(jnp.where(lookup(cells, ids) == NOWHERE, ids, NOWHERE))
     first = (new != NOWHERE) & (new != jnp.roll(new, 1).at[0].set(NOWHERE))

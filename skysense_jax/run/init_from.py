@@ -27,6 +27,8 @@ WIDENED = "heads/fused/mlp0/kernel"
 GRID = ("memory/bank/lon_edges", "memory/bank/lat_edges")
 """What a bank's table of regions counts cells of."""
 
+TABLE = "memory/bank/cells"
+
 
 def init_from(
     path: pathlib.Path | str, now: TrainState, contract: Mapping[str, Any]
@@ -86,6 +88,9 @@ def _leaf(part: str, name: str, fresh: jax.Array, old: Mapping[str, np.ndarray],
     elif full in GRID and not np.array_equal(value, jax.device_get(fresh)):
         raise ValueError(f"--init_from: the regions of its bank are cells of another grid than this run's ({full}); "
                          "take the config.model.geo_context.cell of the run it was learnt in")
+    elif full == TABLE and regions.is_shared(value) != regions.is_shared(jax.device_get(fresh)):
+        raise ValueError("--init_from: of its bank and this run's one has config.model.geo_context.table='hashed'; "
+                         "take the table of the run it was learnt in")
     elif (value.shape, value.dtype) != (fresh.shape, fresh.dtype):
         there, here = (f"{x.dtype}{list(x.shape)}" for x in (value, fresh))
         raise ValueError(f"--init_from: {full} is {there} there, {here} here")
