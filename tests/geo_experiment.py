@@ -58,6 +58,10 @@ VARIANTS = {
     "elsewhere": "the network and bank of \"geo-context\", locations shuffled in evaluation only",
 }
 
+CHOICE = ("bank", "left out")
+"""What a user of the network trained with geo-context chooses from: features with it or without (--bank none). "chosen"
+is the linear probe of the one whose best cross-validated score on the training places is higher."""
+
 MARKS = "<!-- rows: python -m tests.geo_experiment -->", "<!-- end of rows -->"
 
 
@@ -162,6 +166,13 @@ def region_scores(fit: tuple[rows.Rows, np.ndarray], test: tuple[rows.Rows, np.n
     return score
 
 
+def chosen(fit: rows.Rows) -> str:
+    """The one of CHOICE by the training rows alone, as linear_probe chooses its strength."""
+    place, target = np.unique(fit.place, return_inverse=True)[1], fit.target[:, fit.target.any(0)]
+    score = {name: max(linear.choose_strength(fit.features[name], target, place)[1].values()) for name in CHOICE}
+    return max(reversed(CHOICE), key=score.__getitem__)  # a tie: without
+
+
 def one_seed(
     folder: pathlib.Path, world: str, seed: int, data: pathlib.Path | None, places: int, steps: int
 ) -> None:
@@ -183,6 +194,7 @@ def one_seed(
     cfg = embed.read_description(folder / "none").config
     result = compare.compare(parts["train"][0], parts["test"][0], k=cfg.eval.knn_k, temperature=cfg.eval.knn_temp,
                              resamples=cfg.eval.bootstrap, seed=seed)
+    result["chosen"] = chosen(parts["train"][0])
     result["region"] = region_scores(parts["train"], parts["test"])
     with (folder / "bank" / "metrics.jsonl").open() as file:
         last = json.loads(file.readlines()[-1])
@@ -212,6 +224,11 @@ def table(folder: pathlib.Path) -> str:
                      "" if name == "lon/lat" else mean_and_interval(accuracy("knn", name)),
                      mean_and_interval([one["region"][name] for one in scores])]
             lines.append("| " + " | ".join(cells) + " |")
+        picked = [accuracy("linear", one["chosen"])[n] for n, one in enumerate(scores)]
+        gain = [a - b for a, b in zip(picked, accuracy("linear", "none"), strict=True)]
+        count = sum(one["chosen"] == CHOICE[0] for one in scores)
+        lines.append(f"| {world}, {len(scores)} | geo-context or left out, chosen on the training places ({count} of "
+                     f"{len(scores)} with it) | {mean_and_interval(picked)} | {mean_and_interval(gain)} | | |")
     return "\n".join(lines) + "\n"
 
 

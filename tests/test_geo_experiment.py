@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from skysense_jax.data import sources
+from skysense_jax.evals import rows
 from skysense_jax.models.inputs import PLACE
 from tests import geo_experiment, tiny
 
@@ -36,13 +37,28 @@ def test_the_table_has_the_mean_over_seeds_and_students_interval_of_the_paired_g
                   for name in geo_experiment.VARIANTS for probe in ("linear", "knn")]
         (tmp_path / f"regional-{seed}").mkdir()
         (tmp_path / f"regional-{seed}" / "scores.json").write_text(
-            json.dumps({"results": scores, "region": dict.fromkeys(geo_experiment.VARIANTS, 0.25)}))
+            json.dumps({"results": scores, "region": dict.fromkeys(geo_experiment.VARIANTS, 0.25),
+                        "chosen": geo_experiment.CHOICE[seed]}))
     lines = geo_experiment.table(tmp_path).splitlines()
-    assert len(lines) == 2 + len(geo_experiment.VARIANTS)
+    assert len(lines) == 3 + len(geo_experiment.VARIANTS)
+    assert "(1 of 2 with it) | 0.550 [" in lines[-1]
     half = 12.7062 * 0.1  # t of one degree of freedom, standard error 0.1
     assert f"| 0.700 [{0.7 - half:.3f}, {0.7 + half:.3f}] | 0.200 [{0.2 - half:.3f}, {0.2 + half:.3f}] |" in lines[4]
     assert lines[2].startswith("| regional, 2 | no geo-context | 0.500 [0.500, 0.500] |  |")
     assert geo_experiment.mean_and_interval([0.25]) == "0.250"
+
+
+def test_the_context_is_chosen_where_the_training_rows_need_it():
+    rng = np.random.default_rng(0)
+    target = np.eye(3, dtype=np.uint8)[np.arange(60) % 3]
+    noise, place = rng.normal(size=(60, 20)), np.array([f"place-{n}" for n in range(60)])
+    for useful in (True, False):
+        context = target + 0.1 * rng.normal(size=(60, 3)) if useful else rng.normal(size=(60, 30))
+        own = noise if useful else target + 0.5 * rng.normal(size=(60, 3))
+        features = {"bank": np.concatenate([own, context], axis=1), "left out": own}
+        fit = rows.Rows(features, target, place)
+        assert geo_experiment.chosen(fit) == ("bank" if useful else "left out")
+    assert geo_experiment.chosen(rows.Rows({"bank": own, "left out": own}, target, place)) == "left out"
 
 
 @pytest.mark.parametrize("words", [["--world", "real"], ["--world", "regional", "--data", "x"]])
