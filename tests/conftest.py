@@ -15,6 +15,15 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
+LONGEST = ("test_resume.py", "test_survival.py", "test_processes.py", "test_gs.py")
+"""Files that take minutes and begin first: in a run of several files at a time none of them is left alone at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """LONGEST in front, everything else in its order."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def shared() -> pathlib.Path:
     """Folder with the parity cases and the real data; tests that need it are skipped where it is absent."""
