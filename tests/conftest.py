@@ -16,7 +16,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
 LONGEST = ("test_resume.py", "test_survival.py", "test_processes.py", "test_gs.py")
-"""Files that take minutes and begin first: in a run of several files at a time none of them is left alone at the end."""
+"""Files that take minutes: they begin first, so that none of them is left alone at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
