@@ -3,9 +3,9 @@
 Command:   python -m skysense_jax.train --config configs/msgfm_smoke.py --workdir DIR --config.data.dir=DATA
            DATA: the default synthetic data of ./launch/local.sh (tiles of 16 base pixels, 16 x 16 HR pixels under each)
 Cost:      1 min 39 s on 2 cores that did other work as well (27 s of it compiling), 1.8 GiB.
-Result:    SYNTHETIC data; error of hidden pixels: loss/hr-hr 0.86 -> 0.45, loss/dsm-dsm 0.51, loss/s2-s2 0.45 at step 60,
-           moe/dropped 0.18 -> 0, pictures in DIR/pictures. In 100 steps it learns to draw about each sensor's mean (the
-           brackets over the pictures are the mean's error); what 1500 updates learn: docs/msgfm.md.
+Result:    SYNTHETIC data; error of hidden pixels: loss/hr-hr 0.86 -> 0.45, loss/dsm-dsm 0.51, loss/s2-s2 0.45 at step
+           60, moe/dropped 0.18 -> 0, pictures in DIR/pictures. In 100 steps it learns to draw about each sensor's mean
+           (the brackets over the pictures are the mean's error); what 1500 updates learn: docs/msgfm.md.
 """
 from ml_collections import config_dict
 
