@@ -6,8 +6,8 @@ The update (ops.prototypes) divides the cells of *every view* equally among the 
 every sample; a view of two classes has to fill all of them. Here the cells of `together` views of different places are
 given to it as one, which it then divides as a whole. Nothing else is learnt: the features are RUN's, a network with
 geo-context; its own bank is not used. "centred" takes from every feature the mean of its position in a ViT patch, which
-leaves what the UP heads' separate projections of the positions do not explain. Places of the "test" split are in
-nothing that is fitted, but all are scored: agreement is the adjusted mutual information with the label map.
+leaves what the UP heads' separate projections of the positions do not explain. The places of both splits are used, to
+learn from and to score: no label is learnt from. Agreement is the adjusted mutual information with the label map.
 """
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import numpy as np
 from skysense_jax import embed, evaluate
 from skysense_jax import prototypes as command
 from skysense_jax.evals import assignment
+from skysense_jax.models.skysense import region_side
 from skysense_jax.ops import prototypes
 from skysense_jax.ops.contrast import normalise
 
@@ -72,7 +73,7 @@ def main() -> None:
     args = parser.parse_args()
     network = embed.open_network(args.run)
     found, bank = network.description, command.bank_of(network)
-    row = command.region_at(bank, *command.location(args.region))
+    row = command.region_at(bank, *command.location(args.region), region_side(found.model.geo_context))
     seen = command.places_of(network, bank, evaluate.settings(found, None, args.data), row)
     shape, objective = (len(seen.names), *seen.grid), found.config.objective
     count, valid = len(bank["prototypes"][row]), seen.valid.reshape(shape)
