@@ -7,6 +7,7 @@ Expected:  encoder with an RGB patch embedding 219,043,896 parameters; 86,725,17
            277,808,184 with a tenth mixture, as Swin-MoE has (model.moe.stages = (2, 3)). Decoders and the other
            sensors' patch embeddings apart.
 """
+
 import pathlib
 import runpy
 

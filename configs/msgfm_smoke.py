@@ -7,6 +7,7 @@ Result:    SYNTHETIC data; error of hidden pixels: loss/hr-hr 0.86 -> 0.45, loss
            60, moe/dropped 0.18 -> 0, pictures in DIR/pictures. In 100 steps it learns to draw about each sensor's mean
            (the brackets over the pictures are the mean's error); what 1500 updates learn: docs/msgfm.md.
 """
+
 from ml_collections import config_dict
 
 from skysense_jax import sensors
@@ -40,32 +41,55 @@ def get_config(taken: str = "") -> config_dict.ConfigDict:
     c.data.max_bad_records = 10  # damaged records a process may pass over (the next one is read instead); more: exit 78
 
     # Every sensor is brought to img_size pixels; maps of 16, 8 and 4 cells, experts in the second stage.
-    c.model = config_dict.ConfigDict({
-        "name": "msgfm", "dtype": "float32", "remat": False, "patch": 4, "embed_dims": 32, "depths": (2, 4, 2),
-        "num_heads": (1, 2, 4), "window": 4, "img_size": 64, "mlp_ratio": 4, "drop_path": 0.0, "eps": 1e-5,
-        "ratio": 16,  # HR pixels along one base pixel of the places it is evaluated on
-        "moe": {"stages": (1,), "experts": 4, "capacity": 1.25, "gate_noise": 1.0, "aux": "tutel", "group": 8},
-    })
+    c.model = config_dict.ConfigDict(
+        {
+            "name": "msgfm",
+            "dtype": "float32",
+            "remat": False,
+            "patch": 4,
+            "embed_dims": 32,
+            "depths": (2, 4, 2),
+            "num_heads": (1, 2, 4),
+            "window": 4,
+            "img_size": 64,
+            "mlp_ratio": 4,
+            "drop_path": 0.0,
+            "eps": 1e-5,
+            "ratio": 16,  # HR pixels along one base pixel of the places it is evaluated on
+            "moe": {"stages": (1,), "experts": 4, "capacity": 1.25, "gate_noise": 1.0, "aux": "tutel", "group": 8},
+        }
+    )
 
-    c.objective = config_dict.ConfigDict({
-        "mask_ratio": 0.6, "mask_cell": 16,  # hidden share of the cells, and their side in pixels
-        "cross": 0.5,  # probability that an image of a place with both sensors reconstructs the other one
-        "aux_weight": 0.01,  # of the mixtures' auxiliary losses
-        # GFM's distillation: weight 0 = none; path: the teacher, a workdir or imported weights with an RGB encoder of
-        # this width, depths and heads, without experts; its image size and window
-        "distill": {"weight": 0.0, "path": "", "img_size": 64, "window": 4},
-    })
+    c.objective = config_dict.ConfigDict(
+        {
+            "mask_ratio": 0.6,
+            "mask_cell": 16,  # hidden share of the cells, and their side in pixels
+            "cross": 0.5,  # probability that an image of a place with both sensors reconstructs the other one
+            "aux_weight": 0.01,  # of the mixtures' auxiliary losses
+            # GFM's distillation: weight 0 = none; path: the teacher, a workdir or imported weights with an RGB encoder of
+            # this width, depths and heads, without experts; its image size and window
+            "distill": {"weight": 0.0, "path": "", "img_size": 64, "window": 4},
+        }
+    )
 
     c.optim = config_dict.ConfigDict({"b1": 0.9, "b2": 0.999, "eps": 1e-8, "clip": 5.0})
     # Factor on the learning rate of a batch by its sensor; the paper's are 1, 0.25, 0.25, 0.1 (batches 128, 32, 32, 12)
     c.optim.lr_scale = config_dict.ConfigDict(dict.fromkeys(rows, 1.0))
-    c.schedule = config_dict.ConfigDict({
-        "rule": "cosine", "warmup_lr": 0.0, "lr": 2e-3, "final_lr": 1e-5, "warmup_steps": 10,
-        "weight_decay": 0.05, "final_weight_decay": 0.05,
-    })
+    c.schedule = config_dict.ConfigDict(
+        {
+            "rule": "cosine",
+            "warmup_lr": 0.0,
+            "lr": 2e-3,
+            "final_lr": 1e-5,
+            "warmup_steps": 10,
+            "weight_decay": 0.05,
+            "final_weight_decay": 0.05,
+        }
+    )
     c.mesh = config_dict.ConfigDict({"data": 1, "fsdp": -1, "expert": 1})  # -1: all remaining devices
     # picture_every: steps between pictures of reconstructions in WORKDIR/pictures, 0 = none
-    c.run = config_dict.ConfigDict({
-        "save_every": 50, "keep": 2, "log_every": 10, "picture_every": 50, "max_skipped": 10, "watchdog_s": 1800})
+    c.run = config_dict.ConfigDict(
+        {"save_every": 50, "keep": 2, "log_every": 10, "picture_every": 50, "max_skipped": 10, "watchdog_s": 1800}
+    )
     c.eval = config_dict.ConfigDict({"batch": 16, "knn_k": 20, "knn_temp": 0.07, "patch": 4, "bootstrap": 1000})
     return c

@@ -4,6 +4,7 @@ nothing.
 Command:   python -m skysense_jax.train --config configs/msgfm_tiny.py --workdir DIR --config.data.dir=DATA
 Cost:      seconds on one core. DATA: any dataset with the four sensors and 4 x 4 HR pixels under a base pixel.
 """
+
 import pathlib
 import runpy
 

@@ -5,6 +5,7 @@ Command:   python -m skysense_jax.train --config configs/skysense_base.py --work
 Cost:      docs/pods.md (by the TPU compiler). Not trained by us: no result is claimed.
 Data:      as configs/skysense_full.py; the same recipe with base-size encoders (Swin-V2-B, ViT-B).
 """
+
 import pathlib
 import runpy
 

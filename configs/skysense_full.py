@@ -7,6 +7,7 @@ Expected:  655,079,632 parameters (HR), 302,738,432 (S2), 302,607,360 (S1), 46,1
            Not trained by us: no result is claimed.
 Data:      tiles of 64 base pixels with 32 x 32 HR pixels under each, 20 Sentinel-2 and 10 Sentinel-1 dates a sample.
 """
+
 import pathlib
 import runpy
 
@@ -39,19 +40,42 @@ def get_config() -> config_dict.ConfigDict:
     c.model.remat = True
     c.model.width = 2816
     c.model.ratio = 32
-    c.model.hr = config_dict.ConfigDict({
-        "patch": 4, "embed_dims": 352, "depths": (2, 2, 18, 2), "num_heads": (8, 16, 32, 64), "window": 8,
-        "mlp_ratio": 4, "eps": 1e-5, "extra_norm_every": 6, "pretrained_windows": (0, 0, 0, 0), "pad_small_map": False,
-        "drop_path": 0.2, "drop_path_before_norm": False, "branch_scale": 0.0,  # Swin-V2's: blocks start as identities
-    })
-    vit = {"patch": 4, "embed_dims": 1024, "depth": 24, "num_heads": 16, "mlp_ratio": 4, "img_size": 64,
-           "drop_path": 0.3, "cls_token": False, "eps": 1e-6}
+    c.model.hr = config_dict.ConfigDict(
+        {
+            "patch": 4,
+            "embed_dims": 352,
+            "depths": (2, 2, 18, 2),
+            "num_heads": (8, 16, 32, 64),
+            "window": 8,
+            "mlp_ratio": 4,
+            "eps": 1e-5,
+            "extra_norm_every": 6,
+            "pretrained_windows": (0, 0, 0, 0),
+            "pad_small_map": False,
+            "drop_path": 0.2,
+            "drop_path_before_norm": False,
+            "branch_scale": 0.0,  # Swin-V2's: blocks start as identities
+        }
+    )
+    vit = {
+        "patch": 4,
+        "embed_dims": 1024,
+        "depth": 24,
+        "num_heads": 16,
+        "mlp_ratio": 4,
+        "img_size": 64,
+        "drop_path": 0.3,
+        "cls_token": False,
+        "eps": 1e-6,
+    }
     c.model.s2 = config_dict.ConfigDict(vit)
     c.model.s1 = config_dict.ConfigDict(vit)
-    c.model.fusion = config_dict.ConfigDict({
-        "embed_dims": 1024, "depth": 24, "num_heads": 16, "mlp_ratio": 4, "drop_path": 0.3, "eps": 1e-5})
-    c.model.geo_context = config_dict.ConfigDict({
-        "bank": "on", "regions": 4096, "prototypes": 100, "width": 512, "cell": 65536.0, "table": "stream"})
+    c.model.fusion = config_dict.ConfigDict(
+        {"embed_dims": 1024, "depth": 24, "num_heads": 16, "mlp_ratio": 4, "drop_path": 0.3, "eps": 1e-5}
+    )
+    c.model.geo_context = config_dict.ConfigDict(
+        {"bank": "on", "regions": 4096, "prototypes": 100, "width": 512, "cell": 65536.0, "table": "stream"}
+    )
 
     c.objective.prototype_momentum = 0.99
     c.objective.head = config_dict.ConfigDict({"hidden": 2048, "bottleneck": 256, "layers": 3, "prototypes": 65536})

@@ -6,6 +6,7 @@ Cost:      6.5 minutes on 2 cores for the first command, after installation; 3.6
 Result:    every stage works; 200 steps of 8 SYNTHETIC places learn too little to tell from the untrained network
            (docs/results.md, and configs/skysense_small.py for a run that can).
 """
+
 from ml_collections import config_dict
 
 
@@ -20,11 +21,13 @@ def get_config() -> config_dict.ConfigDict:
     c.data.split = "train"
     c.data.statistics = "table"  # normalise with the sensor table's statistics, or the "dataset"'s own (`data stats`)
     c.data.batch = 8  # places per step, over all processes
-    c.data.bands = config_dict.ConfigDict({
-        "hr": ("R", "G", "B"),
-        "s2": ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12"),
-        "s1": ("VV", "VH"),
-    })
+    c.data.bands = config_dict.ConfigDict(
+        {
+            "hr": ("R", "G", "B"),
+            "s2": ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12"),
+            "s1": ("VV", "VH"),
+        }
+    )
     c.data.dates = config_dict.ConfigDict({"hr": 1, "s2": 4, "s1": 3})  # drawn per view; the paper: 1, 20, 10
     c.data.eval_dates = config_dict.ConfigDict({"hr": 1, "s2": 8, "s1": 6})
     c.data.global_size = 8  # base (Sentinel-2) pixels of a global view; the paper's full size: 16
@@ -36,14 +39,22 @@ def get_config() -> config_dict.ConfigDict:
     c.data.flip = 0.5  # probability of a horizontal and of a vertical flip, each
     c.data.rotate = 0.5  # probability of a quarter turn (90, 180 or 270 degrees)
     c.data.date_jitter_days = 7
-    c.data.augment = config_dict.ConfigDict({
-        # HR: DINO's optical set at half its strength, without solarisation: at full strength the head of an HR encoder
-        # this narrow drifted to uniform (teacher entropy 0.54 to 0.90 of log K in 200 steps).
-        "hr_jitter": 0.8, "hr_jitter_strength": (0.2, 0.2, 0.1, 0.05), "hr_gray": 0.1, "hr_blur": (0.5, 0.1, 0.2),
-        "hr_solarize": 0.0,
-        # S2, S1: gain and offset of the radiometry, in the sensor's own unit.
-        "s2_gain": 0.1, "s2_band_gain": 0.05, "s1_shift_db": 1.0, "s1_speckle_db": 0.5,
-    })
+    c.data.augment = config_dict.ConfigDict(
+        {
+            # HR: DINO's optical set at half its strength, without solarisation: at full strength the head of an HR encoder
+            # this narrow drifted to uniform (teacher entropy 0.54 to 0.90 of log K in 200 steps).
+            "hr_jitter": 0.8,
+            "hr_jitter_strength": (0.2, 0.2, 0.1, 0.05),
+            "hr_gray": 0.1,
+            "hr_blur": (0.5, 0.1, 0.2),
+            "hr_solarize": 0.0,
+            # S2, S1: gain and offset of the radiometry, in the sensor's own unit.
+            "s2_gain": 0.1,
+            "s2_band_gain": 0.05,
+            "s1_shift_db": 1.0,
+            "s1_speckle_db": 0.5,
+        }
+    )
     c.data.threads = 1  # a second one gains nothing on two cores: the arrays are small, Python's lock is the bound
     c.data.prefetch = 2
     c.data.max_bad_records = 10  # damaged records a process may pass over (the next one is read instead); more: exit 78
@@ -55,28 +66,55 @@ def get_config() -> config_dict.ConfigDict:
     c.model.width = 64  # D: width of the common grid (2816 at full size)
     c.model.ratio = 16  # HR pixels along one base pixel = total stride of the HR encoder (32 at full size)
     c.model.calendar = "dated"
-    c.model.hr = config_dict.ConfigDict({
-        "patch": 4, "embed_dims": 16, "depths": (2, 2, 2), "num_heads": (1, 2, 4), "window": 4, "mlp_ratio": 4,
-        "eps": 1e-5, "extra_norm_every": 6, "pretrained_windows": (0, 0, 0), "pad_small_map": False, "drop_path": 0.0,
-        "drop_path_before_norm": False,
-        # Swin-V2 starts its branches at 0; in hundreds of steps they do not grow enough to be of use (docs/results.md).
-        "branch_scale": 1.0,
-    })
-    vit = {"patch": 2, "embed_dims": 64, "depth": 4, "num_heads": 4, "mlp_ratio": 4, "img_size": 16, "drop_path": 0.0,
-           "cls_token": False, "eps": 1e-6}
+    c.model.hr = config_dict.ConfigDict(
+        {
+            "patch": 4,
+            "embed_dims": 16,
+            "depths": (2, 2, 2),
+            "num_heads": (1, 2, 4),
+            "window": 4,
+            "mlp_ratio": 4,
+            "eps": 1e-5,
+            "extra_norm_every": 6,
+            "pretrained_windows": (0, 0, 0),
+            "pad_small_map": False,
+            "drop_path": 0.0,
+            "drop_path_before_norm": False,
+            # Swin-V2 starts its branches at 0; in hundreds of steps they do not grow enough to be of use (docs/results.md).
+            "branch_scale": 1.0,
+        }
+    )
+    vit = {
+        "patch": 2,
+        "embed_dims": 64,
+        "depth": 4,
+        "num_heads": 4,
+        "mlp_ratio": 4,
+        "img_size": 16,
+        "drop_path": 0.0,
+        "cls_token": False,
+        "eps": 1e-6,
+    }
     c.model.s2 = config_dict.ConfigDict(vit)
     c.model.s1 = config_dict.ConfigDict(vit)
-    c.model.fusion = config_dict.ConfigDict({
-        "embed_dims": 64, "depth": 3, "num_heads": 4, "mlp_ratio": 4, "drop_path": 0.0, "eps": 1e-5})
+    c.model.fusion = config_dict.ConfigDict(
+        {"embed_dims": 64, "depth": 3, "num_heads": 4, "mlp_ratio": 4, "drop_path": 0.0, "eps": 1e-5}
+    )
     # Geo-context. bank: "none" = without; "on" = a bank of prototypes per region is learnt and asked; "frozen" = only
     # asked.
-    c.model.geo_context = config_dict.ConfigDict({
-        "bank": "none", "regions": 96, "prototypes": 16, "width": 64,
-        # Side of a region's grid cell in metres. The paper's 65,536 would give nearly every synthetic place its own.
-        "cell": 1e6,
-        # Which cells are regions: those of the training "places", read before the start, a "stream": as they come; or
-        # "hashed": all, sharing the regions, a square number
-        "table": "places"})
+    c.model.geo_context = config_dict.ConfigDict(
+        {
+            "bank": "none",
+            "regions": 96,
+            "prototypes": 16,
+            "width": 64,
+            # Side of a region's grid cell in metres. The paper's 65,536 would give nearly every synthetic place its own.
+            "cell": 1e6,
+            # Which cells are regions: those of the training "places", read before the start, a "stream": as they come; or
+            # "hashed": all, sharing the regions, a square number
+            "table": "places",
+        }
+    )
 
     c.objective = config_dict.ConfigDict()
     # DINO's head, narrow; one per sensor and one for the fused map, shared by the three granularities (the paper's
@@ -98,19 +136,30 @@ def get_config() -> config_dict.ConfigDict:
 
     # b2: the first gradients are ten times the later ones; 0.999 would remember them for the whole run.
     c.optim = config_dict.ConfigDict({"b1": 0.9, "b2": 0.95, "eps": 1e-8, "clip": 3.0})
-    c.schedule = config_dict.ConfigDict({
-        # linear to lr over the warm-up, then "cosine" or "linear" to final_lr ("gfm": GFM's own rule)
-        "rule": "cosine", "warmup_lr": 0.0, "lr": 1e-3, "final_lr": 1e-5, "warmup_steps": 20,
-        "weight_decay": 0.04, "final_weight_decay": 0.1,
-        # A run of hundreds of steps needs a teacher that follows within tens (DINO: 0.996 over 100,000 steps).
-        "teacher_momentum": 0.95, "final_teacher_momentum": 0.995,
-        # DINO warms up to 0.07; a sharper teacher keeps small batches from the uniform collapse.
-        "teacher_temp": 0.04, "warmup_teacher_temp": 0.04, "warmup_teacher_temp_steps": 60,
-        "freeze_last_layer_steps": 20,
-    })
+    c.schedule = config_dict.ConfigDict(
+        {
+            # linear to lr over the warm-up, then "cosine" or "linear" to final_lr ("gfm": GFM's own rule)
+            "rule": "cosine",
+            "warmup_lr": 0.0,
+            "lr": 1e-3,
+            "final_lr": 1e-5,
+            "warmup_steps": 20,
+            "weight_decay": 0.04,
+            "final_weight_decay": 0.1,
+            # A run of hundreds of steps needs a teacher that follows within tens (DINO: 0.996 over 100,000 steps).
+            "teacher_momentum": 0.95,
+            "final_teacher_momentum": 0.995,
+            # DINO warms up to 0.07; a sharper teacher keeps small batches from the uniform collapse.
+            "teacher_temp": 0.04,
+            "warmup_teacher_temp": 0.04,
+            "warmup_teacher_temp_steps": 60,
+            "freeze_last_layer_steps": 20,
+        }
+    )
     c.mesh = config_dict.ConfigDict({"data": 1, "fsdp": -1})  # -1: all remaining devices
     # watchdog_s: no step for so long ends the process with 70; longer than the longest save
-    c.run = config_dict.ConfigDict({
-        "save_every": 100, "keep": 2, "log_every": 10, "max_skipped": 10, "watchdog_s": 1800})
+    c.run = config_dict.ConfigDict(
+        {"save_every": 100, "keep": 2, "log_every": 10, "max_skipped": 10, "watchdog_s": 1800}
+    )
     c.eval = config_dict.ConfigDict({"batch": 16, "knn_k": 20, "knn_temp": 0.07, "patch": 4, "bootstrap": 1000})
     return c

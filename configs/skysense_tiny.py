@@ -6,6 +6,7 @@ Command:   python -m skysense_jax.train --config configs/skysense_tiny.py --work
 Cost:      seconds on one core; about 0.1 M parameters. DATA: tiles of at least 8 base pixels with 4 x 4 HR pixels under
 each.
 """
+
 import pathlib
 import runpy
 

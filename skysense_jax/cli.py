@@ -12,7 +12,8 @@ import importlib
 import pathlib
 import sys
 import traceback
-from typing import NoReturn, Sequence
+from collections.abc import Sequence
+from typing import NoReturn
 
 EXIT_BAD_INPUT = 78  # EX_CONFIG: bad input, configuration or data; a scheduler must not restart it
 """Exit code of everything refused at a door (see README, exit codes)."""

@@ -16,6 +16,7 @@ peak, spread evenly. HBM: bytes moved by every instruction of the compiled progr
 the collectives, at the links' full rate. The step takes the longest of the three: everything else is assumed to hide
 behind it, which no real step attains. roofline_mfu = model FLOPs (core.flops) / chips / peak / that time.
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -25,7 +26,8 @@ import pathlib
 import re
 import sys
 import time
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from absl import flags
@@ -45,12 +47,20 @@ EFFORT = "exec_time_optimization_effort"
 
 def define_flags(values: flags.FlagValues) -> None:
     """The flags beside --config."""
-    flags.DEFINE_string("topology", None, "TPU generation and shape: v5e:16x16, v5p:8x8x16, v6e:16x16, ...",
-                        flag_values=values)
-    flags.DEFINE_integer("slices", 1, "slices of this topology, joined by the data-centre network", flag_values=values,
-                         lower_bound=1)
-    flags.DEFINE_float("effort", -1.0, "the compiler's optimisation effort, -1 (minutes) to 0 (its default; an hour at "
-                       "full size)", flag_values=values, lower_bound=-1.0, upper_bound=1.0)
+    flags.DEFINE_string(
+        "topology", None, "TPU generation and shape: v5e:16x16, v5p:8x8x16, v6e:16x16, ...", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "slices", 1, "slices of this topology, joined by the data-centre network", flag_values=values, lower_bound=1
+    )
+    flags.DEFINE_float(
+        "effort",
+        -1.0,
+        "the compiler's optimisation effort, -1 (minutes) to 0 (its default; an hour at full size)",
+        flag_values=values,
+        lower_bound=-1.0,
+        upper_bound=1.0,
+    )
     flags.DEFINE_string("json", None, "also write the figures to this file", flag_values=values)
 
 
@@ -70,8 +80,12 @@ def prepare_environment(topology: str) -> list[str]:
     this generation gets, behind those that were set.
     """
     jax.config.update("jax_platforms", "cpu")
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-                      TPU_ACCELERATOR_TYPE=topology.split(":")[0] + "-1")
+    os.environ.update(
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_WORKER_HOSTNAMES="localhost",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+        TPU_ACCELERATOR_TYPE=topology.split(":")[0] + "-1",
+    )
     xla_flags.apply(os.environ, "tpu")
     return os.environ.get(xla_flags.VARIABLES["tpu"], "").split()
 
@@ -87,8 +101,9 @@ def with_every_chip_fed(cfg: config_dict.ConfigDict, devices: int) -> str:
     share = cfg.data.batch // devices
     if parts > share:
         cfg.objective.microbatches = share
-        notes.append(f"config.objective.microbatches={parts} is more than the places of a device: "
-                     f"compiled with {share}")
+        notes.append(
+            f"config.objective.microbatches={parts} is more than the places of a device: compiled with {share}"
+        )
     return "; ".join([*notes, "`train` needs the same values"]) if notes else ""
 
 
@@ -123,14 +138,26 @@ def check(cfg: config_dict.ConfigDict, topology: str, slices: int, effort: float
     seconds = time.monotonic() - begin
 
     result = {
-        "config": cfg.model.name, "topology": topology, "slices": slices, "device": kind, "devices": len(devices),
-        "devices_per_chip": per_chip, "mesh": dict(mesh.shape), "global_batch": int(cfg.data.batch), "note": note,
-        "microbatches": int(cfg.objective.get("microbatches", 1)), "effort": effort, "compiler_flags": compiler_flags,
-        "jax": jax.__version__, "hbm_limit_bytes": limit, "compile_seconds": seconds,
+        "config": cfg.model.name,
+        "topology": topology,
+        "slices": slices,
+        "device": kind,
+        "devices": len(devices),
+        "devices_per_chip": per_chip,
+        "mesh": dict(mesh.shape),
+        "global_batch": int(cfg.data.batch),
+        "note": note,
+        "microbatches": int(cfg.objective.get("microbatches", 1)),
+        "effort": effort,
+        "compiler_flags": compiler_flags,
+        "jax": jax.__version__,
+        "hbm_limit_bytes": limit,
+        "compile_seconds": seconds,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(plan.state.params)),
         **{f"{name}_bytes": held(getattr(plan.state, name)) for name in checkpoint.TREES},
         "largest_replicated_bytes": largest_replicated(plan.state),
-        "model_flops": plan.flops, "executed_flops": executed,
+        "model_flops": plan.flops,
+        "executed_flops": executed,
     }
     if compiled is None:
         temporaries = asked_for(refusal)
@@ -147,16 +174,25 @@ def check(cfg: config_dict.ConfigDict, topology: str, slices: int, effort: float
     hbm = hlo.hbm_bytes(program)
     peak = memory.peak_memory_in_bytes  # with the arguments; temp_size_in_bytes ignores what shares memory
     times = {
-        "compute": executed / (chip.flops / per_chip), "hbm": hbm / (chip.hbm_bytes_per_s / per_chip),
-        "ici": ici / (chip.ici_bytes_per_s / per_chip), "dcn": dcn / (chips.DCN_BYTES_PER_S / per_chip),
+        "compute": executed / (chip.flops / per_chip),
+        "hbm": hbm / (chip.hbm_bytes_per_s / per_chip),
+        "ici": ici / (chip.ici_bytes_per_s / per_chip),
+        "dcn": dcn / (chips.DCN_BYTES_PER_S / per_chip),
     }
     step = max(times.values())
     return {
-        **result, "fits": peak <= limit, "peak_hbm_bytes": peak, "argument_bytes": memory.argument_size_in_bytes,
-        "temporary_bytes": peak - memory.argument_size_in_bytes, "hbm_traffic_bytes": hbm,
+        **result,
+        "fits": peak <= limit,
+        "peak_hbm_bytes": peak,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": peak - memory.argument_size_in_bytes,
+        "hbm_traffic_bytes": hbm,
         "collective_bytes": ici + dcn,
-        "ici_bytes": ici, "dcn_bytes": dcn, "collectives": {kind: one._asdict() for kind, one in moved.items()},
-        "roofline_seconds": times, "roofline_step_seconds": step,
+        "ici_bytes": ici,
+        "dcn_bytes": dcn,
+        "collectives": {kind: one._asdict() for kind, one in moved.items()},
+        "roofline_seconds": times,
+        "roofline_step_seconds": step,
         "roofline_mfu": plan.flops / len(devices) / (chip.flops / per_chip) / step,
     }
 
@@ -186,28 +222,48 @@ def render(r: dict[str, Any]) -> str:
         f"global batch {r['global_batch']}, {r['parameters'] / 1e6:.1f} M parameters",
         f"compiled in {r['compile_seconds']:.0f} s at effort {r['effort']:g} by jax {r['jax']}'s libtpu; "
         "nothing was run",
-        *([r["note"]] if r["note"] else []), "", "per device",
-        *(f"  {name:22s} {gib(r[key])}" for name, key in (
-            ("parameters", "params_bytes"), ("optimiser", "opt_bytes"), ("teacher", "teacher_bytes"),
-            ("memory (centres, bank)", "memory_bytes")))]
+        *([r["note"]] if r["note"] else []),
+        "",
+        "per device",
+        *(
+            f"  {name:22s} {gib(r[key])}"
+            for name, key in (
+                ("parameters", "params_bytes"),
+                ("optimiser", "opt_bytes"),
+                ("teacher", "teacher_bytes"),
+                ("memory (centres, bank)", "memory_bytes"),
+            )
+        ),
+    ]
     if "temporary_bytes" in r:
         lines.append(f"  {'activations and rest':22s} {gib(r['temporary_bytes'])}")
     if r["peak_hbm_bytes"] is not None:
         spare = r["hbm_limit_bytes"] - r["peak_hbm_bytes"]
-        lines.append(f"  {'peak':22s} {gib(r['peak_hbm_bytes'])} of {r['hbm_limit_bytes'] / GIB:.2f}: "
-                     + (f"FITS, {spare / GIB:.2f} GiB to spare" if r["fits"]
-                        else f"DOES NOT FIT, {-spare / GIB:.2f} GiB too much"))
+        lines.append(
+            f"  {'peak':22s} {gib(r['peak_hbm_bytes'])} of {r['hbm_limit_bytes'] / GIB:.2f}: "
+            + (
+                f"FITS, {spare / GIB:.2f} GiB to spare"
+                if r["fits"]
+                else f"DOES NOT FIT, {-spare / GIB:.2f} GiB too much"
+            )
+        )
     if "temporary_bytes" not in r:
         return "\n".join([*lines, f"  {r['refusal']}"])
     lines += ["", f"collectives per step and device ({r['collective_bytes'] / GIB:.2f} GiB sent)"]
-    lines += [f"  {kind:22s} {gib(one['wire'])}  in {one['count']}, the largest {one['largest'] / 2**20:.1f} MiB"
-              for kind, one in sorted(r["collectives"].items())]
-    lines += ["", f"model FLOPs of a step     {r['model_flops']:.3e} (all devices; rematerialisation not counted)",
-              f"executed per device       {r['executed_flops']:.3e} (rematerialisation counted)",
-              f"HBM traffic per device    {r['hbm_traffic_bytes'] / GIB:.1f} GiB", "roofline, seconds a step: "
-              + ", ".join(f"{name} {seconds:.3f}" for name, seconds in r["roofline_seconds"].items()),
-              f"  -> {r['roofline_step_seconds']:.3f} s, MFU {r['roofline_mfu']:.1%} at best (an upper bound: the "
-              "longest of them, all else hidden)"]
+    lines += [
+        f"  {kind:22s} {gib(one['wire'])}  in {one['count']}, the largest {one['largest'] / 2**20:.1f} MiB"
+        for kind, one in sorted(r["collectives"].items())
+    ]
+    lines += [
+        "",
+        f"model FLOPs of a step     {r['model_flops']:.3e} (all devices; rematerialisation not counted)",
+        f"executed per device       {r['executed_flops']:.3e} (rematerialisation counted)",
+        f"HBM traffic per device    {r['hbm_traffic_bytes'] / GIB:.1f} GiB",
+        "roofline, seconds a step: "
+        + ", ".join(f"{name} {seconds:.3f}" for name, seconds in r["roofline_seconds"].items()),
+        f"  -> {r['roofline_step_seconds']:.3f} s, MFU {r['roofline_mfu']:.1%} at best (an upper bound: the "
+        "longest of them, all else hidden)",
+    ]
     return "\n".join(lines)
 
 
@@ -230,8 +286,10 @@ def main(argv: Sequence[str]) -> int:
         print(f"skysense-jax compile-check: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except jax.errors.JaxRuntimeError as error:
-        print(f"skysense-jax compile-check: the compiler failed, which says nothing about memory: {error}",
-              file=sys.stderr)
+        print(
+            f"skysense-jax compile-check: the compiler failed, which says nothing about memory: {error}",
+            file=sys.stderr,
+        )
         return EXIT_COMPILER
     print(render(result))
     if values.json:

@@ -11,7 +11,8 @@ import functools
 import json
 import pathlib
 import runpy
-from typing import Any, Callable, Mapping, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -140,8 +141,10 @@ def load(path: str | pathlib.Path, bank: str = OWN_BANK) -> Loaded:
         inputs, batched = prepare.prepare(contract, given)
         if "geo" in network.encoder:
             if place is None:
-                raise ValueError('this network uses geo-context: give "place": {"lon": degrees, "lat": degrees}, nan '
-                                 'where it is not known, or open it with bank="none"')
+                raise ValueError(
+                    'this network uses geo-context: give "place": {"lon": degrees, "lat": degrees}, nan '
+                    'where it is not known, or open it with bank="none"'
+                )
             inputs[PLACE] = prepare.location(place, len(next(iter(inputs.values()))["image"]))
         out = {name: np.asarray(value) for name, value in forward(network.encoder, inputs).items()}
         return out if batched else {name: value[0] for name, value in out.items()}

@@ -16,7 +16,8 @@ import shlex
 import subprocess
 import sys
 import time
-from typing import Any, Callable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -104,7 +105,13 @@ def text(report: Mapping[str, Any]) -> str:
 
 
 def evaluate(
-    path: str, data: str, *, task: str = "all", features: str = "fused", seed: int = 0, config: Any = None,
+    path: str,
+    data: str,
+    *,
+    task: str = "all",
+    features: str = "fused",
+    seed: int = 0,
+    config: Any = None,
     bank: str = embed.OWN_BANK,
 ) -> dict[str, Any]:
     """The evaluation as a JSON-able dict; see `evals.compare.compare` for "tasks".

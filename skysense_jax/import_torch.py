@@ -15,7 +15,8 @@ import math
 import pathlib
 import shutil
 import time
-from typing import Any, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -100,8 +101,9 @@ def _bands(options: Sequence[str]) -> dict[str, tuple[str, ...]]:
     for option in options:
         name, equals, names = option.partition("=")
         if not equals or name not in sensors.SENSORS:
-            raise ValueError(f"--bands {option}: write SENSOR=BAND,BAND,... "
-                             f"with SENSOR one of {', '.join(sensors.SENSORS)}")
+            raise ValueError(
+                f"--bands {option}: write SENSOR=BAND,BAND,... with SENSOR one of {', '.join(sensors.SENSORS)}"
+            )
         chosen[name] = tuple(names.split(","))
     return chosen
 
@@ -217,9 +219,16 @@ def _describe(
 ) -> None:
     """Writes OUT/model.json, which makes the folder one of imported weights."""
     description = {
-        "format": 1, "model_type": cfg.name, "architecture": json.loads(cfg.to_json()), "input_contract": contract,
-        "provenance": {"source": "imported PyTorch weights", "parts": origins, "imported_with": __version__,
-                       "licence": licence},
+        "format": 1,
+        "model_type": cfg.name,
+        "architecture": json.loads(cfg.to_json()),
+        "input_contract": contract,
+        "provenance": {
+            "source": "imported PyTorch weights",
+            "parts": origins,
+            "imported_with": __version__,
+            "licence": licence,
+        },
     }
     write_atomically(out / embed.MODEL_FILE, (json.dumps(description, indent=1) + "\n").encode())
 
@@ -255,16 +264,20 @@ def describe(
                 cfg.geo_context.table = "hashed" if hashed else "stream"
         for name, edges in zip(("lon_edges", "lat_edges"), regions.grid_edges(cfg.geo_context.cell)):
             if name in parts["geo"].tensors and not np.array_equal(parts["geo"].tensors[name], edges):
-                raise ValueError(f"{parts['geo'].path}: the grid of its regions ({name}) is not the one of squares of "
-                                 f"model.geo_context.cell={cfg.geo_context.cell:g} metres; give --config with theirs")
+                raise ValueError(
+                    f"{parts['geo'].path}: the grid of its regions ({name}) is not the one of squares of "
+                    f"model.geo_context.cell={cfg.geo_context.cell:g} metres; give --config with theirs"
+                )
     held = [name for name in parts if name != released.CALENDAR]
     with cfg.unlocked():
         cfg.modules = tuple(held)
     if "fusion" not in held:
         cfg.calendar = "none"
     elif cfg.calendar != "none" and released.CALENDAR not in parts:
-        raise ValueError(f"the fusion adds a calendar table (model.calendar={cfg.calendar!r}) and no file holds ctpe: "
-                         "the release keeps it in the file of the S2 encoder; --calendar none does without")
+        raise ValueError(
+            f"the fusion adds a calendar table (model.calendar={cfg.calendar!r}) and no file holds ctpe: "
+            "the release keeps it in the file of the S2 encoder; --calendar none does without"
+        )
     return cfg, contract
 
 

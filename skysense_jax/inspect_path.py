@@ -7,7 +7,8 @@ import argparse
 import json
 import math
 import pathlib
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -81,8 +82,11 @@ def contract_table(contract: Mapping[str, Any]) -> str:
             f"    {band:<8}{mean:>12.4f}{std:>12.4f}"
             for band, mean, std in zip(rule["bands"], rule["mean"], rule["std"])
         ]
-        lines += [f"    {key}: {rule[field]}" for key, field in (
-            ("statistics", "statistics_source"), ("datum", "datum"), ("missing", "missing")) if field in rule]
+        lines += [
+            f"    {key}: {rule[field]}"
+            for key, field in (("statistics", "statistics_source"), ("datum", "datum"), ("missing", "missing"))
+            if field in rule
+        ]
     return "\n".join(lines)
 
 
@@ -145,8 +149,9 @@ def encoder_sizes(model: Any, contract: Mapping[str, Any]) -> str:
     """Parameters of an msGFM encoder with the embedding of hr, which is how papers count: as `model` says, dense, and
     with mixtures in all stages from its first one on. model: config.model."""
     stages = tuple(model.moe.stages)
-    more = tuple(stage for stage in range(min(stages, default=len(model.depths)), len(model.depths))
-                 if model.depths[stage] > 1)
+    more = tuple(
+        stage for stage in range(min(stages, default=len(model.depths)), len(model.depths)) if model.depths[stage] > 1
+    )
     lines = ["encoder with embed_hr, as its mixtures are placed (model.moe.stages; this configuration first)"]
     for one in dict.fromkeys((stages, (), more)):
         other = model.copy_and_resolve_references()

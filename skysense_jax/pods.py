@@ -3,6 +3,7 @@
 Rows whose file is there are not compiled again, so the command can be stopped and repeated; delete a file to redo its
 row. Each row is its own process (libtpu takes its flags once): `skysense-jax compile-check`, printed before it runs.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -28,15 +29,31 @@ class Row(NamedTuple):
     @property
     def file(self) -> str:
         """Name of the row's JSON."""
-        name = [self.config, self.topology.replace(":", "-"), *([f"{self.slices}slices"] if self.slices > 1 else []),
-                *(field.removeprefix("--config.").replace("=", "") for field in self.fields)]
+        name = [
+            self.config,
+            self.topology.replace(":", "-"),
+            *([f"{self.slices}slices"] if self.slices > 1 else []),
+            *(field.removeprefix("--config.").replace("=", "") for field in self.fields),
+        ]
         return "_".join(name) + ".json"
 
     def command(self, configs: pathlib.Path, folder: pathlib.Path) -> list[str]:
         """What makes the row."""
-        return [sys.executable, "-m", "skysense_jax.cli", "compile-check",
-                "--config", str(configs / f"{self.config}.py"), "--topology", self.topology,
-                "--slices", str(self.slices), "--json", str(folder / self.file), *self.fields]
+        return [
+            sys.executable,
+            "-m",
+            "skysense_jax.cli",
+            "compile-check",
+            "--config",
+            str(configs / f"{self.config}.py"),
+            "--topology",
+            self.topology,
+            "--slices",
+            str(self.slices),
+            "--json",
+            str(folder / self.file),
+            *self.fields,
+        ]
 
 
 NO_BANK = "--config.model.geo_context.bank=none"
@@ -45,8 +62,10 @@ WHOLE = "--config.objective.microbatches=1"  # with one place per chip there is 
 ROWS = (
     Row("skysense_full", "v5e:8x8"),
     *(Row("skysense_full", topology, fields=(NO_BANK,)) for topology in ("v5e:8x8", "v5p:4x4x4")),
-    *(Row("skysense_full", topology, fields=(NO_BANK, WHOLE))
-      for topology in ("v5e:16x16", "v5p:8x8x8", "v5p:8x8x16", "v6e:16x16")),
+    *(
+        Row("skysense_full", topology, fields=(NO_BANK, WHOLE))
+        for topology in ("v5e:16x16", "v5p:8x8x8", "v5p:8x8x16", "v6e:16x16")
+    ),
     Row("skysense_base", "v5e:4x4", fields=(NO_BANK,)),
     Row("msgfm_base", "v5e:4x4"),
 )
@@ -57,7 +76,9 @@ MARKS = "<!-- rows: skysense-jax pods -->", "<!-- end of rows -->"
 HEAD = (
     "| configuration | topology | chips | mesh | global batch | peak HBM / limit, GiB | fits "
     "| sent per chip and step, GiB (ICI / DCN) | roofline step, s (bound) | roofline MFU | compile, s |\n"
-    + "|---" * 11 + "|\n")
+    + "|---" * 11
+    + "|\n"
+)
 
 
 def line(r: dict[str, Any]) -> str:
@@ -67,12 +88,22 @@ def line(r: dict[str, Any]) -> str:
     mesh = " x ".join(f"{name} {size}" for name, size in r["mesh"].items())
     batch = f"{r['global_batch']} in {r['microbatches']} parts" if r["microbatches"] > 1 else str(r["global_batch"])
     peak = "?" if r["peak_hbm_bytes"] is None else f"{r['peak_hbm_bytes'] / GIB:.2f}"
-    cells = [r["row"], r["topology"] + slices, str(chips), mesh, batch, f"{peak} / {r['hbm_limit_bytes'] / GIB:.2f}",
-             "yes" if r["fits"] else "**no**"]
+    cells = [
+        r["row"],
+        r["topology"] + slices,
+        str(chips),
+        mesh,
+        batch,
+        f"{peak} / {r['hbm_limit_bytes'] / GIB:.2f}",
+        "yes" if r["fits"] else "**no**",
+    ]
     if "ici_bytes" in r:
         bound = max(r["roofline_seconds"], key=r["roofline_seconds"].get)
-        cells += [f"{r['ici_bytes'] / GIB:.1f} / {r['dcn_bytes'] / GIB:.1f}",
-                  f"{r['roofline_step_seconds']:.3f} ({bound})", f"{r['roofline_mfu']:.0%}"]
+        cells += [
+            f"{r['ici_bytes'] / GIB:.1f} / {r['dcn_bytes'] / GIB:.1f}",
+            f"{r['roofline_step_seconds']:.3f} ({bound})",
+            f"{r['roofline_mfu']:.0%}",
+        ]
     else:
         cells += ["", "", ""]
     return "| " + " | ".join([*cells, f"{r['compile_seconds']:.0f}"]) + " |"
@@ -81,10 +112,12 @@ def line(r: dict[str, Any]) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """FOLDER, --configs, --out, --only."""
     parser.add_argument("folder", type=pathlib.Path, help="where the rows' JSON files are kept")
-    parser.add_argument("--configs", type=pathlib.Path, default=pathlib.Path("configs"),
-                        help="folder of configurations")
-    parser.add_argument("--out", type=pathlib.Path,
-                        help="also put the table between its marks in this file (docs/pods.md)")
+    parser.add_argument(
+        "--configs", type=pathlib.Path, default=pathlib.Path("configs"), help="folder of configurations"
+    )
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="also put the table between its marks in this file (docs/pods.md)"
+    )
     parser.add_argument("--only", default="", help="only rows whose file name contains this")
 
 

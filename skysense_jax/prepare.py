@@ -9,7 +9,8 @@ with what to do about it.
 from __future__ import annotations
 
 import datetime
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -79,8 +80,10 @@ def location(place: Mapping[str, Any], count: int) -> dict[str, np.ndarray]:
         if values.size != count or values.ndim > 1:
             raise ValueError(f"place: {name} has shape {values.shape}, for {count} places one number each is needed")
         if (np.abs(values) > limit).any():
-            raise ValueError(f"place: {name} must lie within -{limit}..{limit} degrees, nan where it is not known; got "
-                             f"{values[np.abs(values) > limit][0] if values.ndim else values:g}")
+            raise ValueError(
+                f"place: {name} must lie within -{limit}..{limit} degrees, nan where it is not known; got "
+                f"{values[np.abs(values) > limit][0] if values.ndim else values:g}"
+            )
     return {name: values.astype(np.float32).reshape(count) for name, values in found.items()}
 
 

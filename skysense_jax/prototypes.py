@@ -15,7 +15,8 @@ import pathlib
 import re
 import shlex
 import sys
-from typing import Any, Mapping, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -143,14 +144,17 @@ def region_at(bank: Mapping[str, np.ndarray], lon: float, lat: float, side: int 
     if cell == regions.NOWHERE:
         raise ValueError(f"lon {lon:g} lat {lat:g} is no location: the place's is missing")
     if side != regions.ALONE:
-        raise ValueError(f"the region that lon {lon:g} lat {lat:g} shares with other squares (table='hashed') has "
-                         f"never been visited; {len(known)} of {len(bank['cells'])} have")
+        raise ValueError(
+            f"the region that lon {lon:g} lat {lat:g} shares with other squares (table='hashed') has "
+            f"never been visited; {len(known)} of {len(bank['cells'])} have"
+        )
     centres = np.array([regions.cell_centre(one, *edges) for one in bank["cells"][known]])
     away = _distance(lon, lat, *centres.T)
     nearest = np.argsort(away, kind="stable")[:NEAREST]
     raise ValueError(
         f"lon {lon:g} lat {lat:g} lies in no region that the bank has visited ({len(known)} are); the nearest: "
-        + "; ".join(f"{centres[k, 0]:.4f},{centres[k, 1]:.4f} ({away[k]:.0f} km away)" for k in nearest))
+        + "; ".join(f"{centres[k, 0]:.4f},{centres[k, 1]:.4f} ({away[k]:.0f} km away)" for k in nearest)
+    )
 
 
 def _distance(lon: float, lat: float, lons: np.ndarray, lats: np.ndarray) -> np.ndarray:
@@ -170,18 +174,28 @@ def region_report(bank: Mapping[str, np.ndarray], row: int, cell: int, side: flo
     others = np.where(np.eye(len(own), dtype=bool), -np.inf, cosine)
     return {
         "region": {
-            "row": row, "cell": cell, "centre": regions.cell_centre(cell, *edges),
-            "bounds": regions.cell_bounds(cell, *edges), "side_m": side, "visits": int(bank["visits"][row]),
-            "shared": regions.is_shared(bank["cells"]), "visited_regions": int(np.sum(bank["visits"] > 0)),
+            "row": row,
+            "cell": cell,
+            "centre": regions.cell_centre(cell, *edges),
+            "bounds": regions.cell_bounds(cell, *edges),
+            "side_m": side,
+            "visits": int(bank["visits"][row]),
+            "shared": regions.is_shared(bank["cells"]),
+            "visited_regions": int(np.sum(bank["visits"] > 0)),
         },
         "bank": {
             "usage_entropy": assignment.entropy(bank["usage"][row]),
-            "similarity_mean": float(pairs.mean()), "similarity_max": float(pairs.max()),
+            "similarity_mean": float(pairs.mean()),
+            "similarity_max": float(pairs.max()),
             "directions": float(banks.directions(own)),
         },
         "prototypes": [
-            {"number": k, "usage": float(bank["usage"][row, k]), "like": int(others[k].argmax()),
-             "like_cosine": float(others[k].max())}
+            {
+                "number": k,
+                "usage": float(bank["usage"][row, k]),
+                "like": int(others[k].argmax()),
+                "like_cosine": float(others[k].max()),
+            }
             for k in range(len(own))
         ],
         "similarity": np.round(cosine, 4).tolist(),
@@ -209,17 +223,29 @@ def places_of(network: embed.Network, bank: Mapping[str, np.ndarray], cfg: Any, 
         for batch in tqdm(batches, total=-(-len(chosen) // size), desc=f"places of the region, {split}", unit="batch"):
             real = batch["weight"] > 0
             query, mask = (np.asarray(one)[real] for one in forward(encoder, batch["sensors"]))
-            parts.append({
-                "query": assignment.unit(query).astype(np.float32), "mask": mask > 0, "label": batch["label_map"][real],
-                "names": batch["place"]["name"][real], "lon": batch["place"]["lon"][real],
-                "lat": batch["place"]["lat"][real]})
+            parts.append(
+                {
+                    "query": assignment.unit(query).astype(np.float32),
+                    "mask": mask > 0,
+                    "label": batch["label_map"][real],
+                    "names": batch["place"]["name"][real],
+                    "lon": batch["place"]["lon"][real],
+                    "lat": batch["place"]["lat"][real],
+                }
+            )
     if not parts:
         raise ValueError(f"{cfg.data.dir} has no place in this region")
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     count, grid = len(joined["mask"]), joined["mask"].shape[1:]
     return Seen(
-        joined["query"].reshape(count, grid[0] * grid[1], -1), joined["mask"].reshape(count, -1),
-        joined["label"].reshape(count, -1), [str(name) for name in joined["names"]], joined["lon"], joined["lat"], grid)
+        joined["query"].reshape(count, grid[0] * grid[1], -1),
+        joined["mask"].reshape(count, -1),
+        joined["label"].reshape(count, -1),
+        [str(name) for name in joined["names"]],
+        joined["lon"],
+        joined["lat"],
+        grid,
+    )
 
 
 def assigned(seen: Seen, prototypes: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -242,13 +268,21 @@ def data_report(folder: str, seen: Seen, own: np.ndarray, prototypes: np.ndarray
     share = assignment.shares(own[seen.valid], count)
     order, best = assignment.best_of_places(cosine, seen.valid, NEAREST)
     return {
-        "dir": str(folder), "dataset_id": meta.get("dataset_id"), "synthetic": bool(meta.get("synthetic")),
-        "places": len(seen.names), "cells": int(seen.valid.sum()), "kmeans_seed": seed,
-        "fit": float(cosine.max(-1)[seen.valid].mean()), "share_entropy": assignment.entropy(share),
+        "dir": str(folder),
+        "dataset_id": meta.get("dataset_id"),
+        "synthetic": bool(meta.get("synthetic")),
+        "places": len(seen.names),
+        "cells": int(seen.valid.sum()),
+        "kmeans_seed": seed,
+        "fit": float(cosine.max(-1)[seen.valid].mean()),
+        "share_entropy": assignment.entropy(share),
         "share": share.tolist(),
         "nearest": [
-            [{"place": seen.names[m], "lon": float(seen.lon[m]), "lat": float(seen.lat[m]), "cosine": float(value)}
-             for m, value in zip(order[k], best[k]) if np.isfinite(value)]
+            [
+                {"place": seen.names[m], "lon": float(seen.lon[m]), "lat": float(seen.lat[m]), "cosine": float(value)}
+                for m, value in zip(order[k], best[k])
+                if np.isfinite(value)
+            ]
             for k in range(count)
         ],
     }
@@ -260,8 +294,12 @@ def agreement(seen: Seen, own: np.ndarray, clusters: np.ndarray, places: slice) 
     valid = seen.valid[places]
     label, own, clusters = (one[places][valid] for one in (seen.label, own, clusters))
     labelled = label[label != UNLABELLED]
-    return {"cells": len(labelled), "classes": len(np.unique(labelled)),
-            "prototypes": assignment.agreement(own, label), "kmeans": assignment.agreement(clusters, label)}
+    return {
+        "cells": len(labelled),
+        "classes": len(np.unique(labelled)),
+        "prototypes": assignment.agreement(own, label),
+        "kmeans": assignment.agreement(clusters, label),
+    }
 
 
 def write_maps(
@@ -272,9 +310,13 @@ def write_maps(
     scores = {name: report["agreement"]["place"][name] for name in ("prototypes", "kmeans")}
     said = {name: "" if value is None else f"  AMI {value:.2f}" for name, value in scores.items()}
     picture = prototype_map.draw(
-        record, meta, {f"prototype{said['prototypes']}": own, f"k-means{said['kmeans']}": clusters}, count,
+        record,
+        meta,
+        {f"prototype{said['prototypes']}": own, f"k-means{said['kmeans']}": clusters},
+        count,
         f"{preview.as_text(record['place'])}   lon {float(record['lon']):.4f} lat {float(record['lat']):.4f}   region "
-        f"{report['region']['row']}, {count} prototypes   AMI: with the label map of this place")
+        f"{report['region']['row']}, {count} prototypes   AMI: with the label map of this place",
+    )
     picture.save(f"{stem}.png", optimize=True)
     tags = {"SKYSENSE_REGION": str(report["region"]["row"]), "SKYSENSE_STEP": str(report["network"]["step"])}
     prototype_map.write_geotiff(f"{stem}.tif", own, record, tags | prototype_map.synthetic_tag(meta))
@@ -297,21 +339,27 @@ def text(report: Mapping[str, Any]) -> str:
     if data:
         lines.append(
             f"places   {data['dir']}: {data['places']} in the region, {data['cells']} cells; entropy of the shares "
-            f"{data['share_entropy']:.3f}; mean cosine with the prototype {data['fit']:.3f}")
+            f"{data['share_entropy']:.3f}; mean cosine with the prototype {data['fit']:.3f}"
+        )
     header = f"{'prototype':>9}{'usage':>9}{'most like':>16}"
     lines += ["", header + (f"{'share':>9}  nearest places: cosine of their best cell (lon, lat)" if data else "")]
     for one in report["prototypes"]:
         line = f"{one['number']:>9}{one['usage']:>9.1%}{one['like']:>9} ({one['like_cosine']:.2f})"
         if data:
-            places = (f"{near['place']} {near['cosine']:.3f} ({near['lon']:.3f}, {near['lat']:.3f})"
-                      for near in data["nearest"][one["number"]])
+            places = (
+                f"{near['place']} {near['cosine']:.3f} ({near['lon']:.3f}, {near['lat']:.3f})"
+                for near in data["nearest"][one["number"]]
+            )
             line += f"{data['share'][one['number']]:>9.1%}  " + "; ".join(places)
         lines.append(line)
     lines += ["", "usage: moving average over pretraining's views, the share of cells nearest to a prototype"]
     if data:
-        lines += ["", f"adjusted mutual information with the label map   (k-means: {count} clusters, same features, "
-                      f"seed {data['kmeans_seed']})",
-                  f"{'':<12}{'cells':>8}{'classes':>9}{'prototypes':>12}{'k-means':>9}"]
+        lines += [
+            "",
+            f"adjusted mutual information with the label map   (k-means: {count} clusters, same features, "
+            f"seed {data['kmeans_seed']})",
+            f"{'':<12}{'cells':>8}{'classes':>9}{'prototypes':>12}{'k-means':>9}",
+        ]
         for name, row in report["agreement"].items():
             scores = ["-" if row[one] is None else f"{row[one]:.3f}" for one in ("prototypes", "kmeans")]
             lines.append(f"{name:<12}{row['cells']:>8}{row['classes']:>9}{scores[0]:>12}{scores[1]:>9}")

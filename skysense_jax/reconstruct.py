@@ -1,4 +1,5 @@
 """`skysense-jax reconstruct`: what a trained msGFM makes of a place behind a mask, as a picture."""
+
 from __future__ import annotations
 
 import argparse

@@ -5,9 +5,11 @@ selects bands by name and order and carries the statistics it normalises with. T
 stored inside every checkpoint and every exported folder and is checked at every door. Adding a sensor is adding a row
 to :data:`SENSORS`.
 """
+
 from __future__ import annotations
 
-from typing import Any, Mapping, NamedTuple, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 UNITS = ("dn", "reflectance", "linear_power", "amplitude", "db", "m")
 """Units a catalog may declare; each sensor accepts only those its row lists."""
@@ -60,8 +62,19 @@ _S2_BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09
 # STAC common names (eo:common_name) and the short ESA spelling without the zero.
 _S2_ALIASES = {
     **{f"b{i}": f"B{i:02d}" for i in range(1, 13)},
-    "coastal": "B01", "blue": "B02", "green": "B03", "red": "B04", "rededge1": "B05", "rededge2": "B06",
-    "rededge3": "B07", "nir": "B08", "nir08": "B8A", "b08a": "B8A", "nir09": "B09", "cirrus": "B10", "swir16": "B11",
+    "coastal": "B01",
+    "blue": "B02",
+    "green": "B03",
+    "red": "B04",
+    "rededge1": "B05",
+    "rededge2": "B06",
+    "rededge3": "B07",
+    "nir": "B08",
+    "nir08": "B8A",
+    "b08a": "B8A",
+    "nir09": "B09",
+    "cirrus": "B10",
+    "swir16": "B11",
     "swir22": "B12",
 }
 
@@ -69,38 +82,108 @@ SENSORS: dict[str, Sensor] = {
     sensor.name: sensor
     for sensor in (
         Sensor(
-            name="hr", bands=("R", "G", "B"), aliases={"red": "R", "green": "G", "blue": "B"},
-            unit="dn", units_accepted=("dn",), dtype="uint8", grid="hr", dated=False, gsd=0.3, plausible=(0.0, 255.0),
-            nodata=None, offset_required=False, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375),
+            name="hr",
+            bands=("R", "G", "B"),
+            aliases={"red": "R", "green": "G", "blue": "B"},
+            unit="dn",
+            units_accepted=("dn",),
+            dtype="uint8",
+            grid="hr",
+            dated=False,
+            gsd=0.3,
+            plausible=(0.0, 255.0),
+            nodata=None,
+            offset_required=False,
+            mean=(123.675, 116.28, 103.53),
+            std=(58.395, 57.12, 57.375),
             source="ImageNet statistics on 0..255, as in the SkySense release's iSAID and DIOR configurations",
             unstored={"NIR": (123.675, 58.395)},  # four-band encoders start from the red kernel: red's statistics
             pair="dsm",
         ),
         Sensor(
-            name="s2", bands=_S2_BANDS, aliases=_S2_ALIASES, unit="dn", units_accepted=("dn", "reflectance"),
-            dtype="uint16", grid="s2", dated=True, gsd=10.0, plausible=(0.0, 32767.0), nodata=0.0, offset_required=True,
-            mean=(1354.40546513, 884.29673756, 1144.16202635, 1297.47289228, 1624.90992062, 2194.6423161, 2422.21248945,
-                  2517.76053101, 2581.64687018, 732.08340178, 12.11327804, 2368.51236873, 1805.06846033),
-            std=(245.71762908, 1155.15170768, 1183.6292542, 1368.11351514, 1370.265037, 1355.55390699, 1416.51487101,
-                 1474.78900051, 1439.3086061, 404.91978886, 4.77584468, 1455.52084939, 1343.48379601),
+            name="s2",
+            bands=_S2_BANDS,
+            aliases=_S2_ALIASES,
+            unit="dn",
+            units_accepted=("dn", "reflectance"),
+            dtype="uint16",
+            grid="s2",
+            dated=True,
+            gsd=10.0,
+            plausible=(0.0, 32767.0),
+            nodata=0.0,
+            offset_required=True,
+            mean=(
+                1354.40546513,
+                884.29673756,
+                1144.16202635,
+                1297.47289228,
+                1624.90992062,
+                2194.6423161,
+                2422.21248945,
+                2517.76053101,
+                2581.64687018,
+                732.08340178,
+                12.11327804,
+                2368.51236873,
+                1805.06846033,
+            ),
+            std=(
+                245.71762908,
+                1155.15170768,
+                1183.6292542,
+                1368.11351514,
+                1370.265037,
+                1355.55390699,
+                1416.51487101,
+                1474.78900051,
+                1439.3086061,
+                404.91978886,
+                4.77584468,
+                1455.52084939,
+                1343.48379601,
+            ),
             source="SkySense++ dataset_colors.modal_norm_dict for the ten SkySense bands; B01, B09, B10: EuroSAT "
-                   "all-bands statistics in public use (B10 exists in L1C only; compute your own with `data stats`)",
+            "all-bands statistics in public use (B10 exists in L1C only; compute your own with `data stats`)",
             pair="s1",
         ),
         Sensor(
-            name="s1", bands=("VV", "VH"), aliases={"vv": "VV", "vh": "VH", "sigma0_vv": "VV", "sigma0_vh": "VH"},
-            unit="db", units_accepted=("db", "linear_power", "amplitude"), dtype="float32", grid="s2", dated=True,
-            gsd=10.0, plausible=(-60.0, 35.0), nodata=None, offset_required=False, mean=(-12.54847273, -20.19237134),
-            std=(5.25697717, 5.91150917), source="SkySense++ dataset_colors.modal_norm_dict (decibel)",
+            name="s1",
+            bands=("VV", "VH"),
+            aliases={"vv": "VV", "vh": "VH", "sigma0_vv": "VV", "sigma0_vh": "VH"},
+            unit="db",
+            units_accepted=("db", "linear_power", "amplitude"),
+            dtype="float32",
+            grid="s2",
+            dated=True,
+            gsd=10.0,
+            plausible=(-60.0, 35.0),
+            nodata=None,
+            offset_required=False,
+            mean=(-12.54847273, -20.19237134),
+            std=(5.25697717, 5.91150917),
+            source="SkySense++ dataset_colors.modal_norm_dict (decibel)",
             pair="s2",
         ),
         Sensor(
-            name="dsm", bands=("height",), aliases={"dsm": "height", "dem": "height", "elevation": "height"},
-            unit="m", units_accepted=("m",), dtype="float32", grid="hr", dated=False, gsd=0.5,
-            plausible=(-500.0, 9000.0), nodata=None, offset_required=False, mean=(0.0,), std=(10.0,),
+            name="dsm",
+            bands=("height",),
+            aliases={"dsm": "height", "dem": "height", "elevation": "height"},
+            unit="m",
+            units_accepted=("m",),
+            dtype="float32",
+            grid="hr",
+            dated=False,
+            gsd=0.5,
+            plausible=(-500.0, 9000.0),
+            nodata=None,
+            offset_required=False,
+            mean=(0.0,),
+            std=(10.0,),
             source="a choice: 10 m above or below an image's median height is one unit; compute your own with "
-                   "`data stats`",
-            pair="hr", heights=True,
+            "`data stats`",
+            pair="hr",
+            heights=True,
         ),
     )
 }
@@ -122,8 +205,9 @@ def band_name(sensor: str, name: str) -> str:
             return canonical
     if text.lower() in row.aliases:
         return row.aliases[text.lower()]
-    raise ValueError(f"band {name!r} is not a band of sensor {sensor!r}; known: "
-                     f"{', '.join((*row.bands, *row.unstored))}")
+    raise ValueError(
+        f"band {name!r} is not a band of sensor {sensor!r}; known: {', '.join((*row.bands, *row.unstored))}"
+    )
 
 
 DATUM = "the lower median of an image's valid pixels is subtracted first"
@@ -156,17 +240,24 @@ def input_contract(
             raise ValueError(f"sensor {name!r}: bands must be distinct and not empty, got {wanted}")
         given = (statistics or {}).get(name, {})
         if row.heights and given and "datum" not in given:
-            raise ValueError(f"sensor {name!r}: these statistics are of absolute heights, models see them above each "
-                             "image's median; run `skysense-jax data stats` on the dataset again")
+            raise ValueError(
+                f"sensor {name!r}: these statistics are of absolute heights, models see them above each "
+                "image's median; run `skysense-jax data stats` on the dataset again"
+            )
         mean, std = given.get("mean", row.mean), given.get("std", row.std)
         columns = {**dict(zip(row.bands, zip(mean, std))), **row.unstored}
         picked_std = [float(columns[band][1]) for band in wanted]
         if min(picked_std) <= 0:
-            raise ValueError(f"sensor {name!r}: a standard deviation of {min(picked_std)} cannot normalise; "
-                             f"bands {wanted}")
+            raise ValueError(
+                f"sensor {name!r}: a standard deviation of {min(picked_std)} cannot normalise; bands {wanted}"
+            )
         contract["sensors"][name] = {
-            "bands": wanted, "unit": row.unit, "grid": row.grid, "gsd": row.gsd,
-            "mean": [float(columns[band][0]) for band in wanted], "std": picked_std,
+            "bands": wanted,
+            "unit": row.unit,
+            "grid": row.grid,
+            "gsd": row.gsd,
+            "mean": [float(columns[band][0]) for band in wanted],
+            "std": picked_std,
             "statistics_source": str(given.get("source", row.source)),
             "missing": "invalid pixels and unmeasured bands are 0 after normalisation; absent dates are masked",
         }

@@ -9,13 +9,15 @@ Exit codes: 0 done. 75 preempted (SIGTERM) and saved. 70 no step within config.r
 config.run.max_skipped updates were not finite. 74 a checkpoint or the metrics could not be written (full disk).
 78 bad configuration or data.
 """
+
 from __future__ import annotations
 
 import json
 import os
 import sys
 import time
-from typing import Any, Callable, Mapping, NamedTuple, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from absl import flags
@@ -73,8 +75,14 @@ def read_flags(
     """
     argv = [f"skysense-jax {command}", *argv]
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "configuration file; fields: --config.section.field=value",
-                                    flag_values=values, sys_argv=argv, lock_config=True)
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "configuration file; fields: --config.section.field=value",
+        flag_values=values,
+        sys_argv=argv,
+        lock_config=True,
+    )
     flags.DEFINE_bool("help", False, "show this text", flag_values=values, short_name="h")
     define(values)
     if "--help" in argv or "-h" in argv:
@@ -93,10 +101,12 @@ def read_flags(
 
 def parse(argv: Sequence[str]) -> Options:
     """Command line (without the program's name) to options. ValueError as :func:`read_flags`."""
+
     def define(values: flags.FlagValues) -> None:
         flags.DEFINE_string("workdir", None, "folder of this run; continued where it has begun", flag_values=values)
-        flags.DEFINE_string("init_from", None, "workdir or checkpoint whose weights a new run starts from",
-                            flag_values=values)
+        flags.DEFINE_string(
+            "init_from", None, "workdir or checkpoint whose weights a new run starts from", flag_values=values
+        )
         flags.DEFINE_string("profile", "", "trace these steps, as 100:105, into WORKDIR/profile", flag_values=values)
 
     values = read_flags("train", argv, define, __doc__)
@@ -110,8 +120,9 @@ def check_config(cfg: config_dict.ConfigDict) -> None:
     """ValueError for a field nothing reads, a missing one, a model that has no objective."""
     fields.check(cfg)
     if cfg.model.name not in OBJECTIVES:
-        raise ValueError(f"config.model.name={cfg.model.name!r} has no training objective; there are "
-                         f"{', '.join(OBJECTIVES)}")
+        raise ValueError(
+            f"config.model.name={cfg.model.name!r} has no training objective; there are {', '.join(OBJECTIVES)}"
+        )
 
 
 def make_contract(cfg: config_dict.ConfigDict) -> dict[str, Any]:
@@ -135,8 +146,10 @@ def make_plan(cfg: config_dict.ConfigDict, contract: Mapping[str, Any], mesh: ja
     batch = state.batch_shapes(spec, mesh)
     share = int(cfg.data.batch) // meshes.batch_sharding(mesh).num_devices
     if share % cfg.objective.get("microbatches", 1):
-        raise ValueError(f"config.objective.microbatches={cfg.objective.microbatches} does not divide the {share} "
-                         "places of a device, and some would wait for others; 1 always does")
+        raise ValueError(
+            f"config.objective.microbatches={cfg.objective.microbatches} does not divide the {share} "
+            "places of a device, and some would wait for others; 1 always does"
+        )
     shapes = state.state_shapes(objective, batch, cfg.seed, mesh)
     update = step.make_step(objective, cfg, optim.decay_mask(shapes.params))
     return Plan(dict(contract), spec, objective, shapes, batch, update, float(objective.flops(batch)))
@@ -156,8 +169,10 @@ def compile_step(plan: Plan, mesh: jax.sharding.Mesh) -> Any:
     compiled = jitted.lower(plan.state, plan.batch).compile()
     memory = compiled.memory_analysis()
     parts = {
-        "arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
-        "outputs": memory.output_size_in_bytes, "of these in place": memory.alias_size_in_bytes,
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "outputs": memory.output_size_in_bytes,
+        "of these in place": memory.alias_size_in_bytes,
     }
     needs = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in parts.items())
     say(f"compiled in {time.monotonic() - begin:.1f} s; per device: {needs}; model FLOPs of a step: {plan.flops:.3e}")
@@ -165,12 +180,16 @@ def compile_step(plan: Plan, mesh: jax.sharding.Mesh) -> Any:
 
 
 def where_to_start(
-    cfg: config_dict.ConfigDict, workdir: epath.Path, plan: Plan, meta: Mapping[str, Any],
+    cfg: config_dict.ConfigDict,
+    workdir: epath.Path,
+    plan: Plan,
+    meta: Mapping[str, Any],
     given: epath.Path | None = None,
 ) -> Start:
     """1. the newest sound checkpoint of this workdir; 2. the weights of --init_from; 3. scratch."""
     found = checkpoint.restore_latest_valid(
-        workdir, plan.state, lambda found: folder.check_same_run(cfg, plan.contract, meta["dataset_id"], found))
+        workdir, plan.state, lambda found: folder.check_same_run(cfg, plan.contract, meta["dataset_id"], found)
+    )
     if found is not None:
         position = data_position(cfg, found.step)
         if found.data != position:
@@ -187,8 +206,10 @@ def where_to_start(
         fresh = init_from.with_teacher(cfg, fresh)
     if given is None:
         if geo is not None and geo.bank == "frozen":
-            raise ValueError("config.model.geo_context.bank='frozen': a bank that nothing has learnt; start from a run "
-                             "that has one (--init_from), or take 'on'")
+            raise ValueError(
+                "config.model.geo_context.bank='frozen': a bank that nothing has learnt; start from a run "
+                "that has one (--init_from), or take 'on'"
+            )
         say("starting from scratch")
         return Start(fresh, 0, {})
     begun, report = init_from.init_from(given, fresh, json.loads(json.dumps(plan.contract)))
@@ -263,8 +284,10 @@ def run(options: Options, process: int, processes: int, preemption: Preemption) 
 
         def not_finite() -> int:
             log.close()
-            say(f"{skipped} updates were not finite, config.run.max_skipped is {cfg.run.max_skipped}; "
-                f"the metrics are in {workdir / metrics.FILE}")
+            say(
+                f"{skipped} updates were not finite, config.run.max_skipped is {cfg.run.max_skipped}; "
+                f"the metrics are in {workdir / metrics.FILE}"
+            )
             return EXIT_NOT_FINITE
 
         # 5. The loop. Order matters: save -> next batch -> step -> log; a checkpoint describes one instant of state,

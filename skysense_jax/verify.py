@@ -12,7 +12,7 @@ import json
 import pathlib
 import subprocess
 import sys
-from typing import Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import safetensors.numpy
@@ -88,6 +88,9 @@ def table(results: Mapping[str, Mapping[str, float]], limit: float) -> tuple[str
         values = [result[name] for result in results.values()]
         within = all(value <= limit for value in values)
         sound &= within
-        lines.append(f"{name.removeprefix('output.'):<24}" + "".join(f"{value:>12.2e}" for value in values)
-                     + ("    ok" if within else "    DIFFERS"))
+        lines.append(
+            f"{name.removeprefix('output.'):<24}"
+            + "".join(f"{value:>12.2e}" for value in values)
+            + ("    ok" if within else "    DIFFERS")
+        )
     return "\n".join(lines), sound

@@ -3,11 +3,12 @@ that open gs:// paths (gcsfs, google-cloud-storage, TensorStore, array_record) f
 
 What it does not show is listed in docs/launch.md.
 """
+
 from __future__ import annotations
 
 import contextlib
 import socket
-from typing import Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -31,5 +32,3 @@ def emulated() -> Iterator[str]:
             yield "gs://bucket"
         finally:
             server.stop()
-
-

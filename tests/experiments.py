@@ -1,7 +1,8 @@
 """What the experiments have in common: means over seeds with their intervals."""
+
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from scipy import stats

@@ -17,7 +17,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch"
 
-GCLOUD = r'''
+GCLOUD = r"""
 import json, os, pathlib, shutil, signal, subprocess, sys
 here, args = pathlib.Path(os.environ["FAKE"]), sys.argv[1:]
 assert args[:3] == ["compute", "tpus", "queued-resources"], args
@@ -65,11 +65,11 @@ elif verb == "ssh":
     with open(here / "answers", "a") as file:
         file.write(said)
     sys.exit(max(process.returncode for process in started))
-'''
+"""
 
 # The environment's python. Training takes the next code of FAKE/codes; "1/78": host 0 and host 1; "hold": stay until
 # SIGTERM, then 75; "lost": take along the shell that would note the code.
-PYTHON = r'''#!/bin/bash
+PYTHON = r"""#!/bin/bash
 if [ "$1 $2" != "-m skysense_jax.train" ]; then exec REAL -S "$@"; fi
 me=${SLURM_PROCID:-$(basename "$HOME")}
 job="processes=$SKYSENSE_PROCESSES at=$SKYSENSE_COORDINATOR index=$SKYSENSE_PROCESS_INDEX tpu=$TPU_TYPE"
@@ -82,15 +82,15 @@ case $code in
     lost) kill -KILL $PPID; exit 0 ;;
 esac
 exit "$code"
-'''
+"""
 
 # Two tasks one after the other; like srun, ends with the highest code.
-SRUN = r'''#!/bin/bash
+SRUN = r"""#!/bin/bash
 while [[ $1 == --* ]]; do shift; done
 highest=0
 for n in 0 1; do SLURM_PROCID=$n "$@"; code=$?; [ $code -le $highest ] || highest=$code; done
 exit $highest
-'''
+"""
 
 
 def script(path, text):
@@ -105,7 +105,8 @@ def clean_env():
 
 def launch(name, args, env):
     return subprocess.run(
-        [LAUNCH / name, *args], env=env, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+        [LAUNCH / name, *args], env=env, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 class Cluster:
@@ -128,8 +129,14 @@ class Cluster:
         stamp = (ROOT / "pyproject.toml").read_bytes() + (ROOT / f"constraints-{versions}.txt").read_bytes()
         for extra in ("tpu", "gpu"):
             (venv / f".installed-{extra}").write_text(hashlib.sha256(stamp).hexdigest() + "\n")
-        self.env = {**clean_env(), "FAKE": str(folder), "PATH": f"{bin_}:{os.environ['PATH']}", "VENV": str(venv),
-                    "XDG_CACHE_HOME": str(folder / "cache"), "PYTHON": str(venv / "bin" / "python")}
+        self.env = {
+            **clean_env(),
+            "FAKE": str(folder),
+            "PATH": f"{bin_}:{os.environ['PATH']}",
+            "VENV": str(venv),
+            "XDG_CACHE_HOME": str(folder / "cache"),
+            "PYTHON": str(venv / "bin" / "python"),
+        }
         self.folder = folder
 
     def __call__(self, name, *args, states=(), codes=(), **more):

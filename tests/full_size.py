@@ -9,6 +9,7 @@ every expert in 4 slices, and SimMIM's checkpoint. Needs torch, and for configs/
 and 16 GiB of memory (configs/msgfm_base.py: 5 and 5). Each command runs in a process of its own; its peak memory is
 what the kernel reports for that process (VmHWM: resident pages, those of mapped files included).
 """
+
 from __future__ import annotations
 
 import argparse
@@ -19,7 +20,8 @@ import shutil
 import subprocess
 import sys
 import time
-from typing import Any, Callable, Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -81,12 +83,17 @@ def write_swins(folder: pathlib.Path, cfg: Any) -> Released:
 
     def gfm() -> dict[str, np.ndarray]:
         teacher = swin_layouts.swin(*other, seed=2, **fields)
-        return simmim() | {f"teacher.{name}": value for name, value in teacher.items()} | {
-            "projector.weight": np.zeros((last, last), np.float32), "projector.bias": np.zeros(last, np.float32)}
+        return (
+            simmim()
+            | {f"teacher.{name}": value for name, value in teacher.items()}
+            | {"projector.weight": np.zeros((last, last), np.float32), "projector.bias": np.zeros(last, np.float32)}
+        )
 
     def supervised() -> dict[str, np.ndarray]:
         return swin_layouts.swin(*other, **fields) | {
-            "head.weight": np.zeros((21841, last), np.float32), "head.bias": np.zeros(21841, np.float32)}
+            "head.weight": np.zeros((21841, last), np.float32),
+            "head.bias": np.zeros(21841, np.float32),
+        }
 
     def mixture() -> dict[str, np.ndarray]:
         return swin_layouts.with_networks(swin_layouts.swin(*own, experts=experts, count=count, bias2=False, **fields))
@@ -117,9 +124,11 @@ def _calm(name: str, value: np.ndarray) -> np.ndarray:
 
 def measured(*words: str) -> tuple[float, float]:
     """Runs a command of skysense-jax; (seconds, peak GiB). Raises CalledProcessError."""
-    code = ("import sys; from skysense_jax import cli; code = cli.main(sys.argv[1:]); "
-            "print([l for l in open('/proc/self/status') if l.startswith('VmHWM')][0].split()[1], file=sys.stderr); "
-            "sys.exit(code)")
+    code = (
+        "import sys; from skysense_jax import cli; code = cli.main(sys.argv[1:]); "
+        "print([l for l in open('/proc/self/status') if l.startswith('VmHWM')][0].split()[1], file=sys.stderr); "
+        "sys.exit(code)"
+    )
     begin = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True)
     if done.returncode:
@@ -190,7 +199,8 @@ def _same(file: str, out: pathlib.Path) -> bool:
     with safetensors.safe_open(out / f"{name}.safetensors", framework="pt") as after:
         keys = {key: key if key == "ctpe" else prefix + key.removeprefix("backbone.") for key in before}
         return set(keys.values()) == set(after.keys()) and all(
-            torch.equal(before[key], after.get_tensor(there)) for key, there in keys.items())
+            torch.equal(before[key], after.get_tensor(there)) for key, there in keys.items()
+        )
 
 
 if __name__ == "__main__":

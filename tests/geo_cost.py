@@ -6,6 +6,7 @@ Both steps are compiled first and then take turns on the same batches, so that o
 alike. Times are seconds of this process's CPU (all threads) and of the wall clock, the median over rounds; memory is
 what XLA plans for the step.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -44,8 +45,13 @@ def main() -> None:
             if bank == "on" and cfg.model.geo_context.table == "places":
                 states[bank] = init_from.with_regions(cfg, states[bank])
             memory = steps[bank].memory_analysis()
-            report[bank] = {"flops": plan.flops, "arguments": memory.argument_size_in_bytes,
-                            "temporaries": memory.temp_size_in_bytes, "wall": [], "cpu": []}
+            report[bank] = {
+                "flops": plan.flops,
+                "arguments": memory.argument_size_in_bytes,
+                "temporaries": memory.temp_size_in_bytes,
+                "wall": [],
+                "cpu": [],
+            }
         batches = pipeline.make_train_iterator(cfg, contract, cfg.seed, 0, 0, 1)
         for turn in range(args.rounds + 1):
             places = next(batches)

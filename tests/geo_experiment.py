@@ -13,6 +13,7 @@ The scores (VARIANTS) are those of the dataset's "test" places by a linear probe
 `skysense-jax eval` has them; the interval of a mean over seeds is Student's. "region" says how well the same probe
 reads the region a place really lies in, of those in the dataset, from the features: whether they know it at all.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -20,7 +21,8 @@ import json
 import pathlib
 import shlex
 import sys
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -40,10 +42,19 @@ from tests.experiments import mean_and_interval
 CONFIG = pathlib.Path(__file__).resolve().parents[1] / "configs" / "skysense_tiny.py"
 
 SETTINGS = (
-    "data.batch=16", "data.global_size=8", "data.n_local=0", "model.s2.drop_path=0.0",
-    "model.s1.drop_path=0.0", "model.fusion.drop_path=0.0", "model.geo_context.width=32", "schedule.warmup_steps=20",
-    "schedule.warmup_teacher_temp_steps=40", "schedule.freeze_last_layer_steps=20", "run.save_every=1000",
-    "run.log_every=25", "eval.patch=16",
+    "data.batch=16",
+    "data.global_size=8",
+    "data.n_local=0",
+    "model.s2.drop_path=0.0",
+    "model.s1.drop_path=0.0",
+    "model.fusion.drop_path=0.0",
+    "model.geo_context.width=32",
+    "schedule.warmup_steps=20",
+    "schedule.warmup_teacher_temp_steps=40",
+    "schedule.freeze_last_layer_steps=20",
+    "run.save_every=1000",
+    "run.log_every=25",
+    "eval.patch=16",
 )
 """Of every run, on the test-size configuration with the two time series."""
 
@@ -55,7 +66,7 @@ VARIANTS = {
     "bank": "geo-context",
     "left out": "the network trained with geo-context, the context left out of the features",
     "shuffled": "geo-context, locations shuffled among the places in training and evaluation",
-    "elsewhere": "the network and bank of \"geo-context\", locations shuffled in evaluation only",
+    "elsewhere": 'the network and bank of "geo-context", locations shuffled in evaluation only',
 }
 
 CHOICE = ("bank", "left out")
@@ -73,20 +84,42 @@ def call(*words: object) -> None:
         raise RuntimeError(f"{shlex.join(line)}: exit code {code}")
 
 
-def train(workdir: pathlib.Path, data: pathlib.Path, seed: int, steps: int, *settings: str,
-          start: pathlib.Path | None = None) -> None:
+def train(
+    workdir: pathlib.Path, data: pathlib.Path, seed: int, steps: int, *settings: str, start: pathlib.Path | None = None
+) -> None:
     """One run, continued where it was stopped."""
     given = [f"--config.{one}" for one in (*SETTINGS, f"steps={steps}", f"data.dir={data}", f"seed={seed}", *settings)]
-    call("train", "--config", f"{CONFIG}:series", "--workdir", workdir, *given,
-         *(["--init_from", start] if start else []))
+    call(
+        "train",
+        "--config",
+        f"{CONFIG}:series",
+        "--workdir",
+        workdir,
+        *given,
+        *(["--init_from", start] if start else []),
+    )
 
 
 def make_places(folder: pathlib.Path, world: str, seed: int, places: int) -> pathlib.Path:
     """The dataset of a synthetic world: `data synth` and `data build`."""
     catalog, data = folder / "rasters" / "catalog.csv", folder / "data"
     if not catalog.exists():
-        call("data", "synth", "--out", catalog.parent, "--world", world, "--seed", seed, "--places", places,
-             "--ratio", 4, "--workers", 1)
+        call(
+            "data",
+            "synth",
+            "--out",
+            catalog.parent,
+            "--world",
+            world,
+            "--seed",
+            seed,
+            "--places",
+            places,
+            "--ratio",
+            4,
+            "--workers",
+            1,
+        )
     if not (data / sources.METADATA).exists():
         call("data", "build", "--catalog", catalog, "--out", data, "--ratio", 4, "--sensors", "s2,s1", "--workers", 1)
     return data
@@ -99,8 +132,9 @@ def shuffle_places(data: pathlib.Path, out: pathlib.Path, seed: int) -> None:
     for split in ("train", "test"):
         records = list(builder.as_data_source(split=split))
         other = np.random.default_rng([seed, 0, 2]).permutation(len(records))
-        splits[split] = [{**one, "lon": records[j]["lon"], "lat": records[j]["lat"]}
-                         for one, j in zip(records, other, strict=True)]
+        splits[split] = [
+            {**one, "lon": records[j]["lon"], "lat": records[j]["lat"]} for one, j in zip(records, other, strict=True)
+        ]
     tiny.write_records(out, builder.info.features, splits, {**meta, "dataset_id": f"{meta['dataset_id']}-shuffled"})
 
 
@@ -137,14 +171,22 @@ def collect(folder: pathlib.Path, data: pathlib.Path, task: str, split: str) -> 
         return rows.collect(batches, methods, (task,), patch=patch)[task]
 
     with cfg.unlocked():
-        here = some(data, {
-            "none": features_of(folder / "none", task, patch, tile),
-            "lon/lat": lambda inputs: location(inputs, task, squares),
-            "bank": features_of(folder / "bank", task, patch, tile),
-            "left out": features_of(folder / "bank", task, patch, tile, embed.NO_BANK)})
-        there = some(folder / "shuffled_data", {
-            "shuffled": features_of(folder / "shuffled", task, patch, tile),
-            "elsewhere": features_of(folder / "bank", task, patch, tile)})
+        here = some(
+            data,
+            {
+                "none": features_of(folder / "none", task, patch, tile),
+                "lon/lat": lambda inputs: location(inputs, task, squares),
+                "bank": features_of(folder / "bank", task, patch, tile),
+                "left out": features_of(folder / "bank", task, patch, tile, embed.NO_BANK),
+            },
+        )
+        there = some(
+            folder / "shuffled_data",
+            {
+                "shuffled": features_of(folder / "shuffled", task, patch, tile),
+                "elsewhere": features_of(folder / "bank", task, patch, tile),
+            },
+        )
     if (here.place != there.place).any():
         raise ValueError(f"{folder}/shuffled_data is not a copy of {data}: delete it")
     lon, lat = here.features["lon/lat"].T.astype(np.float32)
@@ -173,9 +215,7 @@ def chosen(fit: rows.Rows) -> str:
     return max(reversed(CHOICE), key=score.__getitem__)  # a tie: without
 
 
-def one_seed(
-    folder: pathlib.Path, world: str, seed: int, data: pathlib.Path | None, places: int, steps: int
-) -> None:
+def one_seed(folder: pathlib.Path, world: str, seed: int, data: pathlib.Path | None, places: int, steps: int) -> None:
     """Places, runs and scores of one seed, what is missing of them."""
     done = folder / "scores.json"
     if done.exists():
@@ -192,8 +232,14 @@ def one_seed(
     task = "patch" if world == "real" else "scene"
     parts = {split: collect(folder, data, task, split) for split in ("train", "test")}
     cfg = embed.read_description(folder / "none").config
-    result = compare.compare(parts["train"][0], parts["test"][0], k=cfg.eval.knn_k, temperature=cfg.eval.knn_temp,
-                             resamples=cfg.eval.bootstrap, seed=seed)
+    result = compare.compare(
+        parts["train"][0],
+        parts["test"][0],
+        k=cfg.eval.knn_k,
+        temperature=cfg.eval.knn_temp,
+        resamples=cfg.eval.bootstrap,
+        seed=seed,
+    )
     result["chosen"] = chosen(parts["train"][0])
     result["region"] = region_scores(parts["train"], parts["test"])
     with (folder / "bank" / "metrics.jsonl").open() as file:
@@ -206,29 +252,41 @@ def one_seed(
 
 def table(folder: pathlib.Path) -> str:
     """The scores that are there, one row per world and variant."""
-    lines = ["| world, seeds | variant | linear probe, accuracy | over no geo-context | kNN, accuracy "
-             "| region, accuracy |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| world, seeds | variant | linear probe, accuracy | over no geo-context | kNN, accuracy | region, accuracy |",
+        "|---|---|---|---|---|---|",
+    ]
     for world in (*WORLDS, "real"):
         scores = [json.loads(file.read_text()) for file in sorted(folder.glob(f"{world}-*/scores.json"))]
         if not scores:
             continue
 
         def accuracy(probe: str, name: str) -> list[float]:
-            return [entry["scores"]["accuracy"]["value"] for one in scores for entry in one["results"]
-                    if (entry["probe"], entry["method"]) == (probe, name)]
+            return [
+                entry["scores"]["accuracy"]["value"]
+                for one in scores
+                for entry in one["results"]
+                if (entry["probe"], entry["method"]) == (probe, name)
+            ]
 
         for name, text in VARIANTS.items():
             gain = [a - b for a, b in zip(accuracy("linear", name), accuracy("linear", "none"), strict=True)]
-            cells = [f"{world}, {len(scores)}", text, mean_and_interval(accuracy("linear", name)),
-                     "" if name == "none" else mean_and_interval(gain),
-                     "" if name == "lon/lat" else mean_and_interval(accuracy("knn", name)),
-                     mean_and_interval([one["region"][name] for one in scores])]
+            cells = [
+                f"{world}, {len(scores)}",
+                text,
+                mean_and_interval(accuracy("linear", name)),
+                "" if name == "none" else mean_and_interval(gain),
+                "" if name == "lon/lat" else mean_and_interval(accuracy("knn", name)),
+                mean_and_interval([one["region"][name] for one in scores]),
+            ]
             lines.append("| " + " | ".join(cells) + " |")
         picked = [accuracy("linear", one["chosen"])[n] for n, one in enumerate(scores)]
         gain = [a - b for a, b in zip(picked, accuracy("linear", "none"), strict=True)]
         count = sum(one["chosen"] == CHOICE[0] for one in scores)
-        lines.append(f"| {world}, {len(scores)} | geo-context or left out, chosen on the training places ({count} of "
-                     f"{len(scores)} with it) | {mean_and_interval(picked)} | {mean_and_interval(gain)} | | |")
+        lines.append(
+            f"| {world}, {len(scores)} | geo-context or left out, chosen on the training places ({count} of "
+            f"{len(scores)} with it) | {mean_and_interval(picked)} | {mean_and_interval(gain)} | | |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -247,8 +305,14 @@ def main() -> None:
     if (args.world == "real") != (args.data is not None) and not args.table:
         parser.error("--data DATASET goes with --world real, and only with it")
     for seed in () if args.table else args.seeds:
-        one_seed(args.folder.resolve() / f"{args.world}-{seed}", args.world, seed, args.data and args.data.resolve(),
-                 args.places, args.steps)
+        one_seed(
+            args.folder.resolve() / f"{args.world}-{seed}",
+            args.world,
+            seed,
+            args.data and args.data.resolve(),
+            args.places,
+            args.steps,
+        )
     text = table(args.folder)
     print(text)
     if args.out:

@@ -9,6 +9,7 @@ geo-context; its own bank is not used. "centred" takes from every feature the me
 leaves what the UP heads' separate projections of the positions do not explain. The places of both splits are used, to
 learn from and to score: no label is learnt from. Agreement is the adjusted mutual information with the label map.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -39,8 +40,15 @@ def centred(maps: np.ndarray, valid: np.ndarray, patch: int) -> np.ndarray:
 
 
 def learn(
-    bank: dict[str, jax.Array], seen: command.Seen, maps: np.ndarray, valid: np.ndarray, together: int, updates: int,
-    momentum: float, epsilon: float, iterations: int,
+    bank: dict[str, jax.Array],
+    seen: command.Seen,
+    maps: np.ndarray,
+    valid: np.ndarray,
+    together: int,
+    updates: int,
+    momentum: float,
+    epsilon: float,
+    iterations: int,
 ) -> np.ndarray:
     """The prototypes [P, D] of the places' region after `updates` updates of one view of together x SIDE^2 cells."""
     rng = np.random.default_rng(0)
@@ -54,7 +62,7 @@ def learn(
         parts = []
         for number in rng.choice(len(maps), together, replace=False):
             top, left = rng.integers(0, np.array(maps.shape[1:3]) - SIDE + 1)
-            window = np.s_[number, top:top + SIDE, left:left + SIDE]
+            window = np.s_[number, top : top + SIDE, left : left + SIDE]
             parts.append((maps[window].reshape(SIDE * SIDE, -1), valid[window].reshape(-1)))
         view, mask = (np.concatenate(one)[None, None] for one in zip(*parts))
         bank = step(bank, view, mask.astype(np.float32))
@@ -79,20 +87,35 @@ def main() -> None:
     count, valid = len(bank["prototypes"][row]), seen.valid.reshape(shape)
     as_they_are = seen.features.reshape(*shape, -1)
     patch = (found.model.get("s2") or found.model.s1).patch
-    print("| features | one Sinkhorn divides the cells of | directions | mean cosine | agreement | k-means |\n"
-          "|---|---|---|---|---|---|")
+    print(
+        "| features | one Sinkhorn divides the cells of | directions | mean cosine | agreement | k-means |\n"
+        "|---|---|---|---|---|---|"
+    )
     for text, maps in (("as they are", as_they_are), ("centred", centred(as_they_are, valid, patch))):
         cells, label = maps[valid], seen.label.reshape(shape)[valid]
         reference = assignment.agreement(assignment.kmeans(cells, count, 0), label)
         for together in args.together:
             empty = prototypes.empty_bank(jax.random.key(0), 1, count, cells.shape[-1], found.model.geo_context.cell)
-            learnt = assignment.unit(learn(
-                empty, seen, maps, valid, together, args.updates, objective.prototype_momentum,
-                objective.sinkhorn_eps, objective.sinkhorn_iters))
+            learnt = assignment.unit(
+                learn(
+                    empty,
+                    seen,
+                    maps,
+                    valid,
+                    together,
+                    args.updates,
+                    objective.prototype_momentum,
+                    objective.sinkhorn_eps,
+                    objective.sinkhorn_iters,
+                )
+            )
             cosine = cells @ learnt.T
-            print(f"| {text} | {together} view{'s' * (together > 1)} | {prototypes.directions(learnt):.1f} | "
-                  f"{cosine.max(-1).mean():.3f} | {assignment.agreement(cosine.argmax(-1), label):.3f} | "
-                  f"{reference:.3f} |", flush=True)
+            print(
+                f"| {text} | {together} view{'s' * (together > 1)} | {prototypes.directions(learnt):.1f} | "
+                f"{cosine.max(-1).mean():.3f} | {assignment.agreement(cosine.argmax(-1), label):.3f} | "
+                f"{reference:.3f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

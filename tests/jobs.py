@@ -5,6 +5,7 @@ enough to be split over fsdp), and, with READS=FILE, the numbers of the records 
 
     python -m tests.jobs --config FILE --workdir DIR [--config.field=value ...]
 """
+
 from __future__ import annotations
 
 import functools
@@ -16,7 +17,8 @@ import socket
 import subprocess
 import sys
 import time
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -37,23 +39,39 @@ def start(
 ) -> subprocess.Popen:
     """One process on `devices` fake CPU devices; its stderr can be read."""
     env = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), **environment}
-    return subprocess.Popen([sys.executable, "-m", module, *arguments], cwd=ROOT, env=env, text=True,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        env=env,
+        text=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
 
 
 def start_together(
-    count: int, arguments: Sequence[str], devices: int = 1, module: str = "skysense_jax.train",
-    each: Callable[[int], dict[str, str]] = lambda index: {}, **environment: str,
+    count: int,
+    arguments: Sequence[str],
+    devices: int = 1,
+    module: str = "skysense_jax.train",
+    each: Callable[[int], dict[str, str]] = lambda index: {},
+    **environment: str,
 ) -> list[subprocess.Popen]:
     """`count` processes of one job. On the CPU only process 0 writes the compile cache, and gloo waits 30 s for a
     process that still compiles: without the cache they all compile for as long.
     """
     with socket.create_server(("localhost", 0)) as listener:
         port = listener.getsockname()[1]
-    job = {"SKYSENSE_PROCESSES": str(count), "SKYSENSE_COORDINATOR": f"localhost:{port}",
-           "JAX_ENABLE_COMPILATION_CACHE": "false", **environment}
-    return [start(arguments, devices, module, **{**job, "SKYSENSE_PROCESS_INDEX": str(index), **each(index)})
-            for index in range(count)]
+    job = {
+        "SKYSENSE_PROCESSES": str(count),
+        "SKYSENSE_COORDINATOR": f"localhost:{port}",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+        **environment,
+    }
+    return [
+        start(arguments, devices, module, **{**job, "SKYSENSE_PROCESS_INDEX": str(index), **each(index)})
+        for index in range(count)
+    ]
 
 
 def ended(processes: Sequence[subprocess.Popen]) -> list[tuple[int, str]]:
@@ -127,8 +145,11 @@ def flip(file: pathlib.Path) -> None:
 
 def arrays(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
     """Every array of one checkpoint by name."""
-    return {f"{part}/{name}": np.asarray(leaf) for part in checkpoint.load_meta(workdir, step)["digests"]
-            for name, leaf in trees.flatten(checkpoint.load_tree(workdir, part, step=step)).items()}
+    return {
+        f"{part}/{name}": np.asarray(leaf)
+        for part in checkpoint.load_meta(workdir, step)["digests"]
+        for name, leaf in trees.flatten(checkpoint.load_tree(workdir, part, step=step)).items()
+    }
 
 
 def assert_same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:

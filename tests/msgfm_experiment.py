@@ -13,6 +13,7 @@ Scored on the held-out places ("test"): a linear probe and kNN on the frozen fea
 labels of FOLDER/paired, as `skysense-jax eval` has them; and the reconstruction of hidden pixels from each sensor to
 itself and to its pair, all variants behind the same masks (tests.msgfm_held_out). Intervals over seeds are Student's.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -23,7 +24,8 @@ import statistics
 import sys
 import time
 import types
-from typing import Any, Callable, Mapping, NamedTuple, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -55,8 +57,15 @@ KEPT = ("format", "tile", "gsd", "label_classes", "label_map_classes", "syntheti
 """What is said about the dataset's places and stays true of these."""
 
 SETTINGS = (
-    "steps=1500", "data.batch=16", "data.statistics=dataset", "model.ratio=4", "model.img_size=32",
-    "model.depths=(2, 2)", "model.num_heads=(1, 2)", "objective.mask_cell=8", "schedule.warmup_steps=20",
+    "steps=1500",
+    "data.batch=16",
+    "data.statistics=dataset",
+    "model.ratio=4",
+    "model.img_size=32",
+    "model.depths=(2, 2)",
+    "model.num_heads=(1, 2)",
+    "objective.mask_cell=8",
+    "schedule.warmup_steps=20",
 )
 """Of every run, on the smoke configuration: 1500 updates with 16 images of 32 x 32 pixels; 4 experts in the last of 4
 blocks."""
@@ -76,7 +85,8 @@ CROSS = {"own": 0.0, "cross": 1.0}
 
 ARCHITECTURE = {name: name if name in ("dense", "distilled") else "moe" for name in VARIANTS}
 FIELDS = {
-    "moe": (), "dense": ("model.moe.stages=()",),
+    "moe": (),
+    "dense": ("model.moe.stages=()",),
     "distilled": ("objective.distill.weight=1", "objective.distill.img_size=32"),
 }
 """Of an architecture, beside SETTINGS. A token of any goes through one MLP of the same width: top-1."""
@@ -87,6 +97,7 @@ TEACHERS = 1000
 
 DIRECTIONS = tuple(f"{name}-{target}" for name in NAMES for target in (name, SENSORS[name].pair))
 MARKS = "<!-- rows: python -m tests.msgfm_experiment -->", "<!-- end of rows -->"
+
 
 def split_places(data: pathlib.Path, folder: pathlib.Path) -> None:
     """FOLDER/paired: the first PAIRED training places that have every sensor, and such test places. FOLDER/unpaired: of
@@ -125,8 +136,10 @@ def split_places(data: pathlib.Path, folder: pathlib.Path) -> None:
         if len(unpaired) == UNPAIRED:
             break
     else:
-        raise ValueError(f"{data} has too few training places: {len(paired)} of {PAIRED} with every sensor, "
-                         f"{len(unpaired)} of {UNPAIRED} others")
+        raise ValueError(
+            f"{data} has too few training places: {len(paired)} of {PAIRED} with every sensor, "
+            f"{len(unpaired)} of {UNPAIRED} others"
+        )
     test = [coarser(record) for record in builder.as_data_source(split="test") if whole(record)]
     for name, splits in (("unpaired", {"train": unpaired}), ("paired", {"train": paired, "test": test})):
         described = {key: meta[key] for key in KEPT if key in meta}
@@ -166,18 +179,29 @@ def make_programs(cfg: Any) -> Programs:
 
     def step(now: Any, batch: Any, seed: jax.Array, cross: jax.Array) -> Any:
         given = types.SimpleNamespace(
-            **{name: cfg[name] for name in ("steps", "data", "model", "optim", "schedule")}, seed=seed,
-            objective=types.SimpleNamespace(**(dict(cfg.objective) | {"cross": cross})))
+            **{name: cfg[name] for name in ("steps", "data", "model", "optim", "schedule")},
+            seed=seed,
+            objective=types.SimpleNamespace(**(dict(cfg.objective) | {"cross": cross})),
+        )
         return make_step(msgfm_objective.make_objective(given, contract), given, mask)(now, batch)
 
     features = functools.partial(
-        msgfm_views.encoder_features, cfg.model, contract, msgfm.make_model(cfg.model, contract))
-    return Programs(cfg, contract, float(objective.flops(shapes)), jax.jit(init), jax.jit(step, donate_argnums=0),
-                    jax.jit(features), msgfm_held_out.make_errors(cfg, contract))
+        msgfm_views.encoder_features, cfg.model, contract, msgfm.make_model(cfg.model, contract)
+    )
+    return Programs(
+        cfg,
+        contract,
+        float(objective.flops(shapes)),
+        jax.jit(init),
+        jax.jit(step, donate_argnums=0),
+        jax.jit(features),
+        msgfm_held_out.make_errors(cfg, contract),
+    )
 
 
 def probes(programs: Programs, encoders: Mapping[str, Any]) -> dict[str, Any]:
     """Linear probe and kNN on the frozen features of all sensors, as evals.compare has them. encoders: by method."""
+
     def method(encoder: Any) -> rows.Method:
         return lambda inputs: {"scene": np.asarray(programs.features(encoder, inputs)["image"])}
 
@@ -187,7 +211,8 @@ def probes(programs: Programs, encoders: Mapping[str, Any]) -> dict[str, Any]:
         batches = pipeline.eval_batches(cfg, programs.contract, split, int(cfg.eval.batch))
         parts.append(rows.collect(batches, methods, ("scene",), patch=int(cfg.eval.patch))["scene"])
     return compare.compare(
-        *parts, k=cfg.eval.knn_k, temperature=cfg.eval.knn_temp, resamples=cfg.eval.bootstrap, seed=0)
+        *parts, k=cfg.eval.knn_k, temperature=cfg.eval.knn_temp, resamples=cfg.eval.bootstrap, seed=0
+    )
 
 
 def teacher(folder: pathlib.Path, seed: int) -> str:
@@ -197,8 +222,15 @@ def teacher(folder: pathlib.Path, seed: int) -> str:
     what is there.
     """
     workdir = folder / f"teacher-{seed}"
-    cfg = configuration(folder, *FIELDS["dense"], f"data.dir={folder / 'unpaired'}", f"seed={TEACHERS + seed}",
-                        "run.picture_every=0", "run.save_every=500", "run.log_every=100")
+    cfg = configuration(
+        folder,
+        *FIELDS["dense"],
+        f"data.dir={folder / 'unpaired'}",
+        f"seed={TEACHERS + seed}",
+        "run.picture_every=0",
+        "run.save_every=500",
+        "run.log_every=100",
+    )
     with cfg.unlocked():
         for section in (cfg.data.bands, cfg.data.eval_dates, cfg.optim.lr_scale):
             for name in [name for name in section if name != TAUGHT]:
@@ -214,7 +246,8 @@ def begin(programs: Mapping[str, Programs], folder: pathlib.Path, name: str, see
     if name != "distilled":
         return fresh
     return init_from.with_teacher(
-        configuration(folder, *FIELDS[name], f"objective.distill.path={teacher(folder, seed)}"), fresh)
+        configuration(folder, *FIELDS[name], f"objective.distill.path={teacher(folder, seed)}"), fresh
+    )
 
 
 def train(programs: Mapping[str, Programs], folder: pathlib.Path, variants: Sequence[str], seed: int) -> dict[str, Any]:
@@ -234,14 +267,19 @@ def train(programs: Mapping[str, Programs], folder: pathlib.Path, variants: Sequ
         for name in variants:
             wall, cpu = time.perf_counter(), time.process_time()
             states[name], measured = programs[ARCHITECTURE[name]].step(
-                states[name], batches[name == "unpaired"], seed, CROSS.get(name, 0.5))
+                states[name], batches[name == "unpaired"], seed, CROSS.get(name, 0.5)
+            )
             measured = metrics.plain(measured)
             seconds[name]["wall"].append(time.perf_counter() - wall)
             seconds[name]["cpu"].append(time.process_time() - cpu)
             said[name] |= {key: value for key, value in measured.items() if value != "nan"}
         if (number + 1) % 25 == 0:
-            print(f"seed {seed}, step {number + 1} of {total}: " + ", ".join(
-                f"{name} {one['loss/mim']:.3f}" for name, one in said.items()), file=sys.stderr, flush=True)
+            print(
+                f"seed {seed}, step {number + 1} of {total}: "
+                + ", ".join(f"{name} {one['loss/mim']:.3f}" for name, one in said.items()),
+                file=sys.stderr,
+                flush=True,
+            )
     return {name: (states[name].params["encoder"], said[name], seconds[name]) for name in variants}
 
 
@@ -253,18 +291,29 @@ def one_seed(programs: Mapping[str, Programs], folder: pathlib.Path, seed: int) 
         compiled = programs[ARCHITECTURE[name]]
         untrained = {"untrained": compiled.init(seed).params["encoder"]} if name == "half" else {}
         result = probes(compiled, {"trained": encoder, **untrained})
-        result |= {"held_out": msgfm_held_out.held_out(compiled.cfg, compiled.contract, compiled.errors, encoder),
-                   "last": said, "flops": compiled.flops, "batch": int(compiled.cfg.data.batch),
-                   "seconds": {kind: {"median": statistics.median(values[1:]), "least": min(values[1:])}
-                               for kind, values in seconds.items()}}
+        result |= {
+            "held_out": msgfm_held_out.held_out(compiled.cfg, compiled.contract, compiled.errors, encoder),
+            "last": said,
+            "flops": compiled.flops,
+            "batch": int(compiled.cfg.data.batch),
+            "seconds": {
+                kind: {"median": statistics.median(values[1:]), "least": min(values[1:])}
+                for kind, values in seconds.items()
+            },
+        }
         print(compare.table(result, f"{name} {seed}"), json.dumps(result["held_out"]), sep="\n", flush=True)
         write_atomically(files[name], (json.dumps(result, indent=1) + "\n").encode())
 
 
 def read_scores(folder: pathlib.Path) -> dict[str, dict[int, Any]]:
     """Variant -> seed -> scores, of what is there."""
-    return {variant: {int(file.stem.rpartition("-")[2]): json.loads(file.read_text())
-                      for file in sorted(folder.glob(f"{variant}-*.json"))} for variant in VARIANTS}
+    return {
+        variant: {
+            int(file.stem.rpartition("-")[2]): json.loads(file.read_text())
+            for file in sorted(folder.glob(f"{variant}-*.json"))
+        }
+        for variant in VARIANTS
+    }
 
 
 def score(one: Mapping[str, Any], probe: str, method: str) -> float:
@@ -282,10 +331,15 @@ def probe_table(scores: Mapping[str, Mapping[int, Any]]) -> str:
     for name, (text, found, method) in listed.items():
         cells = [text, str(len(found))]
         for probe in ("linear", "knn"):
-            gain = [score(one, probe, method) - score(base[seed], probe, "trained")
-                    for seed, one in found.items() if seed in base]
-            cells += [mean_and_interval([score(one, probe, method) for one in found.values()]) if found else "",
-                      mean_and_interval(gain, "+") if gain and name != "half" else ""]
+            gain = [
+                score(one, probe, method) - score(base[seed], probe, "trained")
+                for seed, one in found.items()
+                if seed in base
+            ]
+            cells += [
+                mean_and_interval([score(one, probe, method) for one in found.values()]) if found else "",
+                mean_and_interval(gain, "+") if gain and name != "half" else "",
+            ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -317,10 +371,14 @@ def speed_table(scores: Mapping[str, Mapping[int, Any]]) -> str:
     for at, text in enumerate(("dense", "4 experts, top-1, capacity 1.25")):
         cpu = np.mean([seconds(pair[at], "cpu", "median") for pair in both])
         wall = min(seconds(pair[at], "wall", "least") for pair in both)
-        lines.append(f"| {text} | {both[0][at]['flops']:.2e} | {cpu * 1e3:.1f} ms | {wall * 1e3:.1f} ms "
-                     f"| {both[0][at]['batch'] / wall:.0f} |")
-    more = [mean_and_interval([100 * (seconds(mixed, *key) / seconds(dense, *key) - 1) for dense, mixed in both], "+")
-            for key in (("cpu", "median"), ("wall", "least"))]
+        lines.append(
+            f"| {text} | {both[0][at]['flops']:.2e} | {cpu * 1e3:.1f} ms | {wall * 1e3:.1f} ms "
+            f"| {both[0][at]['batch'] / wall:.0f} |"
+        )
+    more = [
+        mean_and_interval([100 * (seconds(mixed, *key) / seconds(dense, *key) - 1) for dense, mixed in both], "+")
+        for key in (("cpu", "median"), ("wall", "least"))
+    ]
     flops = 100 * (both[0][1]["flops"] / both[0][0]["flops"] - 1)
     return "\n".join([*lines, f"| the mixture adds, % | {flops:+.1f} | {more[0]} | {more[1]} | |"])
 

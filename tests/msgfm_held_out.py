@@ -4,11 +4,13 @@
 
 Whatever is compared sees the same crops behind the same masks.
 """
+
 from __future__ import annotations
 
 import argparse
 import functools
-from typing import Any, Callable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +45,8 @@ def make_errors(cfg: Any, contract: Mapping[str, Any]) -> Callable[..., Any]:
             truth, measured = msgfm_views.normalised(contract, target, batch[part])
             guesses = {"error": model.decode(encoder, target, final), "mean": jnp.zeros_like(truth)}
             found[f"{name}-{target}"] = {
-                kind: jnp.stack(masked_sums(guess, truth, measured * hidden)) for kind, guess in guesses.items()}
+                kind: jnp.stack(masked_sums(guess, truth, measured * hidden)) for kind, guess in guesses.items()
+            }
         return found
 
     return errors
@@ -71,8 +74,10 @@ def held_out(
             for kind, pair in kinds.items():
                 total.setdefault(direction, {}).setdefault(kind, np.zeros(2))
                 total[direction][kind] += np.asarray(pair, np.float64)
-    return {direction: {kind: float(error / pixels) for kind, (error, pixels) in kinds.items()}
-            for direction, kinds in total.items()}
+    return {
+        direction: {kind: float(error / pixels) for kind, (error, pixels) in kinds.items()}
+        for direction, kinds in total.items()
+    }
 
 
 def main() -> None:
@@ -82,8 +87,9 @@ def main() -> None:
     network = embed.open_network(parser.parse_args().run)
     found = network.description
     errors = make_errors(found.config, found.contract)
-    test, train = (held_out(found.config, found.contract, errors, network.encoder, split)
-                   for split in ("test", "train"))
+    test, train = (
+        held_out(found.config, found.contract, errors, network.encoder, split) for split in ("test", "train")
+    )
     print("| from - to | held out: the mean | held out: network | learnt from: the mean | learnt from: network |")
     print("|---|---|---|---|---|")
     for direction, here in test.items():

@@ -1,6 +1,7 @@
 """A dataset of places with four sensors, made of noise, at the size of configs/msgfm_tiny.py. Some places lack one. And
 one of pictures, which come from nowhere.
 """
+
 from __future__ import annotations
 
 import pathlib
@@ -35,9 +36,17 @@ def write(folder: pathlib.Path, places: int = PLACES, first: int = 0, sensors: t
     def rows(begin: int) -> list[dict[str, Any]]:
         return [{name: value for name, value in record(begin + i).items() if name in features} for i in range(places)]
 
-    meta = {"format": 1, "tile": tiny.TILE, "ratio": tiny.RATIO, "gsd": 10.0, "sensors": list(sensors),
-            "label_classes": ["a", "b", "c"], "label_map_classes": {"0": "a", "1": "b", "2": "c"}, "synthetic": True,
-            "dataset_id": f"noise-{places}-{first}-{'-'.join(sensors)}"}
+    meta = {
+        "format": 1,
+        "tile": tiny.TILE,
+        "ratio": tiny.RATIO,
+        "gsd": 10.0,
+        "sensors": list(sensors),
+        "label_classes": ["a", "b", "c"],
+        "label_map_classes": {"0": "a", "1": "b", "2": "c"},
+        "synthetic": True,
+        "dataset_id": f"noise-{places}-{first}-{'-'.join(sensors)}",
+    }
     return tiny.write_records(folder, features, {"train": rows(first), "test": rows(first + 1000)}, meta)
 
 

@@ -10,12 +10,14 @@ Outputs are judged in float32. So are gradients; one that float32 cannot reach (
 terms: torch's own float32 misses there too) is judged by a second run in float64 at the float64 tolerance of 1e-6, and
 the row shows both.
 """
+
 from __future__ import annotations
 
 import json
 import pathlib
 import sys
-from typing import Any, Callable, Mapping, NamedTuple, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -39,10 +41,23 @@ class Row(NamedTuple):
 
 
 KINDS: dict[str, Callable[[Case], Arrays]] = {
-    **{f.__name__: f for f in (
-        parity_modules.swinv2, parity_modules.swinv2_block, parity_modules.vit, parity_modules.pos_resize,
-        parity_modules.uphead, parity_modules.fusion, parity_modules.dino_head, parity_model.assembly,
-        parity_model.factorised, parity_mim.simmim, parity_training.dino_loss, parity_training.adamw)},
+    **{
+        f.__name__: f
+        for f in (
+            parity_modules.swinv2,
+            parity_modules.swinv2_block,
+            parity_modules.vit,
+            parity_modules.pos_resize,
+            parity_modules.uphead,
+            parity_modules.fusion,
+            parity_modules.dino_head,
+            parity_model.assembly,
+            parity_model.factorised,
+            parity_mim.simmim,
+            parity_training.dino_loss,
+            parity_training.adamw,
+        )
+    }
 }
 
 
@@ -71,8 +86,12 @@ def measure(name: str, ours: Any, reference: np.ndarray, tol: Mapping[str, float
     elif "loss_rel" in tol:
         limits = [(over, tol["loss_rel"])]
     else:
-        limits = [(rel_l2, tol.get("out_rel_l2")), (over, tol.get("out_max_over_scale")),
-                  (max_abs, tol.get("out_max_abs")), (over, tol.get("float64_rel"))]
+        limits = [
+            (rel_l2, tol.get("out_rel_l2")),
+            (over, tol.get("out_max_over_scale")),
+            (max_abs, tol.get("out_max_abs")),
+            (over, tol.get("float64_rel")),
+        ]
     limits = [(value, limit) for value, limit in limits if limit is not None]
     passed = bool(limits) and all(np.isfinite(value) and value <= limit for value, limit in limits)
     return Row(name, rel_l2, max_abs, over, passed)
@@ -103,8 +122,12 @@ def run_case(path: str | pathlib.Path) -> list[Row]:
             ours = run(Case(wide, meta, "float64"))
         tight = {"grad_rel_l2": FLOAT64_REL_L2, "out_rel_l2": FLOAT64_REL_L2}
         again = {k: measure(k, ours[k], arrays[k], tight, largest) for k in doubtful}
-        rows = [r if r.name not in again else r._replace(
-            passed=again[r.name].passed, note=f"float64 rel L2 {again[r.name].rel_l2:.2e}") for r in rows]
+        rows = [
+            r
+            if r.name not in again
+            else r._replace(passed=again[r.name].passed, note=f"float64 rel L2 {again[r.name].rel_l2:.2e}")
+            for r in rows
+        ]
     return rows
 
 
@@ -124,8 +147,10 @@ def main(paths: Sequence[str]) -> int:
             continue
         for row in rows:
             verdict = "pass" if row.passed else "FAIL"
-            print(f"  {verdict} {row.name:60s} rel L2 {row.rel_l2:.2e}  max/scale {row.max_over_scale:.2e}  "
-                  f"max {row.max_abs:.2e}  {row.note}".rstrip())
+            print(
+                f"  {verdict} {row.name:60s} rel L2 {row.rel_l2:.2e}  max/scale {row.max_over_scale:.2e}  "
+                f"max {row.max_abs:.2e}  {row.note}".rstrip()
+            )
         if not all(row.passed for row in rows):
             failed.append(path)
     print(f"{len(paths) - len(failed)} of {len(paths)} files pass" + "".join(f"\n  failed: {path}" for path in failed))

@@ -1,4 +1,5 @@
 """Parity of masked image modelling: SimMIM on Swin-V1 through `models.msgfm` with one sensor (see tests.parity)."""
+
 from __future__ import annotations
 
 import re
@@ -22,18 +23,38 @@ SENSOR = "hr"
 
 def model_config(case: Case) -> tuple[config_dict.ConfigDict, dict[str, Any]]:
     """config.model and an input contract with the case's one sensor."""
-    a = take(case.meta["args"],
-             {"ape": False, "patch_norm": True, "qk_scale": None, "qkv_bias": True, "num_classes": 0},
-             img_size=224, patch_size=4, in_chans=3, embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24),
-             window_size=7, mlp_ratio=4.0)
+    a = take(
+        case.meta["args"],
+        {"ape": False, "patch_norm": True, "qk_scale": None, "qkv_bias": True, "num_classes": 0},
+        img_size=224,
+        patch_size=4,
+        in_chans=3,
+        embed_dim=96,
+        depths=(2, 2, 6, 2),
+        num_heads=(3, 6, 12, 24),
+        window_size=7,
+        mlp_ratio=4.0,
+    )
     side, *other = a["img_size"] if isinstance(a["img_size"], (list, tuple)) else (a["img_size"],)
     if any(length != side for length in other):
         raise ValueError(f"img_size {a['img_size']}: the reference reconstructs square images only")
-    cfg = config_dict.ConfigDict({
-        "name": "msgfm", "dtype": case.dtype, "remat": False, "patch": a["patch_size"], "embed_dims": a["embed_dim"],
-        "depths": tuple(a["depths"]), "num_heads": tuple(a["num_heads"]), "window": a["window_size"],
-        "img_size": side, "mlp_ratio": a["mlp_ratio"], "drop_path": 0.0, "eps": 1e-5, "moe": {"stages": ()},
-    })
+    cfg = config_dict.ConfigDict(
+        {
+            "name": "msgfm",
+            "dtype": case.dtype,
+            "remat": False,
+            "patch": a["patch_size"],
+            "embed_dims": a["embed_dim"],
+            "depths": tuple(a["depths"]),
+            "num_heads": tuple(a["num_heads"]),
+            "window": a["window_size"],
+            "img_size": side,
+            "mlp_ratio": a["mlp_ratio"],
+            "drop_path": 0.0,
+            "eps": 1e-5,
+            "moe": {"stages": ()},
+        }
+    )
     if case.meta.get("encoder_stride", msgfm.stride(cfg)) != msgfm.stride(cfg):
         raise ValueError(f"encoder_stride {case.meta['encoder_stride']}: the encoder's stride is {msgfm.stride(cfg)}")
     return cfg, {"sensors": {SENSOR: {"bands": [f"band{i}" for i in range(a["in_chans"])]}}}
@@ -54,8 +75,13 @@ def simmim(case: Case) -> Arrays:
 
     result, _, out, dx = differentiate(run, lambda r: r["loss"], params, nhwc(case.arrays["x"]), entries)
     flat = lambda x: x.reshape(x.shape[0], -1, x.shape[-1])
-    out |= {"dx": nchw(dx), "y_tokens0": flat(result["tokens"]), "y_z": nchw(result["z"]),
-            "y_rec": nchw(result["rec"]), "y64_loss": result["loss"]}
+    out |= {
+        "dx": nchw(dx),
+        "y_tokens0": flat(result["tokens"]),
+        "y_z": nchw(result["z"]),
+        "y_rec": nchw(result["rec"]),
+        "y64_loss": result["loss"],
+    }
     out |= {f"y_stage{i}": flat(x) for i, x in enumerate(result["stages"])}
     for key in case.has("y_relbias_"):
         stage, block = map(int, re.fullmatch(r"y_relbias_l(\d+)b(\d+)", key).groups())

@@ -1,9 +1,11 @@
 """Parity of the assembled model: the fusion's input sequence, and the whole factorised forward through `make_model`
 (see tests.parity).
 """
+
 from __future__ import annotations
 
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +15,16 @@ from ml_collections import config_dict
 from skysense_jax.convert import keymap
 from skysense_jax.convert.torch_import import params_from_torch
 from skysense_jax.models.skysense import build_modules, fusion_sequence, make_model
-from tests.parity_modules import (Arrays, Case, differentiate, fusion_arguments, nchw, nhwc, swin_arguments,
-                                  vit_arguments)
+from tests.parity_modules import (
+    Arrays,
+    Case,
+    differentiate,
+    fusion_arguments,
+    nchw,
+    nhwc,
+    swin_arguments,
+    vit_arguments,
+)
 
 
 def assembly(case: Case) -> Arrays:
@@ -44,14 +54,34 @@ def model_config(case: Case) -> tuple[config_dict.ConfigDict, dict[str, Any]]:
     ratio = hr["patch"] * 2 ** (stages - 1)
     fields = {
         "name": "skysense",
-        "dtype": case.dtype, "remat": False, "width": hr["width"] * 2 ** (stages - 1), "ratio": ratio,
+        "dtype": case.dtype,
+        "remat": False,
+        "width": hr["width"] * 2 ** (stages - 1),
+        "ratio": ratio,
         "calendar": "s2" if "ctpe" in case.weights else "none",
-        "hr": {"patch": hr["patch"], "embed_dims": hr["width"], "depths": hr["depths"], "num_heads": hr["heads"],
-               "window": hr["windows"], "mlp_ratio": 4, "extra_norm_every": hr["extra_norm_every"], "drop_path": 0.0,
-               "pretrained_windows": hr["pretrained_windows"], "pad_small_map": hr["pad_small_map"],
-               "drop_path_before_norm": True, "branch_scale": 0.0, "eps": hr["eps"]},
-        "fusion": {"embed_dims": f["width"], "depth": f["depth"], "num_heads": f["heads"], "mlp_ratio": f["mlp_ratio"],
-                   "drop_path": 0.0, "eps": f["eps"]},
+        "hr": {
+            "patch": hr["patch"],
+            "embed_dims": hr["width"],
+            "depths": hr["depths"],
+            "num_heads": hr["heads"],
+            "window": hr["windows"],
+            "mlp_ratio": 4,
+            "extra_norm_every": hr["extra_norm_every"],
+            "drop_path": 0.0,
+            "pretrained_windows": hr["pretrained_windows"],
+            "pad_small_map": hr["pad_small_map"],
+            "drop_path_before_norm": True,
+            "branch_scale": 0.0,
+            "eps": hr["eps"],
+        },
+        "fusion": {
+            "embed_dims": f["width"],
+            "depth": f["depth"],
+            "num_heads": f["heads"],
+            "mlp_ratio": f["mlp_ratio"],
+            "drop_path": 0.0,
+            "eps": f["eps"],
+        },
     }
     contract: dict[str, Any] = {"ratio": ratio, "sensors": {}}
     for sensor in ("hr", "s2", "s1"):
@@ -59,16 +89,26 @@ def model_config(case: Case) -> tuple[config_dict.ConfigDict, dict[str, Any]]:
             continue
         channels = case.arrays[f"x_{sensor}"].shape[1]
         contract["sensors"][sensor] = {
-            "bands": [f"band{i}" for i in range(channels)], "grid": "hr" if sensor == "hr" else "s2",
-            "mean": [0.0] * channels, "std": [1.0] * channels}
+            "bands": [f"band{i}" for i in range(channels)],
+            "grid": "hr" if sensor == "hr" else "s2",
+            "mean": [0.0] * channels,
+            "std": [1.0] * channels,
+        }
         if sensor != "hr":
             a, head = vit_arguments(reference[sensor]), reference[f"head_{sensor}"]
             if head["up_scale"] != a["patch"] or head["out_dim"] != fields["width"]:
                 raise ValueError(f"head_{sensor} does not lead to the common grid: {head}")
             fields[sensor] = {
-                "patch": a["patch"], "embed_dims": a["width"], "depth": a["depth"], "num_heads": a["heads"],
-                "mlp_ratio": a["mlp_ratio"], "img_size": a["table_grid"][0] * a["patch"], "drop_path": 0.0,
-                "cls_token": a["cls_token"], "eps": a["eps"]}
+                "patch": a["patch"],
+                "embed_dims": a["width"],
+                "depth": a["depth"],
+                "num_heads": a["heads"],
+                "mlp_ratio": a["mlp_ratio"],
+                "img_size": a["table_grid"][0] * a["patch"],
+                "drop_path": 0.0,
+                "cls_token": a["cls_token"],
+                "eps": a["eps"],
+            }
     return config_dict.ConfigDict(fields), contract
 
 
@@ -85,8 +125,12 @@ def factorised(case: Case) -> Arrays:
         inputs = {}
         for sensor, x in images.items():
             dates = jnp.asarray(case.arrays["x_ct"], jnp.int32) if sensor == "s2" else jnp.full(x.shape[:2], -1)
-            inputs[sensor] = {"image": x, "valid": jnp.ones(x.shape[:4]), "dates": dates,
-                              "bands": jnp.ones((*x.shape[:2], x.shape[-1]))}
+            inputs[sensor] = {
+                "image": x,
+                "valid": jnp.ones(x.shape[:4]),
+                "dates": dates,
+                "bands": jnp.ones((*x.shape[:2], x.shape[-1])),
+            }
         return inputs
 
     inputs, out = place(images), {}

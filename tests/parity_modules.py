@@ -1,8 +1,10 @@
 """Parity of single modules: each kind builds our module from the reference constructor's arguments and returns every
 array it can (see tests.parity). Names of the result are the file's: y..., dx..., d:<torch key>."""
+
 from __future__ import annotations
 
-from typing import Any, Callable, Mapping, NamedTuple, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +50,16 @@ def nchw(x: Any) -> np.ndarray:
 def take(args: Mapping[str, Any], fixed: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
     """Constructor arguments with the reference's defaults. `fixed`: arguments only one value of which is built here;
     rates of dropout and stochastic depth do not matter in eval mode. Raises ValueError for anything else."""
-    passive = ("drop_rate", "attn_drop_rate", "drop_path_rate", "with_cp", "norm_eval", "init_cfg", "pretrained",
-               "act_cfg")
+    passive = (
+        "drop_rate",
+        "attn_drop_rate",
+        "drop_path_rate",
+        "with_cp",
+        "norm_eval",
+        "init_cfg",
+        "pretrained",
+        "act_cfg",
+    )
     for key, value in args.items():
         if key in fixed and value != fixed[key]:
             raise ValueError(f"{key}={value!r} is not built here; only {fixed[key]!r} is")
@@ -69,11 +79,15 @@ def load(module: Any, entries: Sequence[keymap.Entry], weights: Mapping[str, np.
 
 
 def differentiate(
-    run: Callable[[Any, Any], Any], weigh: Callable[[Any], Any], params: Any, inputs: Any,
+    run: Callable[[Any, Any], Any],
+    weigh: Callable[[Any], Any],
+    params: Any,
+    inputs: Any,
     entries: Sequence[keymap.Entry],
 ) -> tuple[Any, Any, Arrays, Any]:
     """One compilation for outputs = run(params, inputs) and the scalar weigh(outputs): (outputs, scalar, {"d:<torch
     key>": gradient}, gradient of the inputs)."""
+
     def loss(p: Any, x: Any) -> tuple[Any, Any]:
         outputs = run(p, x)
         return weigh(outputs), outputs
@@ -84,7 +98,7 @@ def differentiate(
 
 
 def gradients(
-    loss: Callable[[Any, Any], Any], params: Any, inputs: Any, entries: Sequence[keymap.Entry],
+    loss: Callable[[Any, Any], Any], params: Any, inputs: Any, entries: Sequence[keymap.Entry]
 ) -> tuple[Arrays, Any]:
     """({"d:<torch key>": gradient}, gradient of the inputs) of a scalar loss(params, inputs)."""
     _, _, d, d_inputs = differentiate(loss, lambda value: value, params, inputs, entries)
@@ -102,11 +116,22 @@ def join(*parts: Any) -> str:
 
 # ------------------------------------------------------------------------------------------------------------- kinds
 def swinv2_block(case: Case) -> Arrays:
-    a = take(case.meta["args"], {}, embed_dims=0, num_heads=0, window_size=8, shift=False, extra_norm=False,
-             ffn_ratio=4, pad_small_map=False, pretrained_window_size=0)
+    a = take(
+        case.meta["args"],
+        {},
+        embed_dims=0,
+        num_heads=0,
+        window_size=8,
+        shift=False,
+        extra_norm=False,
+        ffn_ratio=4,
+        pad_small_map=False,
+        pretrained_window_size=0,
+    )
     pretrained = np.max(a["pretrained_window_size"]).item()
-    block = SwinBlock(a["num_heads"], a["window_size"], a["shift"], a["ffn_ratio"], pretrained, a["pad_small_map"],
-                      dtype=case.dtype)
+    block = SwinBlock(
+        a["num_heads"], a["window_size"], a["shift"], a["ffn_ratio"], pretrained, a["pad_small_map"], dtype=case.dtype
+    )
     norm = layer_norm(1e-5, "norm3")
     b, _, c = case.arrays["x"].shape
     image = (b, *case.meta["hw"], c)
@@ -131,18 +156,36 @@ def swinv2_block(case: Case) -> Arrays:
 
 
 ARCHITECTURES = {  # mmcls 0.25 SwinTransformerV2.arch_zoo: width, depths, heads, extra norm every
-    "tiny": (96, [2, 2, 6, 2], [3, 6, 12, 24], 0), "small": (96, [2, 2, 18, 2], [3, 6, 12, 24], 0),
-    "base": (128, [2, 2, 18, 2], [4, 8, 16, 32], 0), "large": (192, [2, 2, 18, 2], [6, 12, 24, 48], 0),
-    "huge": (352, [2, 2, 18, 2], [8, 16, 32, 64], 6), "giant": (512, [2, 2, 42, 4], [16, 32, 64, 128], 6),
+    "tiny": (96, [2, 2, 6, 2], [3, 6, 12, 24], 0),
+    "small": (96, [2, 2, 18, 2], [3, 6, 12, 24], 0),
+    "base": (128, [2, 2, 18, 2], [4, 8, 16, 32], 0),
+    "large": (192, [2, 2, 18, 2], [6, 12, 24, 48], 0),
+    "huge": (352, [2, 2, 18, 2], [8, 16, 32, 64], 6),
+    "giant": (512, [2, 2, 42, 4], [16, 32, 64, 128], 6),
 }
 
 
 def swin_arguments(args: Mapping[str, Any]) -> dict[str, Any]:
     """The reference constructor's arguments as one flat dict with per-stage windows."""
-    a = take(args, {"use_abs_pos_embed": False, "interpolate_mode": "bicubic", "patch_norm": True, "stage_cfgs": {},
-                    "patch_cfg": {}},
-             arch="tiny", in_channels=3, patch_size=4, window_size=8, out_indices=(3,), pad_small_map=False,
-             img_size=None, pretrained_window_sizes=None, norm_cfg=None)
+    a = take(
+        args,
+        {
+            "use_abs_pos_embed": False,
+            "interpolate_mode": "bicubic",
+            "patch_norm": True,
+            "stage_cfgs": {},
+            "patch_cfg": {},
+        },
+        arch="tiny",
+        in_channels=3,
+        patch_size=4,
+        window_size=8,
+        out_indices=(3,),
+        pad_small_map=False,
+        img_size=None,
+        pretrained_window_sizes=None,
+        norm_cfg=None,
+    )
     arch = a["arch"]
     if isinstance(arch, str):
         width, depths, heads, every = ARCHITECTURES[arch]
@@ -150,12 +193,17 @@ def swin_arguments(args: Mapping[str, Any]) -> dict[str, Any]:
     stages = len(arch["depths"])
     window = a["window_size"]
     return {
-        "width": arch["embed_dims"], "patch": a["patch_size"], "depths": tuple(arch["depths"]),
+        "width": arch["embed_dims"],
+        "patch": a["patch_size"],
+        "depths": tuple(arch["depths"]),
         "heads": tuple(arch["num_heads"]),
         "windows": (window,) * stages if isinstance(window, int) else tuple(window),
         "pretrained_windows": tuple(a["pretrained_window_sizes"] or (0,) * stages),
-        "extra_norm_every": arch.get("extra_norm_every_n_blocks", 0), "pad_small_map": a["pad_small_map"],
-        "outputs": tuple(sorted(i % stages for i in a["out_indices"])), "eps": 1e-5, "channels": a["in_channels"],
+        "extra_norm_every": arch.get("extra_norm_every_n_blocks", 0),
+        "pad_small_map": a["pad_small_map"],
+        "outputs": tuple(sorted(i % stages for i in a["out_indices"])),
+        "eps": 1e-5,
+        "channels": a["in_channels"],
     }
 
 
@@ -170,8 +218,9 @@ def swinv2(case: Case) -> Arrays:
         x = nhwc(case.arrays[join("x", variant)])
         params = load(module, entries, case.weights, (1, *x.shape[1:3], channels))
         run = lambda p, x: module.apply({"params": p}, x)
-        weights = {i: nhwc(case.arrays[key]) for i in range(len(a["outputs"]))
-                   if (key := join("g", variant, i)) in case.arrays}
+        weights = {
+            i: nhwc(case.arrays[key]) for i in range(len(a["outputs"])) if (key := join("g", variant, i)) in case.arrays
+        }
         if weights:
             weigh = lambda maps: sum(jnp.sum(maps[i] * g) for i, g in weights.items())
             maps, out[join("y64", "loss", variant)], d, dx = differentiate(run, weigh, params, x, entries)
@@ -184,16 +233,41 @@ def swinv2(case: Case) -> Arrays:
 
 
 def vit_arguments(args: Mapping[str, Any]) -> dict[str, Any]:
-    a = take(args, {"patch_norm": False, "final_norm": False, "qkv_bias": True, "interpolate_mode": "bicubic",
-                    "num_fcs": 2, "patch_pad": "corner", "patch_bias": True, "output_cls_token": False},
-             img_size=224, patch_size=16, in_channels=3, embed_dims=768, num_layers=12, num_heads=12, mlp_ratio=4,
-             out_indices=-1, norm_cfg=None, with_cls_token=True)
+    a = take(
+        args,
+        {
+            "patch_norm": False,
+            "final_norm": False,
+            "qkv_bias": True,
+            "interpolate_mode": "bicubic",
+            "num_fcs": 2,
+            "patch_pad": "corner",
+            "patch_bias": True,
+            "output_cls_token": False,
+        },
+        img_size=224,
+        patch_size=16,
+        in_channels=3,
+        embed_dims=768,
+        num_layers=12,
+        num_heads=12,
+        mlp_ratio=4,
+        out_indices=-1,
+        norm_cfg=None,
+        with_cls_token=True,
+    )
     image = a["img_size"] if isinstance(a["img_size"], (list, tuple)) else (a["img_size"],) * 2
     outputs = (a["out_indices"],) if isinstance(a["out_indices"], int) else tuple(a["out_indices"])
     return {
-        "width": a["embed_dims"], "patch": a["patch_size"], "depth": a["num_layers"], "heads": a["num_heads"],
-        "table_grid": (image[0] // a["patch_size"], image[-1] // a["patch_size"]), "mlp_ratio": a["mlp_ratio"],
-        "eps": eps_of(a["norm_cfg"]), "cls_token": a["with_cls_token"], "outputs": outputs,
+        "width": a["embed_dims"],
+        "patch": a["patch_size"],
+        "depth": a["num_layers"],
+        "heads": a["num_heads"],
+        "table_grid": (image[0] // a["patch_size"], image[-1] // a["patch_size"]),
+        "mlp_ratio": a["mlp_ratio"],
+        "eps": eps_of(a["norm_cfg"]),
+        "cls_token": a["with_cls_token"],
+        "outputs": outputs,
     }
 
 
@@ -217,6 +291,7 @@ def vit(case: Case) -> Arrays:
                 g[len(maps) - 1] = plain
             g = {i: nhwc(v) for i, v in g.items() if v is not None}
             if g:
+
                 def loss(p: Any, x: jax.Array) -> jax.Array:
                     maps = module.apply({"params": p}, x)
                     return sum(jnp.sum(maps[i] * v) for i, v in g.items())
@@ -248,11 +323,30 @@ def uphead(case: Case) -> Arrays:
 
 
 def fusion_arguments(args: Mapping[str, Any]) -> dict[str, Any]:
-    a = take(args, {"with_cls_token": True, "output_cls_token": True, "final_norm": False, "qkv_bias": True,
-                    "num_fcs": 2, "require_two": False},
-             input_dims=2816, embed_dims=1024, num_layers=24, num_heads=16, mlp_ratio=4, norm_cfg=None)
-    return {"width": a["embed_dims"], "depth": a["num_layers"], "heads": a["num_heads"], "mlp_ratio": a["mlp_ratio"],
-            "eps": eps_of(a["norm_cfg"])}
+    a = take(
+        args,
+        {
+            "with_cls_token": True,
+            "output_cls_token": True,
+            "final_norm": False,
+            "qkv_bias": True,
+            "num_fcs": 2,
+            "require_two": False,
+        },
+        input_dims=2816,
+        embed_dims=1024,
+        num_layers=24,
+        num_heads=16,
+        mlp_ratio=4,
+        norm_cfg=None,
+    )
+    return {
+        "width": a["embed_dims"],
+        "depth": a["num_layers"],
+        "heads": a["num_heads"],
+        "mlp_ratio": a["mlp_ratio"],
+        "eps": eps_of(a["norm_cfg"]),
+    }
 
 
 def fusion(case: Case) -> Arrays:
@@ -264,6 +358,7 @@ def fusion(case: Case) -> Arrays:
     out = {k: tokens[s] for k, s in slices.items()} | {f"y_block{i}": every[i] for i in range(module.depth)}
     weighed = {k: case.arrays[f"g_{k}"] for k in slices if f"g_{k}" in case.arrays}
     if weighed:
+
         def loss(p: Any, x: jax.Array) -> jax.Array:
             tokens, _ = module.apply({"params": p}, x)
             return sum(jnp.sum(tokens[slices[k]] * g) for k, g in weighed.items())
@@ -274,8 +369,16 @@ def fusion(case: Case) -> Arrays:
 
 
 def dino_head(case: Case) -> Arrays:
-    a = take(case.meta["args"], {"use_bn": False}, in_dim=0, out_dim=0, hidden_dim=2048, bottleneck_dim=256, nlayers=3,
-             norm_last_layer=True)
+    a = take(
+        case.meta["args"],
+        {"use_bn": False},
+        in_dim=0,
+        out_dim=0,
+        hidden_dim=2048,
+        bottleneck_dim=256,
+        nlayers=3,
+        norm_last_layer=True,
+    )
     x, out = jnp.asarray(case.arrays["x"]), {}
     for key, gain in (("y", True), ("y_g1", False)):
         if key not in case.arrays:

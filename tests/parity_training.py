@@ -1,6 +1,7 @@
 """Parity of what trains: the self-distillation losses with their Sinkhorn, and AdamW under its schedules (see
 tests.parity).
 """
+
 from __future__ import annotations
 
 import re
@@ -24,8 +25,11 @@ def dino_loss(case: Any) -> dict[str, Any]:
     args, batch = meta["args"], meta["batch"]
     student_temp, momentum, width = args["student_temp"], args["center_momentum"], args["out_dim"]
     epochs = np.arange(args["nepochs"])
-    temps = np.asarray(optim.teacher_temperature(
-        epochs, args["warmup_teacher_temp_epochs"], args["warmup_teacher_temp"], args["teacher_temp"]))
+    temps = np.asarray(
+        optim.teacher_temperature(
+            epochs, args["warmup_teacher_temp_epochs"], args["warmup_teacher_temp"], args["teacher_temp"]
+        )
+    )
     temp = float(temps[meta["epoch"]])
     out: dict[str, Any] = {"y_teacher_temps": temps}
     one = jnp.float32(1)
@@ -82,12 +86,18 @@ def adamw(case: Any) -> dict[str, Any]:
                 if rule != "const":
                     gfm = rule == "gfm_cosine"
                     rate = optim.LR_RULES[RULES[rule]](
-                        step, steps, warmup, meta["lr"], meta["warmup_lr"] if gfm else 0.0,
-                        meta["min_lr"] if gfm else 0.0)
+                        step,
+                        steps,
+                        warmup,
+                        meta["lr"],
+                        meta["warmup_lr"] if gfm else 0.0,
+                        meta["min_lr"] if gfm else 0.0,
+                    )
                 value, grads = jax.value_and_grad(loss)(params)
                 grads, norm = optim.clip(grads, meta["clip"])
                 params, state = optim.update(
-                    grads, state, params, {"p": True, "b": False}, rate, meta["weight_decay"], cfg)
+                    grads, state, params, {"p": True, "b": False}, rate, meta["weight_decay"], cfg
+                )
                 moments = {"m": state["mu"]["p"], "v": state["nu"]["p"]}
                 rows.append({"lr": rate, "gnorm": norm, "loss": value, **params, **moments})
             out |= {f"y64_{rule}_{key}": np.stack([np.asarray(row[key]) for row in rows]) for key in rows[0]}

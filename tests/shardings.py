@@ -1,7 +1,8 @@
 """The table of shardings of each configuration: which leaf is split over which mesh axis, and what stays whole.
 
-    python -m tests.shardings          writes tests/golden/shardings_<config>.txt (shapes only: no device, no array)
+python -m tests.shardings          writes tests/golden/shardings_<config>.txt (shapes only: no device, no array)
 """
+
 from __future__ import annotations
 
 import pathlib
@@ -14,8 +15,13 @@ from skysense_jax.core import sharding, trees
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDER = pathlib.Path(__file__).parent / "golden"
-CONFIGS = {"skysense_smoke": (1, 8), "skysense_small": (1, 8), "skysense_base": (1, 16), "skysense_full": (2, 32),
-           "msgfm_base": (1, 4, 8)}
+CONFIGS = {
+    "skysense_smoke": (1, 8),
+    "skysense_small": (1, 8),
+    "skysense_base": (1, 16),
+    "skysense_full": (2, 32),
+    "msgfm_base": (1, 4, 8),
+}
 """Configuration -> mesh, data x fsdp (x expert). Swin's first stage, 352 = 11 x 32 wide, divides by 32 and no further:
 64 chips are 2 x 32.
 """
@@ -26,7 +32,7 @@ def table(name: str) -> str:
     cfg = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]()
     cfg.data.statistics = "table"
     sizes = CONFIGS[name]
-    names = ("data", "fsdp", "expert")[:len(sizes)]
+    names = ("data", "fsdp", "expert")[: len(sizes)]
     mesh = jax.sharding.AbstractMesh(sizes, names, axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
     plan = train.make_plan(cfg, train.make_contract(cfg), mesh)
     lines = [f"{name}, {' x '.join(names)} = {' x '.join(map(str, sizes))}; written by: python -m tests.shardings"]

@@ -6,6 +6,7 @@ Real processes of the real command with the real objective of a model, SIGKILL. 
 last checkpoint, the records of metrics.jsonl (losses and the digest of the places of every batch, each step once), and
 the evaluation of the result. A run lives through a few kills and ends; then a new one begins.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -19,7 +20,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -77,13 +79,23 @@ def make_job(model: str, folder: pathlib.Path) -> Job:
 
 
 def arguments(job: Job, workdir: pathlib.Path) -> list[str]:
-    return ["--config", CONFIGS[job.model], "--workdir", str(workdir), f"--config.data.dir={job.dataset}", *job.also,
-            f"--config.steps={STEPS}", f"--config.run.save_every={SAVE_EVERY}"]
+    return [
+        "--config",
+        CONFIGS[job.model],
+        "--workdir",
+        str(workdir),
+        f"--config.data.dir={job.dataset}",
+        *job.also,
+        f"--config.steps={STEPS}",
+        f"--config.run.save_every={SAVE_EVERY}",
+    ]
 
 
 def start_evaluation(job: Job, workdir: pathlib.Path) -> Any:
-    return jobs.start(["eval", str(workdir), "--data", job.dataset, "--task", "scene", "--out",
-                       str(report_of(workdir))], module="skysense_jax.cli")
+    return jobs.start(
+        ["eval", str(workdir), "--data", job.dataset, "--task", "scene", "--out", str(report_of(workdir))],
+        module="skysense_jax.cli",
+    )
 
 
 def report_of(workdir: pathlib.Path) -> pathlib.Path:
@@ -93,8 +105,11 @@ def report_of(workdir: pathlib.Path) -> pathlib.Path:
 def outcome(job: Job, workdir: pathlib.Path) -> Outcome:
     """Of a run that has ended."""
     jobs.finish(start_evaluation(job, workdir))
-    return Outcome(jobs.arrays(workdir, STEPS), jobs.without_clocks(jobs.records(workdir)),
-                   json.loads(report_of(workdir).read_text())["tasks"])
+    return Outcome(
+        jobs.arrays(workdir, STEPS),
+        jobs.without_clocks(jobs.records(workdir)),
+        json.loads(report_of(workdir).read_text())["tasks"],
+    )
 
 
 def straight(job: Job, workdir: pathlib.Path) -> Outcome:
@@ -112,7 +127,11 @@ def assert_same(ours: Outcome, theirs: Outcome) -> None:
 
 
 def survive(
-    job: Job, wanted: Outcome, folder: pathlib.Path, kills: int, seed: int,
+    job: Job,
+    wanted: Outcome,
+    folder: pathlib.Path,
+    kills: int,
+    seed: int,
     note: Callable[[list[Kill], int], None] = lambda kills, lives: None,
 ) -> list[Kill]:
     """`kills` kills that hit what they aimed at, as many of each phase, and those that did not; every run is compared
@@ -152,9 +171,7 @@ def survive(
     return done
 
 
-def _kill(
-    job: Job, workdir: pathlib.Path, aim: str, draw: random.Random, spans: dict[str, float]
-) -> Kill | None:
+def _kill(job: Job, workdir: pathlib.Path, aim: str, draw: random.Random, spans: dict[str, float]) -> Kill | None:
     """One process, killed at a random moment of the phase; None where it was over before."""
     last = max(checkpoint.steps(workdir / checkpoint.FOLDER), default=0)
     evaluation = aim == "eval"
@@ -211,14 +228,21 @@ def report(job: Job, kills: list[Kill], lives: int, asked: int, seed: int, secon
     seen, config = Counter(kill.seen for kill in kills), pathlib.Path(CONFIGS[job.model]).relative_to(jobs.ROOT)
     learnt = "noise" + " and a folder of unpaired pictures" * bool(job.also)
     lines = [
-        f"## {job.model}", "",
+        f"## {job.model}",
+        "",
         f"`python -m tests.survival --model {job.model} --kills {asked} --seed {seed} --out docs/survival.md`, commit "
         f"{evaluate.commit()}, jax {jax.__version__}, Python {platform.python_version()}, CPU, {os.cpu_count()} cores, "
-        f"{seconds / 60:.0f} minutes.", "",
+        f"{seconds / 60:.0f} minutes.",
+        "",
         f"{len(kills)} SIGKILLs were spread over {lives} run{'s' * (lives > 1)} of {STEPS} steps of `{config}` (the "
-        f"real objective on {learnt}, float32, a checkpoint every {SAVE_EVERY} steps).", "",
-        "| phase | kills |", "|---|---|", *(f"| {phase} | {seen[phase]} |" for phase in PHASES), "",
-        "| kill | aimed at | hit | last step recorded | seconds after the start |", "|---|---|---|---|---|",
+        f"real objective on {learnt}, float32, a checkpoint every {SAVE_EVERY} steps).",
+        "",
+        "| phase | kills |",
+        "|---|---|",
+        *(f"| {phase} | {seen[phase]} |" for phase in PHASES),
+        "",
+        "| kill | aimed at | hit | last step recorded | seconds after the start |",
+        "|---|---|---|---|---|",
         *(f"| {n} | {k.aimed} | {k.seen} | {k.step} | {k.after_s:.2f} |" for n, k in enumerate(kills, 1)),
     ]
     return "\n".join(lines) + "\n"
@@ -229,7 +253,7 @@ def write_section(page: pathlib.Path, section: str) -> None:
     head, *sections = re.split(r"(?m)^(?=## )", page.read_text() if page.exists() else f"{TITLE}\n")
     title = section.splitlines()[0]
     at = next((n for n, one in enumerate(sections) if one.splitlines()[0] == title), len(sections))
-    sections[at:at + 1] = [section]
+    sections[at : at + 1] = [section]
     page.write_text(head + "\n".join(one.rstrip("\n") + "\n" for one in sections))
 
 
@@ -249,8 +273,16 @@ def main() -> None:
         root = pathlib.Path(folder)
         job = make_job(options.model, root)
         wanted = straight(job, root / "straight")
-        survive(job, wanted, root, options.kills, options.seed, lambda kills, lives: write_section(
-            options.out, report(job, kills, lives, options.kills, options.seed, time.monotonic() - begun)))
+        survive(
+            job,
+            wanted,
+            root,
+            options.kills,
+            options.seed,
+            lambda kills, lives: write_section(
+                options.out, report(job, kills, lives, options.kills, options.seed, time.monotonic() - begun)
+            ),
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """State dicts with random weights in the exact names, shapes and layouts of Microsoft's Swin family, spelled out here
 and nowhere derived from the package: SimMIM and GFM, supervised Swin, Swin-MoE.
 """
+
 from __future__ import annotations
 
 import numpy as np
@@ -88,8 +89,8 @@ def shards(state, ranks, slices=1):
         files[f"rank{rank}"] = {}
         for name in own:
             local = len(state[name]) * slices // ranks
-            whole = state[name][rank // slices * local:][:local]
+            whole = state[name][rank // slices * local :][:local]
             width = -(-whole.shape[1] // slices)
-            piece = whole[:, rank % slices * width:][:, :width]
+            piece = whole[:, rank % slices * width :][:, :width]
             files[f"rank{rank}"][name] = np.ascontiguousarray(piece)
     return files

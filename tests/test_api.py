@@ -71,7 +71,7 @@ def test_prepare_reads_every_kind_of_date():
     kinds = [
         datetime.date(2024, 12, 31),
         np.datetime64("2023-03-01T10:00"),
-        datetime.datetime(2024, 3, 1, 5, tzinfo=datetime.timezone.utc),
+        datetime.datetime(2024, 3, 1, 5, tzinfo=datetime.UTC),
     ]
     assert prepare.prepare(CONTRACT, changed("s2", dates=kinds))[0]["s2"]["dates"].tolist() == [[364, 59, 60]]
     kinds = ["1965-02-01", "2023-02-01T23:59:59Z", 365]

@@ -2,6 +2,7 @@
 
 The toy objective on eight fake devices.
 """
+
 from __future__ import annotations
 
 import os
@@ -97,17 +98,29 @@ def test_one_part_loads_alone(saved):
         checkpoint.load_tree(workdir, "params", step=7)
 
 
-@pytest.mark.parametrize("damage, reason", [
-    (lambda two: flip(largest(two / "params")), "params"),
-    (lambda two: os.truncate(largest(two / "params"), 100), "params"),
-    (lambda two: largest(two / "teacher").unlink(), "cannot be read"),
-    (lambda two: shutil.rmtree(two / "memory"), "cannot be read"),
-    (lambda two: (two / "params" / "_METADATA").unlink(), "cannot be read"),
-    (lambda two: flip(two / "meta" / "data.json"), "cannot be read|altered"),
-    (lambda two: (two / "data" / "data.json").write_text('{"step": 1}'), "data position was altered"),
-    (lambda two: [shutil.rmtree(two), two.mkdir()], "cannot be read"),
-], ids=["flipped byte", "truncated", "missing file", "missing part", "no manifest", "flipped meta", "another position",
-        "empty folder"])
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (lambda two: flip(largest(two / "params")), "params"),
+        (lambda two: os.truncate(largest(two / "params"), 100), "params"),
+        (lambda two: largest(two / "teacher").unlink(), "cannot be read"),
+        (lambda two: shutil.rmtree(two / "memory"), "cannot be read"),
+        (lambda two: (two / "params" / "_METADATA").unlink(), "cannot be read"),
+        (lambda two: flip(two / "meta" / "data.json"), "cannot be read|altered"),
+        (lambda two: (two / "data" / "data.json").write_text('{"step": 1}'), "data position was altered"),
+        (lambda two: [shutil.rmtree(two), two.mkdir()], "cannot be read"),
+    ],
+    ids=[
+        "flipped byte",
+        "truncated",
+        "missing file",
+        "missing part",
+        "no manifest",
+        "flipped meta",
+        "another position",
+        "empty folder",
+    ],
+)
 def test_a_damaged_step_is_named_and_the_one_before_is_used(saved, capfd, damage, reason):
     workdir, shapes, states = saved
     damage(workdir / "checkpoints" / "2")

@@ -1,4 +1,5 @@
 """Reading compiled programs, and the compile check itself: through the real TPU compiler where libtpu is installed."""
+
 from __future__ import annotations
 
 import argparse
@@ -69,12 +70,32 @@ def test_pieces_of_the_distillation_are_reduced_over_devices_once_and_give_the_s
     """The rows of a place in four pieces, float32: values and gradients of one device, and no collective in a loop."""
     places, rows, width, prototypes, pieces = 16, 32, 8, 64, 4
     draw = jax.random.split(jax.random.key(0), 5)
-    arrays = [jax.random.normal(key, shape) for key, shape in zip(draw, (
-        (width, prototypes), (places, rows, width), (places, rows, 1, width), (places, rows, 1), (width, prototypes)))]
+    arrays = [
+        jax.random.normal(key, shape)
+        for key, shape in zip(
+            draw,
+            (
+                (width, prototypes),
+                (places, rows, width),
+                (places, rows, 1, width),
+                (places, rows, 1),
+                (width, prototypes),
+            ),
+        )
+    ]
 
     def loss(mine, student, teacher, weight, theirs):
-        ce, entropy, assigned = contrast.distil(student, teacher, jnp.square(weight), sharding.gathered(mine), theirs,
-                                                jnp.zeros(prototypes), 0.1, 0.04, rows // pieces)
+        ce, entropy, assigned = contrast.distil(
+            student,
+            teacher,
+            jnp.square(weight),
+            sharding.gathered(mine),
+            theirs,
+            jnp.zeros(prototypes),
+            0.1,
+            0.04,
+            rows // pieces,
+        )
         return ce.sum(), (ce, entropy, assigned)
 
     wanted = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(*arrays)
@@ -83,15 +104,26 @@ def test_pieces_of_the_distillation_are_reduced_over_devices_once_and_give_the_s
     whole, batch = meshes.replicated(mesh), meshes.batch_sharding(mesh)
     placed = [jax.device_put(x, y) for x, y in zip(arrays, (split, batch, batch, batch, whole))]
     with jax.set_mesh(mesh):
-        step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True),
-                       out_shardings=((whole, (batch, batch, whole)), (split, batch))).lower(*placed).compile()
+        step = (
+            jax.jit(
+                jax.value_and_grad(loss, argnums=(0, 1), has_aux=True),
+                out_shardings=((whole, (batch, batch, whole)), (split, batch)),
+            )
+            .lower(*placed)
+            .compile()
+        )
         found = step(*placed)
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
     program = hlo.read(step.as_text())
     assert pieces in program.times.values(), "the pieces are a loop"
-    assert set(program.times[name] for name, body in program.computations.items() if name in program.times
-               for one in body if one.opcode in hlo.COLLECTIVES) == {1}
+    assert set(
+        program.times[name]
+        for name, body in program.computations.items()
+        if name in program.times
+        for one in body
+        if one.opcode in hlo.COLLECTIVES
+    ) == {1}
 
 
 def test_groups_that_cross_slices_count_between_them():
@@ -113,14 +145,17 @@ frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xl
     assert (sent.count, sent.wire, sent.between_slices) == (1, 4096, 4096)
 
 
-@pytest.mark.parametrize("text, groups", [
-    ("x), replica_groups={{0,2},{1,3}}, dimensions={0}", [[0, 2], [1, 3]]),
-    ("x), replica_groups=[2,2]<=[4], dimensions={0}", [[0, 1], [2, 3]]),
-    ("x), replica_groups=[2,2]<=[2,2]T(1,0), dimensions={0}", [[0, 2], [1, 3]]),
-    ("x), replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_1'}, dimensions={0}", [[0, 1], [2, 3]]),
-    ("x), replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0'}, dimensions={0}", [[0, 2], [1, 3]]),
-    ("x), replica_groups=mesh['axis_0'=2,'axis_1'=2], device_ids=([2,2]T(1,0)) {'axis_1'}, x", [[0, 2], [1, 3]]),
-])
+@pytest.mark.parametrize(
+    "text, groups",
+    [
+        ("x), replica_groups={{0,2},{1,3}}, dimensions={0}", [[0, 2], [1, 3]]),
+        ("x), replica_groups=[2,2]<=[4], dimensions={0}", [[0, 1], [2, 3]]),
+        ("x), replica_groups=[2,2]<=[2,2]T(1,0), dimensions={0}", [[0, 2], [1, 3]]),
+        ("x), replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_1'}, dimensions={0}", [[0, 1], [2, 3]]),
+        ("x), replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0'}, dimensions={0}", [[0, 2], [1, 3]]),
+        ("x), replica_groups=mesh['axis_0'=2,'axis_1'=2], device_ids=([2,2]T(1,0)) {'axis_1'}, x", [[0, 2], [1, 3]]),
+    ],
+)
 def test_every_spelling_of_device_groups_is_read(text, groups):
     assert sorted(hlo.device_groups(text)) == groups
 
@@ -192,9 +227,18 @@ def test_a_described_chip_may_be_several_devices():
 def test_table_rows_have_their_own_files_and_show_what_does_not_fit():
     assert len({row.file for row in pods.ROWS}) == len(pods.ROWS)
     result = {
-        "row": "skysense_full", "topology": "v5e:8x8", "slices": 1, "devices": 64, "devices_per_chip": 1,
-        "mesh": {"data": 2, "fsdp": 32}, "global_batch": 256, "microbatches": 4, "peak_hbm_bytes": 20 * 2**30,
-        "hbm_limit_bytes": int(15.75 * 2**30), "fits": False, "compile_seconds": 1.0,
+        "row": "skysense_full",
+        "topology": "v5e:8x8",
+        "slices": 1,
+        "devices": 64,
+        "devices_per_chip": 1,
+        "mesh": {"data": 2, "fsdp": 32},
+        "global_batch": 256,
+        "microbatches": 4,
+        "peak_hbm_bytes": 20 * 2**30,
+        "hbm_limit_bytes": int(15.75 * 2**30),
+        "fits": False,
+        "compile_seconds": 1.0,
     }
     assert "| 20.00 / 15.75 | **no** |" in pods.line(result)
 
@@ -217,10 +261,15 @@ def test_a_row_that_could_not_be_made_is_named_and_what_cannot_work_is_refused_a
     assert not capsys.readouterr().err, "nothing was compiled"
 
 
-@pytest.mark.parametrize("places, parts, devices, then, said", [
-    (256, 2, 64, (256, 2), ""), (256, 2, 128, (256, 2), ""),
-    (256, 2, 256, (256, 1), "config.objective.microbatches=2 is more than the places of a device: compiled with 1"),
-    (256, 2, 512, (512, 1), "config.data.batch=256 leaves devices without a place: compiled with 512")])
+@pytest.mark.parametrize(
+    "places, parts, devices, then, said",
+    [
+        (256, 2, 64, (256, 2), ""),
+        (256, 2, 128, (256, 2), ""),
+        (256, 2, 256, (256, 1), "config.objective.microbatches=2 is more than the places of a device: compiled with 1"),
+        (256, 2, 512, (512, 1), "config.data.batch=256 leaves devices without a place: compiled with 512"),
+    ],
+)
 def test_the_paper_s_recipe_is_fitted_to_larger_pods_and_that_is_said(places, parts, devices, then, said):
     c = skysense_tiny.get_config("series")
     c.data.batch, c.objective.microbatches = places, parts
@@ -230,17 +279,25 @@ def test_the_paper_s_recipe_is_fitted_to_larger_pods_and_that_is_said(places, pa
 
 
 @pytest.mark.parametrize(
-    "size, asked", [("10.51T", 10.51 * 2**40), ("21.61G", 21.61 * 2**30), ("512.5M", 512.5 * 2**20)])
+    "size, asked", [("10.51T", 10.51 * 2**40), ("21.61G", 21.61 * 2**30), ("512.5M", 512.5 * 2**20)]
+)
 def test_what_a_refusal_asks_for_is_read_in_every_unit(size, asked):
-    refusal = (f"RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries ({size}) "
-               "exceeds available HBM (15.75G).")
+    refusal = (
+        f"RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries ({size}) "
+        "exceeds available HBM (15.75G)."
+    )
     assert checks.asked_for(refusal) == int(asked)
     assert checks.asked_for("RESOURCE_EXHAUSTED") is None
 
 
-@pytest.mark.parametrize("argument, words", [
-    ("--json=nowhere/row.json", "there is no folder nowhere"), ("--slices=0", "--slices=0"),
-    ("--effort=2", "--effort=2")])
+@pytest.mark.parametrize(
+    "argument, words",
+    [
+        ("--json=nowhere/row.json", "there is no folder nowhere"),
+        ("--slices=0", "--slices=0"),
+        ("--effort=2", "--effort=2"),
+    ],
+)
 def test_what_would_be_lost_after_the_compilation_is_refused_before(argument, words, capfd):
     config = str(ROOT / "configs" / "skysense_tiny.py")
     assert checks.main(["--config", config, "--topology", "v5e:2x2", argument]) == 78
@@ -261,17 +318,30 @@ def test_without_libtpu_the_command_says_what_to_install():
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
-    reason="needs the TPU compiler: tests/run.sh makes an environment with it (launch/setup.sh tpu)")
+    reason="needs the TPU compiler: tests/run.sh makes an environment with it (launch/setup.sh tpu)",
+)
 
 
 @pytest.mark.tpu_compiler
 @needs_libtpu
-@pytest.mark.parametrize("topology, slices, mesh, per_chip", [
-    ("v5e:2x2", 1, {"data": 1, "fsdp": 4}, 1), ("v5p:2x2x1", 2, {"data": 2, "fsdp": 4}, 1)])
+@pytest.mark.parametrize(
+    "topology, slices, mesh, per_chip",
+    [("v5e:2x2", 1, {"data": 1, "fsdp": 4}, 1), ("v5p:2x2x1", 2, {"data": 2, "fsdp": 4}, 1)],
+)
 def test_the_tiny_step_compiles_for_real_chips(tmp_path, topology, slices, mesh, per_chip):
     file = tmp_path / "row.json"
-    done = compile_check("--config", "configs/skysense_tiny.py:series", "--topology", topology, "--slices", str(slices),
-                         "--json", str(file), "--config.mesh.data=-1", "--config.mesh.fsdp=4")
+    done = compile_check(
+        "--config",
+        "configs/skysense_tiny.py:series",
+        "--topology",
+        topology,
+        "--slices",
+        str(slices),
+        "--json",
+        str(file),
+        "--config.mesh.data=-1",
+        "--config.mesh.fsdp=4",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     r = json.loads(file.read_text())
     assert r["fits"] and 0 < r["peak_hbm_bytes"] < r["hbm_limit_bytes"]
@@ -288,8 +358,16 @@ def test_the_tiny_step_compiles_for_real_chips(tmp_path, topology, slices, mesh,
 @needs_libtpu
 def test_a_step_that_does_not_fit_says_by_how_much(tmp_path):
     file = tmp_path / "row.json"
-    done = compile_check("--config", "configs/skysense_tiny.py", "--topology", "v5e:2x2", "--json", str(file),
-                         "--config.data.batch=100000", "--config.mesh.fsdp=4")
+    done = compile_check(
+        "--config",
+        "configs/skysense_tiny.py",
+        "--topology",
+        "v5e:2x2",
+        "--json",
+        str(file),
+        "--config.data.batch=100000",
+        "--config.mesh.fsdp=4",
+    )
     r = json.loads(file.read_text())
     assert done.returncode == 1 and not r["fits"], done.stderr[-2000:]
     assert r["peak_hbm_bytes"] > r["hbm_limit_bytes"] and "DOES NOT FIT" in done.stdout
@@ -299,9 +377,14 @@ def test_a_step_that_does_not_fit_says_by_how_much(tmp_path):
 
 @pytest.mark.tpu_compiler
 @needs_libtpu
-@pytest.mark.parametrize("arguments, words", [
-    (("--topology", "v9z:2x2"), "v9z"), (("--topology", "v5e:2x2", "--config.mesh.fsdp=3"), "mesh"),
-    (("--topology", "v5e:2x2", "--config.data.bath=3"), "no such field")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--topology", "v9z:2x2"), "v9z"),
+        (("--topology", "v5e:2x2", "--config.mesh.fsdp=3"), "mesh"),
+        (("--topology", "v5e:2x2", "--config.data.bath=3"), "no such field"),
+    ],
+)
 def test_what_cannot_be_compiled_is_refused(arguments, words):
     done = compile_check("--config", "configs/skysense_tiny.py", *arguments)
     assert done.returncode == 78 and words in done.stderr, done.stderr[-2000:]

@@ -1,4 +1,5 @@
 """The ground floor: names and strict rules, shardings, meshes, random streams, compiler flags."""
+
 import importlib.util
 import os
 import pathlib
@@ -39,22 +40,28 @@ def test_rules_are_strict():
     assert len(trees.match(list(trees.flatten(TREE)), (*rules, ("kernel", 4)), "test", unused_ok=True)) == 4
 
 
-@pytest.mark.parametrize("shape, expected", [
-    ((1024, 512), ("fsdp",)),  # the largest
-    ((24, 1024, 1024), (None, "fsdp")),  # of equal ones the first, never the stack of blocks
-    ((6, 1000, 500), (None, "fsdp")),
-    ((4, 4), ()),  # small: replicated
-])
+@pytest.mark.parametrize(
+    "shape, expected",
+    [
+        ((1024, 512), ("fsdp",)),  # the largest
+        ((24, 1024, 1024), (None, "fsdp")),  # of equal ones the first, never the stack of blocks
+        ((6, 1000, 500), (None, "fsdp")),
+        ((4, 4), ()),  # small: replicated
+    ],
+)
 def test_fsdp_splits_the_largest_dimension_that_divides(shape, expected):
     leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
     assert tuple(sharding.leaf_spec("x", leaf, "fsdp", {"data": 2, "fsdp": 4})) == expected
 
 
-@pytest.mark.parametrize("shape, expected", [
-    ((2, 4, 1024, 512), (None, "expert", "fsdp")),
-    ((1024, 4, 8, 64), ("fsdp", "expert")),
-    ((2, 4, 8), (None, "expert")),  # small: its experts are split all the same
-])
+@pytest.mark.parametrize(
+    "shape, expected",
+    [
+        ((2, 4, 1024, 512), (None, "expert", "fsdp")),
+        ((1024, 4, 8, 64), ("fsdp", "expert")),
+        ((2, 4, 8), (None, "expert")),  # small: its experts are split all the same
+    ],
+)
 def test_experts_are_split_and_the_rest_as_any_leaf(shape, expected):
     leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
     assert tuple(sharding.leaf_spec("x", leaf, "expert", {"fsdp": 2, "expert": 4})) == expected
@@ -114,8 +121,11 @@ def test_streams_are_the_same_traced():
 
 
 def test_xla_flags_leave_the_user_alone_and_need_no_jax():
-    env = {"JAX_PLATFORMS": "tpu", "TPU_TYPE": "v5litepod-64",
-           "LIBTPU_INIT_ARGS": "--xla_tpu_enable_async_collective_fusion=false"}
+    env = {
+        "JAX_PLATFORMS": "tpu",
+        "TPU_TYPE": "v5litepod-64",
+        "LIBTPU_INIT_ARGS": "--xla_tpu_enable_async_collective_fusion=false",
+    }
     added = xla_flags.apply(env)
     assert added and env["LIBTPU_INIT_ARGS"].startswith("--xla_tpu_enable_async_collective_fusion=false ")
     assert env["LIBTPU_INIT_ARGS"].count("async_collective_fusion=") == 1
@@ -124,11 +134,21 @@ def test_xla_flags_leave_the_user_alone_and_need_no_jax():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("name, found", [
-    ("v4-8", "v4"), ("v5litepod-256", "v5e"), ("tpu-v5-lite-podslice", "v5e"), ("v5p-128", "v5p"),
-    ("tpu-v5p-slice", "v5p"), ("v6e-256", "v6e"), ("tpu-v6e-slice", "v6e"), ("tpu7x", "tpu7x"),
-    ("v9-8", None), ("", None),
-])
+@pytest.mark.parametrize(
+    "name, found",
+    [
+        ("v4-8", "v4"),
+        ("v5litepod-256", "v5e"),
+        ("tpu-v5-lite-podslice", "v5e"),
+        ("v5p-128", "v5p"),
+        ("tpu-v5p-slice", "v5p"),
+        ("v6e-256", "v6e"),
+        ("tpu-v6e-slice", "v6e"),
+        ("tpu7x", "tpu7x"),
+        ("v9-8", None),
+        ("", None),
+    ],
+)
 def test_the_tpu_generation_decides_the_flags(name, found):
     assert xla_flags.generation({"TPU_TYPE": name}) == found
     assert xla_flags.generation({"TPU_ACCELERATOR_TYPE": name, "TPU_TYPE": "v9"}) == found
@@ -147,11 +167,15 @@ def test_every_xla_flag_says_why_and_who_says_so():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install .[tpu]")
-@pytest.mark.parametrize("flag, accepted", [("--xla_tpu_no_such_flag=true", False)] + [
-    (" ".join(xla_flags.flags("tpu", name)), True) for name in dict.fromkeys(xla_flags.GENERATIONS.values())])
+@pytest.mark.parametrize(
+    "flag, accepted",
+    [("--xla_tpu_no_such_flag=true", False)]
+    + [(" ".join(xla_flags.flags("tpu", name)), True) for name in dict.fromkeys(xla_flags.GENERATIONS.values())],
+)
 def test_libtpu_accepts_the_flags(flag, accepted):
-    code = ("from jax.experimental import topologies; "
-            "topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2')")
+    code = (
+        "from jax.experimental import topologies; topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2')"
+    )
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "LIBTPU_INIT_ARGS": flag}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert (done.returncode == 0) == accepted, done.stderr
@@ -183,7 +207,9 @@ def test_every_known_field_is_read_somewhere():
     package = pathlib.Path(fields.__file__).parents[1]
     text = "\n".join(file.read_text() for file in package.rglob("*.py") if file.name != "fields.py")
     unread = [
-        f"{section}.{name}" for known in (fields.FIELDS, fields.MSGFM_FIELDS) for section, names in known.items()
+        f"{section}.{name}"
+        for known in (fields.FIELDS, fields.MSGFM_FIELDS)
+        for section, names in known.items()
         for name in names
         if name != "<sensor>" and not re.search(rf"""\.{name}\b|["']{name}["']""", text)
     ]

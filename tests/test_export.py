@@ -1,6 +1,7 @@
 """Weights both ways: the folder PyTorch reads, the strict import, single-module files with the names real files
 carry.
 """
+
 import json
 import pathlib
 import runpy
@@ -27,8 +28,17 @@ def unusual():
     class token.
     """
     hr = tiny.config().hr.to_dict()
-    hr.update({"depths": (3, 3), "extra_norm_every": 3, "window": (3, 4), "pretrained_windows": (0, 6), "eps": 1e-3,
-               "pad_small_map": True, "num_heads": 2})
+    hr.update(
+        {
+            "depths": (3, 3),
+            "extra_norm_every": 3,
+            "window": (3, 4),
+            "pretrained_windows": (0, 6),
+            "eps": 1e-3,
+            "pad_small_map": True,
+            "num_heads": 2,
+        }
+    )
     cfg = tiny.config(calendar="s2", hr=hr)
     cfg.s2.cls_token = True
     cfg.fusion.eps = 1e-3
@@ -103,14 +113,20 @@ def test_official_names():
     cfg, contract = tiny.config(), CONTRACT
     state = torch_export.state_from_params(tiny.params(cfg, contract), keymap.model_entries(cfg, contract))
     expected = {
-        "backbone_hr.patch_embed.projection.weight": (8, 3, 2, 2), "backbone_hr.patch_embed.norm.bias": (8,),
+        "backbone_hr.patch_embed.projection.weight": (8, 3, 2, 2),
+        "backbone_hr.patch_embed.norm.bias": (8,),
         "backbone_hr.stages.1.downsample.reduction.weight": (16, 32),
         "backbone_hr.stages.0.blocks.1.attn.w_msa.logit_scale": (1, 1, 1),
         "backbone_hr.stages.0.blocks.1.attn.w_msa.cpb_mlp.2.weight": (1, 512),
-        "backbone_hr.stages.0.blocks.1.attn.w_msa.qkv.weight": (24, 8), "backbone_hr.norm0.weight": (8,),
-        "backbone_s2.pos_embed": (1, 17, 8), "backbone_s2.layers.1.attn.attn.in_proj_weight": (24, 8),
-        "backbone_s1.layers.0.ffn.layers.0.0.weight": (16, 8), "head_s2.decoder.0.weight": (64, 8, 1, 1),
-        "fusion.porj_linear.weight": (8, 16), "fusion.cls_token": (1, 1, 8), "ctpe": (1, 365, 16),
+        "backbone_hr.stages.0.blocks.1.attn.w_msa.qkv.weight": (24, 8),
+        "backbone_hr.norm0.weight": (8,),
+        "backbone_s2.pos_embed": (1, 17, 8),
+        "backbone_s2.layers.1.attn.attn.in_proj_weight": (24, 8),
+        "backbone_s1.layers.0.ffn.layers.0.0.weight": (16, 8),
+        "head_s2.decoder.0.weight": (64, 8, 1, 1),
+        "fusion.porj_linear.weight": (8, 16),
+        "fusion.cls_token": (1, 1, 8),
+        "ctpe": (1, 365, 16),
     }
     assert {k: state[k].shape for k in expected} == expected
 
@@ -191,7 +207,7 @@ def test_names_and_shapes_are_the_release_s(shared):
         for line in path.read_text().splitlines():
             if line and not line.startswith("#") and "buffer-recomputed" not in line:
                 own = [] if name == "fusion" else [f"backbone_{name}"]
-                module, key, shape = own + line.split("\t")[:3 - len(own)]
+                module, key, shape = own + line.split("\t")[: 3 - len(own)]
                 key = "ctpe" if key == "ctpe" else f"{module}.{key}"
                 released[key] = tuple(json.loads(shape.replace("(", "[").replace(",)", "]").replace(")", "]")))
     assert ours == released

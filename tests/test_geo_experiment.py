@@ -1,4 +1,5 @@
 """The geo-context experiment: what it shuffles, what it appends, and the table it writes."""
+
 import json
 
 import numpy as np
@@ -33,12 +34,21 @@ def test_location_is_repeated_for_every_patch():
 
 def test_the_table_has_the_mean_over_seeds_and_students_interval_of_the_paired_gain(tmp_path):
     for seed, gain in ((0, 0.1), (1, 0.3)):
-        scores = [{"method": name, "probe": probe, "scores": {"accuracy": {"value": 0.5 + gain * (name == "bank")}}}
-                  for name in geo_experiment.VARIANTS for probe in ("linear", "knn")]
+        scores = [
+            {"method": name, "probe": probe, "scores": {"accuracy": {"value": 0.5 + gain * (name == "bank")}}}
+            for name in geo_experiment.VARIANTS
+            for probe in ("linear", "knn")
+        ]
         (tmp_path / f"regional-{seed}").mkdir()
         (tmp_path / f"regional-{seed}" / "scores.json").write_text(
-            json.dumps({"results": scores, "region": dict.fromkeys(geo_experiment.VARIANTS, 0.25),
-                        "chosen": geo_experiment.CHOICE[seed]}))
+            json.dumps(
+                {
+                    "results": scores,
+                    "region": dict.fromkeys(geo_experiment.VARIANTS, 0.25),
+                    "chosen": geo_experiment.CHOICE[seed],
+                }
+            )
+        )
     lines = geo_experiment.table(tmp_path).splitlines()
     assert len(lines) == 3 + len(geo_experiment.VARIANTS)
     assert "(1 of 2 with it) | 0.550 [" in lines[-1]

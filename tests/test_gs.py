@@ -1,4 +1,5 @@
 """A run whose records, checkpoints and folder lie in a bucket (an emulator on this machine: tests/buckets.py)."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -22,7 +23,8 @@ from tests import buckets, jobs, tiny, toy
 
 needs_gcsfs = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("gcsfs", "gcp_storage_emulator")),
-    reason="needs gcsfs and gcp-storage-emulator: pip install 'skysense_jax[test]'")
+    reason="needs gcsfs and gcp-storage-emulator: pip install 'skysense_jax[test]'",
+)
 STEPS = ("--config.steps=6", "--config.run.save_every=2", "--config.run.log_every=1")
 
 
@@ -41,8 +43,16 @@ def bucket(local):
 
 
 def arguments(data: str, workdir: str) -> list[str]:
-    return ["--config", jobs.TINY, "--workdir", workdir, f"--config.data.dir={data}", "--config.model.name=toy",
-            "--config.data.batch=8", *STEPS]
+    return [
+        "--config",
+        jobs.TINY,
+        "--workdir",
+        workdir,
+        f"--config.data.dir={data}",
+        "--config.model.name=toy",
+        "--config.data.batch=8",
+        *STEPS,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -166,28 +176,36 @@ def test_a_trace_and_the_stacks_of_a_hung_run_reach_the_bucket(bucket):
     window.before_step(2, jax.numpy.ones(3) + 1)
     [folder] = (workdir / profiler.FOLDER / "plugins" / "profile").iterdir()
     assert any(path.name.endswith(".xplane.pb") and path.stat().length for path in folder.iterdir())
-    hung = ("import time; from skysense_jax.core import paths; from skysense_jax.run import watchdog\n"
-            f"with watchdog.Watchdog(0.2, paths.path('{workdir}/stacks-0.txt')): time.sleep(600)")
+    hung = (
+        "import time; from skysense_jax.core import paths; from skysense_jax.run import watchdog\n"
+        f"with watchdog.Watchdog(0.2, paths.path('{workdir}/stacks-0.txt')): time.sleep(600)"
+    )
     ended = subprocess.run([sys.executable, "-c", hung], capture_output=True, text=True, timeout=jobs.PATIENCE_S)
     assert ended.returncode == 70, ended.stderr
     assert "most recent call first" in (workdir / "stacks-0.txt").read_text()
 
 
-@pytest.mark.parametrize("given, said", [
-    ("s3://bucket/run", "only local paths and gs://BUCKET/NAME"),
-    ("gs://", "names no bucket"),
-    ("gs:///run", "names no bucket"),
-])
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ("s3://bucket/run", "only local paths and gs://BUCKET/NAME"),
+        ("gs://", "names no bucket"),
+        ("gs:///run", "names no bucket"),
+    ],
+)
 def test_other_addresses_are_refused_with_78(given, said, capfd):
     assert train.main(["--config", jobs.TINY, "--workdir", given]) == 78
     assert said in capfd.readouterr().err
 
 
 @needs_gcsfs
-@pytest.mark.parametrize("command, said", [
-    (["build", "--catalog", "c.csv", "--tile", "8", "--out", "gs://bucket/data"], "records are built on a disk"),
-    (["stats", "gs://bucket/data"], "statistics are stored on a disk"),
-])
+@pytest.mark.parametrize(
+    "command, said",
+    [
+        (["build", "--catalog", "c.csv", "--tile", "8", "--out", "gs://bucket/data"], "records are built on a disk"),
+        (["stats", "gs://bucket/data"], "statistics are stored on a disk"),
+    ],
+)
 def test_what_writes_to_a_disk_only_says_so(command, said, capfd):
     assert cli.main(["data", *command]) == 78
     assert said in capfd.readouterr().err

@@ -246,9 +246,7 @@ JPEG, PNG = ("JPEG", {"quality": 80}), ("PNG", {})
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.sampled_from([JPEG, PNG]),
-    st.floats(0, 1),
-    st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=4),
+    st.sampled_from([JPEG, PNG]), st.floats(0, 1), st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=4)
 )
 def test_damage_is_a_picture_or_a_refusal_and_nothing_else(tmp_path, kind, kept, changes):
     path = tmp_path / "x"

@@ -1,5 +1,6 @@
 """`import-torch`: files in the released layouts (random weights stand in for the real ones) to a folder that loads, and
 back to PyTorch names."""
+
 import json
 import runpy
 import shutil
@@ -17,8 +18,14 @@ from tests import tiny_model as tiny
 NEEDS_TORCH = "needs torch (the extra `torch`) to write .pth files"
 BANDS = sensors.SKYSENSE_BANDS
 CONTRACT = sensors.input_contract(BANDS, tiny.contract()["ratio"])
-FILES = {"hr": "skysense_model_backbone_hr", "s2": "skysense_model_backbone_s2", "s1": "skysense_model_backbone_s1",
-         "fusion": "skysense_model_fusion", "head_s2": "skysense_model_head_s2", "head_s1": "skysense_model_head_s1"}
+FILES = {
+    "hr": "skysense_model_backbone_hr",
+    "s2": "skysense_model_backbone_s2",
+    "s1": "skysense_model_backbone_s1",
+    "fusion": "skysense_model_fusion",
+    "head_s2": "skysense_model_head_s2",
+    "head_s1": "skysense_model_head_s1",
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +41,8 @@ def config(model, tmp_path):
     path.write_text(
         "from ml_collections import config_dict\n"
         f"def get_config():\n    return config_dict.ConfigDict({{'model': {model[0].to_dict()!r}, "
-        f"'data': {{'bands': {dict(BANDS)!r}}}}})\n")
+        f"'data': {{'bands': {dict(BANDS)!r}}}}})\n"
+    )
     return path
 
 
@@ -115,8 +123,11 @@ def test_released_files_come_in_bit_for_bit_and_go_out_again(model, config, tmp_
 def test_a_whole_checkpoint_in_a_pytorch_file(model, config, tmp_path, capsys):
     torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
     cfg, params = model
-    state = {"ctpe": params["ctpe"], "backbone_gep.mask_token": np.zeros((1, 1, 8), np.float32),
-             "head_gep.weight": np.zeros(3, np.float32)}
+    state = {
+        "ctpe": params["ctpe"],
+        "backbone_gep.mask_token": np.zeros((1, 1, 8), np.float32),
+        "head_gep.weight": np.zeros(3, np.float32),
+    }
     for module in FILES:
         state |= tensors_of(params, module, cfg, "backbone_gep." if module == "hr" else keymap.PREFIXES[module])
     file = str(tmp_path / "skysense.pth")
@@ -138,8 +149,10 @@ def test_any_part_loads_alone_in_both_directions(model, config, tmp_path, module
     cfg, params = model
     paths = write(tmp_path, cfg, params, modules)
     assert cli.main(["import-torch", *paths.values(), "--out", str(tmp_path / "in"), "--config", str(config)]) == 0
-    equal(embed.open_network(tmp_path / "in").encoder,
-          {name: params[name] for name in (*modules, "ctpe") if name != "ctpe" or "fusion" in modules})
+    equal(
+        embed.open_network(tmp_path / "in").encoder,
+        {name: params[name] for name in (*modules, "ctpe") if name != "ctpe" or "fusion" in modules},
+    )
     part = skysense_jax.load(tmp_path / "in")
     given = {name: x for name, x in place(CONTRACT).items() if name in modules}
     features = part.features(given)
@@ -194,14 +207,26 @@ def test_skysense_pp_files(model, config, tmp_path, capsys):
     cfg, params = model
     s2 = tensors_of(params, "s2", cfg)
     s2["pos_embed"] = np.ascontiguousarray(s2["pos_embed"][:, 1:])
-    s2 |= {"mask_token": np.zeros((1, 1, 8), np.float32), "vocabulary_token": np.zeros((65, 8), np.float32),
-           "vocabulary_weight": np.zeros((1, 16), np.float32)}
-    hr = tensors_of(params, "hr", cfg) | {"attn1.proj_in.weight": np.zeros((4, 8), np.float32),
-                                          "norm_attn.weight": np.zeros(8, np.float32)}
+    s2 |= {
+        "mask_token": np.zeros((1, 1, 8), np.float32),
+        "vocabulary_token": np.zeros((65, 8), np.float32),
+        "vocabulary_weight": np.zeros((1, 16), np.float32),
+    }
+    hr = tensors_of(params, "hr", cfg) | {
+        "attn1.proj_in.weight": np.zeros((4, 8), np.float32),
+        "norm_attn.weight": np.zeros(8, np.float32),
+    }
     safetensors.numpy.save_file(s2, tmp_path / "s2.safetensors")
     safetensors.numpy.save_file(hr, tmp_path / "hr.safetensors")
-    command = ["import-torch", str(tmp_path / "hr.safetensors"), str(tmp_path / "s2.safetensors"),
-               "--config", str(config), "--out", str(tmp_path / "in")]
+    command = [
+        "import-torch",
+        str(tmp_path / "hr.safetensors"),
+        str(tmp_path / "s2.safetensors"),
+        "--config",
+        str(config),
+        "--out",
+        str(tmp_path / "in"),
+    ]
     assert cli.main(command) == 78
     assert "--leave-out 'attn1*' --leave-out 'norm_attn*'" in capsys.readouterr().err
     command += ["--leave-out", "attn1*", "--leave-out", "norm_attn*", "--leave-out", "vocabulary_*"]
@@ -216,8 +241,23 @@ def test_skysense_pp_files(model, config, tmp_path, capsys):
 def test_kernels_for_other_bands(model, config, tmp_path):
     cfg, params = model
     paths = write(tmp_path, cfg, params, ("hr", "s2"))
-    assert cli.main(["import-torch", *paths.values(), "--config", str(config), "--out", str(tmp_path / "in"),
-                     "--bands", "hr=R,G,B,NIR", "--bands", "s2=B02,B03,B04,B08"]) == 0
+    assert (
+        cli.main(
+            [
+                "import-torch",
+                *paths.values(),
+                "--config",
+                str(config),
+                "--out",
+                str(tmp_path / "in"),
+                "--bands",
+                "hr=R,G,B,NIR",
+                "--bands",
+                "s2=B02,B03,B04,B08",
+            ]
+        )
+        == 0
+    )
     loaded = skysense_jax.load(tmp_path / "in")
     assert loaded.contract["sensors"]["hr"]["bands"] == ["R", "G", "B", "NIR"]
     encoder = embed.open_network(tmp_path / "in").encoder
@@ -226,8 +266,12 @@ def test_kernels_for_other_bands(model, config, tmp_path):
     scaled = params["s2"]["patch_embed"]["kernel"][:, :, [0, 1, 2, 6]] * np.float32(2.5)
     np.testing.assert_array_equal(encoder["s2"]["patch_embed"]["kernel"], scaled)
     assert np.isfinite(loaded.features(place(loaded.contract))["hr_image"]).all()
-    assert cli.main(["import-torch", paths["hr"], "--config", str(config), "--out", str(tmp_path / "no"),
-                     "--bands", "hr=B,R"]) == 78
+    assert (
+        cli.main(
+            ["import-torch", paths["hr"], "--config", str(config), "--out", str(tmp_path / "no"), "--bands", "hr=B,R"]
+        )
+        == 78
+    )
 
 
 def test_one_file_per_module_and_a_folder_that_changed(model, config, tmp_path, capsys):
@@ -279,5 +323,9 @@ def test_what_is_refused_says_why(model, config, tmp_path, capsys):
         error = capsys.readouterr().err
         assert message in error, (message, error)
     assert not (tmp_path / "in" / "model.json").exists()
-    assert cli.main(["import-torch", paths["s2"], f"head_s2={other}", "--out", str(tmp_path / "in"),
-                     "--config", str(config)]) == 0
+    assert (
+        cli.main(
+            ["import-torch", paths["s2"], f"head_s2={other}", "--out", str(tmp_path / "in"), "--config", str(config)]
+        )
+        == 0
+    )

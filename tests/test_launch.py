@@ -44,6 +44,7 @@ def refused(name, *args, **env):
 
 # What would run
 
+
 @pytest.mark.parametrize("path", sorted(LAUNCH.glob("*.sh")), ids=lambda path: path.name)
 def test_scripts_are_bash_and_say_what_they_are(path):
     subprocess.run(["bash", "-n", path], check=True)
@@ -54,11 +55,24 @@ def test_scripts_are_bash_and_say_what_they_are(path):
 def test_worker_prints_what_it_would_run():
     tail = f"exec .venv/bin/python -m skysense_jax.train {QUOTED}"
     assert dry("worker.sh", "--extra", "tpu", "--processes", "16", "--dry-run", *TRAIN) == (
-        f"cd ROOT\nlaunch/setup.sh tpu\nexport SKYSENSE_PROCESSES=16\n{tail}")
-    assert dry("worker.sh", "--extra=gpu", "--processes=2", "--coordinator=n0:1234", "--env", "A=it's",
-               "--prepare", "date -u", "--dry-run", *TRAIN, SLURM_PROCID="1") == (
+        f"cd ROOT\nlaunch/setup.sh tpu\nexport SKYSENSE_PROCESSES=16\n{tail}"
+    )
+    assert dry(
+        "worker.sh",
+        "--extra=gpu",
+        "--processes=2",
+        "--coordinator=n0:1234",
+        "--env",
+        "A=it's",
+        "--prepare",
+        "date -u",
+        "--dry-run",
+        *TRAIN,
+        SLURM_PROCID="1",
+    ) == (
         "export 'A=it'\\''s'\ncd ROOT\nbash -c 'date -u'\nlaunch/setup.sh gpu\nexport SKYSENSE_PROCESSES=2\n"
-        f"export SKYSENSE_COORDINATOR=n0:1234 SKYSENSE_PROCESS_INDEX=1\n{tail}")
+        f"export SKYSENSE_COORDINATOR=n0:1234 SKYSENSE_PROCESS_INDEX=1\n{tail}"
+    )
 
 
 def test_settings_come_from_the_environment_too():
@@ -67,19 +81,31 @@ def test_settings_come_from_the_environment_too():
 
 
 def test_tpu_prints_a_whole_round_of_watch():
-    text = dry("tpu.sh", "watch", *TPU, "--slices", "2", "--spot", "--option=--service-account=robot", "--env", "A=1",
-               "--ssh-option=--tunnel-through-iap", "--dry-run", *TRAIN)
+    text = dry(
+        "tpu.sh",
+        "watch",
+        *TPU,
+        "--slices",
+        "2",
+        "--spot",
+        "--option=--service-account=robot",
+        "--env",
+        "A=1",
+        "--ssh-option=--tunnel-through-iap",
+        "--dry-run",
+        *TRAIN,
+    )
     assert text == (GOLDEN / "tpu_watch.txt").read_text()
 
 
 def test_a_printed_command_is_the_command(fake):
     """The shell gives gcloud the same words as the script does."""
-    args = ["create", *TPU, "--slices", "2", "--option=--description=it's a \"pod\""]
+    args = ["create", *TPU, "--slices", "2", '--option=--description=it\'s a "pod"']
     assert fake("tpu.sh", *args).returncode == 0
     printed = fake("tpu.sh", *args, "--dry-run")
     subprocess.run(["bash", "-c", printed.stdout], env=fake.env, check=True)
     first, second = (fake.folder / "calls").read_text().splitlines()
-    assert first == second and "it's a \\\"pod\\\"" in first and "--node-count=2" in first
+    assert first == second and 'it\'s a \\"pod\\"' in first and "--node-count=2" in first
 
 
 def test_slurm_prints_the_job_and_the_step():
@@ -88,44 +114,57 @@ def test_slurm_prints_the_job_and_the_step():
         "mkdir -p LOGS\nsbatch --job-name=skysense --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 --exclusive "
         "--time=24:00:00 --signal=TERM@300 --requeue --open-mode=append --output=LOGS/%x-%j.log --chdir=ROOT "
         "--partition=big ROOT/launch/slurm.sh job --nodes 2 --gpus-per-node 8 --logs LOGS --max-failures 5 "
-        f"--env A=1 -- {QUOTED}")
+        f"--env A=1 -- {QUOTED}"
+    )
     job = ["job", *SLURM, "--env", "A=1", "--dry-run", *TRAIN]
     assert dry("slurm.sh", *job, SLURM_JOB_ID="30007", SLURMD_NODENAME="n0") == (
         "export A=1\nlaunch/setup.sh gpu\n"
         "srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --gpus-per-node=8 --wait=300 --kill-on-bad-exit=0 "
-        f"launch/worker.sh --extra gpu --processes 2 --coordinator n0:22007 -- {QUOTED}")
+        f"launch/worker.sh --extra gpu --processes 2 --coordinator n0:22007 -- {QUOTED}"
+    )
 
 
-@pytest.mark.parametrize("name, args, text", [
-    ("worker.sh", ["--processes", "2", *TRAIN], "--extra (or LAUNCH_EXTRA) is missing"),
-    ("worker.sh", ["--extra", "tpu", *TRAIN], "--processes (or LAUNCH_PROCESSES) is missing"),
-    ("worker.sh", ["--extra", "tpu", "--processes", "two", *TRAIN], "--processes=two: a whole number"),
-    ("worker.sh", ["--extra", "tpu", "--processes", "0", *TRAIN], "at least 1"),
-    ("worker.sh", ["--extra", "tpu", "--processes", "08", *TRAIN], "--processes=08: a whole number"),
-    ("worker.sh", ["--extra", "tpu", "--processes", "2"], "arguments of skysense_jax.train after --"),
-    ("worker.sh", ["--extra", "gpu", "--processes", "2", *TRAIN], "--coordinator is missing"),
-    ("worker.sh", ["--extra", "gpu", "--processes", "2", "--coordinator", "host", *TRAIN], "HOST:PORT"),
-    ("worker.sh", ["--extra", "gpu", "--processes", "2", "--coordinator", "h:1", *TRAIN], "--index (or LAUNCH_INDEX)"),
-    ("worker.sh", ["--extra", "gpu", "--processes", "2", "--coordinator", "h:1", "--index", "2", *TRAIN], "are 0 to 1"),
-    ("worker.sh", ["--extra", "tpu", "--processes", "2", "--env", "A", *TRAIN], "--env=A: NAME=VALUE"),
-    ("worker.sh", ["--extra", "tpu", "--processes", "2", "--env", "A-B=1", *TRAIN], "--env=A-B=1: NAME=VALUE"),
-    ("worker.sh", ["train"], "unexpected 'train'"),
-    ("tpu.sh", [], "create, run, status, logs, delete or watch?"),
-    ("tpu.sh", ["create", "--zonee", "z"], "unknown setting --zonee; known: name zone"),
-    ("tpu.sh", ["create", "--spot=1"], "--spot takes no value"),
-    ("tpu.sh", ["create", "--zone"], "--zone needs a value"),
-    ("tpu.sh", ["status", "--name", "a", "--zone", "b"], "--project (or LAUNCH_PROJECT) is missing"),
-    ("tpu.sh", ["watch", *TPU[:-2], *TRAIN], "--hosts (or LAUNCH_HOSTS) is missing"),
-    ("tpu.sh", ["watch", *TPU, "--env", "1A=b", *TRAIN], "--env=1A=b: NAME=VALUE"),
-    ("gke.sh", ["create", *GKE[:-2], *TRAIN], "--chips (or LAUNCH_CHIPS) is missing"),
-    ("gke.sh", ["create", *GKE, "--env", "=b", *TRAIN], "--env==b: NAME=VALUE"),
-    ("gke.sh", ["create", *GKE, "--name", "Run_1", *TRAIN], "--name=Run_1: lower case"),
-    ("gke.sh", ["create", *GKE, "--image", 'a" b', *TRAIN], '--image=a" b: letters'),
-    ("gke.sh", ["create", *GKE, "--", "two\nlines"], "a line break or tab in an argument"),
-    ("slurm.sh", ["submit", *SLURM, *TRAIN], "--time (or LAUNCH_TIME) is missing"),
-    ("slurm.sh", ["submit", *SLURM, "--time", "1", "--env", "A", *TRAIN], "--env=A: NAME=VALUE"),
-    ("slurm.sh", ["job", *SLURM, *TRAIN], "job runs inside Slurm"),
-])
+@pytest.mark.parametrize(
+    "name, args, text",
+    [
+        ("worker.sh", ["--processes", "2", *TRAIN], "--extra (or LAUNCH_EXTRA) is missing"),
+        ("worker.sh", ["--extra", "tpu", *TRAIN], "--processes (or LAUNCH_PROCESSES) is missing"),
+        ("worker.sh", ["--extra", "tpu", "--processes", "two", *TRAIN], "--processes=two: a whole number"),
+        ("worker.sh", ["--extra", "tpu", "--processes", "0", *TRAIN], "at least 1"),
+        ("worker.sh", ["--extra", "tpu", "--processes", "08", *TRAIN], "--processes=08: a whole number"),
+        ("worker.sh", ["--extra", "tpu", "--processes", "2"], "arguments of skysense_jax.train after --"),
+        ("worker.sh", ["--extra", "gpu", "--processes", "2", *TRAIN], "--coordinator is missing"),
+        ("worker.sh", ["--extra", "gpu", "--processes", "2", "--coordinator", "host", *TRAIN], "HOST:PORT"),
+        (
+            "worker.sh",
+            ["--extra", "gpu", "--processes", "2", "--coordinator", "h:1", *TRAIN],
+            "--index (or LAUNCH_INDEX)",
+        ),
+        (
+            "worker.sh",
+            ["--extra", "gpu", "--processes", "2", "--coordinator", "h:1", "--index", "2", *TRAIN],
+            "are 0 to 1",
+        ),
+        ("worker.sh", ["--extra", "tpu", "--processes", "2", "--env", "A", *TRAIN], "--env=A: NAME=VALUE"),
+        ("worker.sh", ["--extra", "tpu", "--processes", "2", "--env", "A-B=1", *TRAIN], "--env=A-B=1: NAME=VALUE"),
+        ("worker.sh", ["train"], "unexpected 'train'"),
+        ("tpu.sh", [], "create, run, status, logs, delete or watch?"),
+        ("tpu.sh", ["create", "--zonee", "z"], "unknown setting --zonee; known: name zone"),
+        ("tpu.sh", ["create", "--spot=1"], "--spot takes no value"),
+        ("tpu.sh", ["create", "--zone"], "--zone needs a value"),
+        ("tpu.sh", ["status", "--name", "a", "--zone", "b"], "--project (or LAUNCH_PROJECT) is missing"),
+        ("tpu.sh", ["watch", *TPU[:-2], *TRAIN], "--hosts (or LAUNCH_HOSTS) is missing"),
+        ("tpu.sh", ["watch", *TPU, "--env", "1A=b", *TRAIN], "--env=1A=b: NAME=VALUE"),
+        ("gke.sh", ["create", *GKE[:-2], *TRAIN], "--chips (or LAUNCH_CHIPS) is missing"),
+        ("gke.sh", ["create", *GKE, "--env", "=b", *TRAIN], "--env==b: NAME=VALUE"),
+        ("gke.sh", ["create", *GKE, "--name", "Run_1", *TRAIN], "--name=Run_1: lower case"),
+        ("gke.sh", ["create", *GKE, "--image", 'a" b', *TRAIN], '--image=a" b: letters'),
+        ("gke.sh", ["create", *GKE, "--", "two\nlines"], "a line break or tab in an argument"),
+        ("slurm.sh", ["submit", *SLURM, *TRAIN], "--time (or LAUNCH_TIME) is missing"),
+        ("slurm.sh", ["submit", *SLURM, "--time", "1", "--env", "A", *TRAIN], "--env=A: NAME=VALUE"),
+        ("slurm.sh", ["job", *SLURM, *TRAIN], "job runs inside Slurm"),
+    ],
+)
 def test_bad_settings_are_refused_with_78(name, args, text):
     assert text in refused(name, *args)
 
@@ -146,10 +185,18 @@ def test_the_codes_are_those_of_training():
 
 # Cloud TPU
 
+
 def test_watch_asks_again_after_a_preemption(fake):
-    done = fake("tpu.sh", "watch", *TPU, "--poll", "0", *TRAIN, codes=["hold", 0],
-                states=["NOT_FOUND", "PROVISIONING", "ACTIVE running", "SUSPENDING", "SUSPENDED", "NOT_FOUND",
-                        "ACTIVE"])
+    done = fake(
+        "tpu.sh",
+        "watch",
+        *TPU,
+        "--poll",
+        "0",
+        *TRAIN,
+        codes=["hold", 0],
+        states=["NOT_FOUND", "PROVISIONING", "ACTIVE running", "SUSPENDING", "SUSPENDED", "NOT_FOUND", "ACTIVE"],
+    )
     assert done.returncode == 0, done.stderr
     assert fake.verbs() == ["create", "scp", "delete", "create", "scp", "delete"]
     assert "training is done; 1 preemptions, 0 failures" in done.stderr
@@ -158,8 +205,17 @@ def test_watch_asks_again_after_a_preemption(fake):
 
 
 def test_watch_counts_preemptions_and_failures_apart(fake):
-    done = fake("tpu.sh", "watch", *TPU, "--poll", "0", "--keep", *TRAIN, codes=[70, "75/134", "lost", 0],
-                states=["FAILED", "NOT_FOUND", "ACTIVE"])
+    done = fake(
+        "tpu.sh",
+        "watch",
+        *TPU,
+        "--poll",
+        "0",
+        "--keep",
+        *TRAIN,
+        codes=[70, "75/134", "lost", 0],
+        states=["FAILED", "NOT_FOUND", "ACTIVE"],
+    )
     assert done.returncode == 0, done.stderr
     assert fake.verbs() == ["delete", "create", "scp", "scp", "scp", "scp"]  # restarted on the same hosts, and kept
     assert "training is done; 1 preemptions, 3 failures" in done.stderr
@@ -175,8 +231,18 @@ def test_watch_does_not_restart_what_would_end_the_same_way(fake, codes, code):
 
 
 def test_watch_gives_up_after_the_stated_number_of_failures(fake):
-    done = fake("tpu.sh", "watch", *TPU, "--poll", "0", "--max-failures", "2", *TRAIN, codes=[75, 70, 70, 0],
-                states=["NOT_FOUND", "ACTIVE"])
+    done = fake(
+        "tpu.sh",
+        "watch",
+        *TPU,
+        "--poll",
+        "0",
+        "--max-failures",
+        "2",
+        *TRAIN,
+        codes=[75, 70, 70, 0],
+        states=["NOT_FOUND", "ACTIVE"],
+    )
     assert done.returncode == 70
     assert fake.verbs() == ["create", "scp", "scp", "scp", "delete"]
     assert "giving up (--max-failures=2); 1 preemptions, 2 failures" in done.stderr
@@ -196,8 +262,17 @@ def test_watch_needs_a_first_answer(fake):
 
 def test_watch_takes_up_a_run_it_finds(fake):
     assert fake("tpu.sh", "run", *TPU, *TRAIN, codes=["hold"]).returncode == 0
-    done = fake("tpu.sh", "watch", *TPU, "--poll", "0", "--keep", *TRAIN, codes=["hold", 0],
-                states=["ACTIVE running", "fault", "SUSPENDED", "NOT_FOUND", "ACTIVE"])
+    done = fake(
+        "tpu.sh",
+        "watch",
+        *TPU,
+        "--poll",
+        "0",
+        "--keep",
+        *TRAIN,
+        codes=["hold", 0],
+        states=["ACTIVE running", "fault", "SUSPENDED", "NOT_FOUND", "ACTIVE"],
+    )
     assert done.returncode == 0, done.stderr
     assert fake.verbs() == ["scp", "delete", "create", "scp"]
     assert "trying again; 0 preemptions, 0 failures" in done.stderr
@@ -214,6 +289,7 @@ def test_run_stops_what_still_runs(fake):
 
 # GKE
 
+
 def jobset(*args):
     lines = dry("gke.sh", "create", *args).splitlines()
     assert lines[0] == "kubectl apply -f - <<'END'" and lines[-1] == "END"
@@ -222,8 +298,19 @@ def jobset(*args):
 
 def test_jobset_field_by_field():
     awkward = 'A=b & "c" \\d $(HOME)'
-    found = jobset(*GKE, "--slices", "2", "--max-restarts", "7", "--service-account", "robot", "--env", awkward,
-                   "--dry-run", *TRAIN)
+    found = jobset(
+        *GKE,
+        "--slices",
+        "2",
+        "--max-restarts",
+        "7",
+        "--service-account",
+        "robot",
+        "--env",
+        awkward,
+        "--dry-run",
+        *TRAIN,
+    )
     assert found["apiVersion"] == "jobset.x-k8s.io/v1alpha2" and found["kind"] == "JobSet"
     assert found["metadata"] == {
         "name": "run1",
@@ -241,12 +328,25 @@ def test_jobset_field_by_field():
     assert pod["restartPolicy"] == "Never"  # a podFailurePolicy needs it
     assert pod["terminationGracePeriodSeconds"] == 300 and pod["serviceAccountName"] == "robot"
     assert pod["nodeSelector"] == {
-        "cloud.google.com/gke-tpu-accelerator": "tpu-v6e-slice", "cloud.google.com/gke-tpu-topology": "16x16"}
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v6e-slice",
+        "cloud.google.com/gke-tpu-topology": "16x16",
+    }
     (container,) = pod["containers"]
     assert container == {
-        "name": "worker", "image": "images/skysense:1", "command": ["bash", "launch/worker.sh"],
-        "args": ["--extra", "tpu", "--processes", "128", "--env", "TPU_TYPE=tpu-v6e-slice",
-                 "--env", awkward.replace("$(", "$$("), *TRAIN],  # Kubernetes reads $$( as $(
+        "name": "worker",
+        "image": "images/skysense:1",
+        "command": ["bash", "launch/worker.sh"],
+        "args": [
+            "--extra",
+            "tpu",
+            "--processes",
+            "128",
+            "--env",
+            "TPU_TYPE=tpu-v6e-slice",
+            "--env",
+            awkward.replace("$(", "$$("),
+            *TRAIN,
+        ],  # Kubernetes reads $$( as $(
         "resources": {"requests": {"google.com/tpu": 4}, "limits": {"google.com/tpu": 4}},
     }
 
@@ -261,8 +361,10 @@ def restart_action(found, code=None, condition=None):
         if code in exits["values"]:
             assert (exits["containerName"], exits["operator"]) == ("worker", "In")
             reason = "PodFailurePolicy"
-            message = (f"Container worker for pod default/a-0 failed with exit code {code} "
-                       f"matching FailJob rule at index {index}")
+            message = (
+                f"Container worker for pod default/a-0 failed with exit code {code} "
+                f"matching FailJob rule at index {index}"
+            )
             break
         if {"type": condition, "status": "True"} in rule.get("onPodConditions", []):
             reason = "PodFailurePolicy"
@@ -275,32 +377,47 @@ def restart_action(found, code=None, condition=None):
     return "RestartJobSet"
 
 
-@pytest.mark.parametrize("end, action", [
-    ({"code": 65}, "FailJobSet"), ({"code": 78}, "FailJobSet"),
-    ({"code": 65, "condition": "DisruptionTarget"}, "FailJobSet"),
-    ({"code": 75}, "RestartJobSetAndIgnoreMaxRestarts"),
-    ({"condition": "DisruptionTarget"}, "RestartJobSetAndIgnoreMaxRestarts"),
-    ({"code": 137, "condition": "DisruptionTarget"}, "RestartJobSetAndIgnoreMaxRestarts"),
-    ({"code": 70}, "RestartJobSet"), ({"code": 74}, "RestartJobSet"), ({"code": 1}, "RestartJobSet"),
-    ({"code": 137}, "RestartJobSet"),
-])
+@pytest.mark.parametrize(
+    "end, action",
+    [
+        ({"code": 65}, "FailJobSet"),
+        ({"code": 78}, "FailJobSet"),
+        ({"code": 65, "condition": "DisruptionTarget"}, "FailJobSet"),
+        ({"code": 75}, "RestartJobSetAndIgnoreMaxRestarts"),
+        ({"condition": "DisruptionTarget"}, "RestartJobSetAndIgnoreMaxRestarts"),
+        ({"code": 137, "condition": "DisruptionTarget"}, "RestartJobSetAndIgnoreMaxRestarts"),
+        ({"code": 70}, "RestartJobSet"),
+        ({"code": 74}, "RestartJobSet"),
+        ({"code": 1}, "RestartJobSet"),
+        ({"code": 137}, "RestartJobSet"),
+    ],
+)
 def test_jobset_restarts_by_exit_code(end, action):
     assert restart_action(jobset(*GKE, "--dry-run", *TRAIN), **end) == action
 
 
 def test_gke_other_verbs():
     assert dry("gke.sh", "delete", "--name", "run1", "--option=--namespace=eo", "--dry-run") == (
-        "kubectl --namespace=eo delete jobset run1\n")
+        "kubectl --namespace=eo delete jobset run1\n"
+    )
     assert "jobset-name=run1" in dry("gke.sh", "logs", "--name", "run1", "--dry-run")
     assert dry("gke.sh", "status", "--name", "run1", "--dry-run").startswith("kubectl get jobset run1 -o wide\n")
 
 
 # Slurm
 
-@pytest.mark.parametrize("codes, ends, requeued", [
-    ([0], [0], 0), ([65], [65], 0), ([78], [78], 0), ([75, 75, 75], [0, 0, 0], 3), ([70, 74], [0, 74], 1),
-    ([75, 134, 1], [0, 0, 1], 2),
-])
+
+@pytest.mark.parametrize(
+    "codes, ends, requeued",
+    [
+        ([0], [0], 0),
+        ([65], [65], 0),
+        ([78], [78], 0),
+        ([75, 75, 75], [0, 0, 0], 3),
+        ([70, 74], [0, 74], 1),
+        ([75, 134, 1], [0, 0, 1], 2),
+    ],
+)
 def test_slurm_requeues_by_exit_code(fake, codes, ends, requeued):
     args = ["job", "--nodes", "2", "--gpus-per-node", "8", "--logs", str(fake.folder), "--max-failures", "2", *TRAIN]
     for end in ends:

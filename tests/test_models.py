@@ -1,4 +1,5 @@
 """The SkySense model: any sensors, any dates, masks, scan, remat, precision, sizes, and what it refuses."""
+
 import pathlib
 import runpy
 
@@ -184,14 +185,17 @@ def norm(x, p):
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(np.var(x, -1, keepdims=True) + 1e-5) * p["scale"] + p["bias"]
 
 
-@pytest.mark.parametrize("depth, every, plan", [
-    (2, 0, [("pairs", 0, 1)]),
-    (5, 0, [("pairs", 0, 2), ("block", 4, 1)]),
-    (18, 6, [("pairs", 0, 3), ("norm", 5, 1), ("pairs", 6, 3), ("norm", 11, 1), ("pairs", 12, 3), ("norm", 17, 1)]),
-    (5, 3, [("pairs", 0, 1), ("block", 2, 1), ("norm", 2, 1), ("block", 3, 1), ("block", 4, 1)]),
-    (2, 1, [("block", 0, 1), ("norm", 0, 1), ("block", 1, 1), ("norm", 1, 1)]),
-    (1, 6, [("block", 0, 1)]),
-])
+@pytest.mark.parametrize(
+    "depth, every, plan",
+    [
+        (2, 0, [("pairs", 0, 1)]),
+        (5, 0, [("pairs", 0, 2), ("block", 4, 1)]),
+        (18, 6, [("pairs", 0, 3), ("norm", 5, 1), ("pairs", 6, 3), ("norm", 11, 1), ("pairs", 12, 3), ("norm", 17, 1)]),
+        (5, 3, [("pairs", 0, 1), ("block", 2, 1), ("norm", 2, 1), ("block", 3, 1), ("block", 4, 1)]),
+        (2, 1, [("block", 0, 1), ("norm", 0, 1), ("block", 1, 1), ("norm", 1, 1)]),
+        (1, 6, [("block", 0, 1)]),
+    ],
+)
 def test_stage_plan(depth, every, plan):
     assert stage_plan(depth, every) == plan
 
@@ -233,8 +237,11 @@ def test_stochastic_depth():
     image = np.random.default_rng(0).standard_normal((64, 2, 2, 4)).astype(np.float32)
     for before, expected in ((True, True), (False, False)):
         block = SwinBlock(1, 2, False, before_norm=before, stochastic=True)
-        params = random_like(jax.eval_shape(lambda: block.init(
-            {"params": jax.random.key(0), "drop_path": jax.random.key(0)}, image))["params"])
+        params = random_like(
+            jax.eval_shape(lambda: block.init({"params": jax.random.key(0), "drop_path": jax.random.key(0)}, image))[
+                "params"
+            ]
+        )
         params["norm2"] = jax.tree.map(np.zeros_like, params["norm2"])
         out = np.asarray(block.apply({"params": params}, image, 0.5, rngs={"drop_path": jax.random.key(1)})) - image
         gone = np.all(np.abs(out) < 1e-6, axis=(1, 2, 3))
@@ -262,8 +269,9 @@ def test_zero_vectors_have_no_gradient():
 @pytest.mark.parametrize("branch_scale", [0.0, 1.0])
 def test_invalid_regions_do_not_blow_up_the_first_gradients(branch_scale):
     """Half of the image is 0, as pixels without data are after normalisation; the loss looks at the other half."""
-    model = SwinTransformerV2(16, 4, (2, 2, 2), (1, 2, 4), (4, 4, 4), (0, 0, 0), outputs=(2,),
-                              branch_scale=branch_scale)
+    model = SwinTransformerV2(
+        16, 4, (2, 2, 2), (1, 2, 4), (4, 4, 4), (0, 0, 0), outputs=(2,), branch_scale=branch_scale
+    )
     rng = np.random.default_rng(0)
     image = rng.standard_normal((1, 128, 128, 3)).astype(np.float32)
     target = rng.standard_normal((1, 4, 8, 64)).astype(np.float32)
@@ -331,7 +339,8 @@ def test_heights_are_seen_above_the_median_of_each_image():
         use = valid[at] > 0
         middle = np.percentile(image[at][use], 50, method="lower") if use.any() else 0
         np.testing.assert_allclose(
-            seen[at], np.where(use[..., None], (image[at] - middle) / rule["std"][0], 0), rtol=1e-5, atol=1e-5)
+            seen[at], np.where(use[..., None], (image[at] - middle) / rule["std"][0], 0), rtol=1e-5, atol=1e-5
+        )
     np.testing.assert_array_equal(mask, valid)
     hidden = np.where(valid[..., None] > 0, image + 512, -9999).astype(np.float32)
     close(normalise({**given, "image": hidden}, rule)[0], seen, 1e-4)

@@ -1,6 +1,7 @@
 """The mixture of experts against a numpy twin that serves one token after the other: routing, drops, auxiliary losses,
 gradients.
 """
+
 import math
 
 import jax
@@ -192,7 +193,9 @@ def test_nothing_is_as_large_as_tokens_times_experts_times_places():
     largest = max(
         math.prod(variable.aval.shape)
         for jaxpr in every_jaxpr(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
-        for equation in jaxpr.eqns for variable in equation.outvars)
+        for equation in jaxpr.eqns
+        for variable in equation.outvars
+    )
     assert 4 * 40 * 4 <= largest < 128 * 4 * 40 / 4
 
 
@@ -216,19 +219,24 @@ def test_experts_over_a_mesh_give_the_same():
 
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
     mesh = jax.make_mesh((2, 4), ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
-    spread = {name: jax.device_put(p, NamedSharding(mesh, PartitionSpec(None if name == "gate" else "expert")))
-              for name, p in params.items()}
+    spread = {
+        name: jax.device_put(p, NamedSharding(mesh, PartitionSpec(None if name == "gate" else "expert")))
+        for name, p in params.items()
+    }
     sharded = step(spread, jax.device_put(x, NamedSharding(mesh, PartitionSpec("data"))))
     jax.tree.map(lambda a, b: close(np.linalg.norm(a - b) / np.linalg.norm(b), 0, 1e-5), sharded, step(params, x))
 
 
-@pytest.mark.parametrize("fields, train, message", [
-    ({"aux": "switch"}, False, "model.moe.aux must be one of tutel, vmoe, gshard, got 'switch'"),
-    ({"gate_noise": 0}, True, "model.moe.aux 'tutel' compares experts under noise"),
-    ({"experts": 1}, False, "two experts or more"),
-    ({"group": 3}, True, "a batch of 4 images is no multiple of model.moe.group = 3"),
-    ({"capacity": 0.1}, True, "model.moe.capacity 0.1 leaves an expert no place"),
-])
+@pytest.mark.parametrize(
+    "fields, train, message",
+    [
+        ({"aux": "switch"}, False, "model.moe.aux must be one of tutel, vmoe, gshard, got 'switch'"),
+        ({"gate_noise": 0}, True, "model.moe.aux 'tutel' compares experts under noise"),
+        ({"experts": 1}, False, "two experts or more"),
+        ({"group": 3}, True, "a batch of 4 images is no multiple of model.moe.group = 3"),
+        ({"capacity": 0.1}, True, "model.moe.capacity 0.1 leaves an expert no place"),
+    ],
+)
 def test_what_is_refused(fields, train, message):
     layer = MixtureOfExperts(**FIELDS | fields, train=train)
     with pytest.raises(ValueError, match=message):

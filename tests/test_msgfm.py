@@ -1,5 +1,6 @@
 """msGFM: full-size parameter counts, shapes, masks, windows, precision, its loss, and what it refuses. Exactness
 against the reference code is tests/test_parity.py's; PyTorch files are tests/test_msgfm_convert.py's."""
+
 import pathlib
 import runpy
 
@@ -23,8 +24,18 @@ CONTRACT = sensors.input_contract({"hr": ("R", "G", "B"), "s1": ("VV", "VH")}, 4
 def config(**changes):
     """config.model of a tiny model: maps of 8x8 and 4x4 cells at 16 pixels, experts in the second stage."""
     fields = {
-        "name": "msgfm", "dtype": "float32", "remat": False, "patch": 2, "embed_dims": 4, "depths": (1, 2),
-        "num_heads": (1, 2), "window": 4, "img_size": 16, "mlp_ratio": 2, "drop_path": 0.0, "eps": 1e-5,
+        "name": "msgfm",
+        "dtype": "float32",
+        "remat": False,
+        "patch": 2,
+        "embed_dims": 4,
+        "depths": (1, 2),
+        "num_heads": (1, 2),
+        "window": 4,
+        "img_size": 16,
+        "mlp_ratio": 2,
+        "drop_path": 0.0,
+        "eps": 1e-5,
         "moe": {"stages": (1,), "experts": 2, "capacity": 1.25, "group": 2, "gate_noise": 1.0, "aux": "tutel"},
     }
     return config_dict.ConfigDict(fields | changes)
@@ -59,9 +70,17 @@ def test_full_size_parameter_counts(stages, expected):
     shapes = msgfm.param_shapes(full.model, sensors.input_contract(full.data.bands, 32))
     assert size(shapes["encoder"]) + size(shapes["embed_hr"]) == expected
     assert {name: size(shapes[f"embed_{name}"]) for name in full.data.bands} == {
-        "hr": 6528, "s2": 27_008, "s1": 4480, "dsm": 2432}
+        "hr": 6528,
+        "s2": 27_008,
+        "s1": 4480,
+        "dsm": 2432,
+    }
     assert {name: size(shapes[f"decoder_{name}"]) for name in full.data.bands} == {
-        "hr": 3_148_800, "s2": 13_644_800, "s1": 2_099_200, "dsm": 1_049_600}
+        "hr": 3_148_800,
+        "s2": 13_644_800,
+        "s1": 2_099_200,
+        "dsm": 1_049_600,
+    }
     if not stages:
         entries = keymap.simmim_entries(full.model, "hr")
         assert len([e for e in entries if e.torch.startswith("encoder.") and "mask_token" not in e.torch]) == 327
@@ -135,8 +154,10 @@ def test_hidden_patches_are_the_mask_token_and_nothing_else():
 def test_a_map_that_is_no_multiple_of_the_window_is_padded_with_zeros_that_are_seen():
     block = Block(1, 4, shifted=True, moe={})
     x = np.random.default_rng(0).standard_normal((1, 5, 8, 4)).astype(np.float32)
-    params = jax.tree.map(lambda s: np.random.default_rng(1).standard_normal(s.shape).astype(np.float32),
-                          jax.eval_shape(lambda: block.init(jax.random.key(0), x))["params"])
+    params = jax.tree.map(
+        lambda s: np.random.default_rng(1).standard_normal(s.shape).astype(np.float32),
+        jax.eval_shape(lambda: block.init(jax.random.key(0), x))["params"],
+    )
     zero_bias = params | {"norm1": {**params["norm1"], "bias": np.zeros(4, np.float32)}}
     padded = np.concatenate([x, np.zeros((1, 3, 8, 4), np.float32)], axis=1)  # LayerNorm of zeros without bias: zeros
     run = jax.jit(lambda x: block.apply({"params": zero_bias}, x)[0])
@@ -146,8 +167,10 @@ def test_a_map_that_is_no_multiple_of_the_window_is_padded_with_zeros_that_are_s
 def test_a_map_smaller_than_the_window_uses_the_middle_of_the_table():
     x = images(4, 2)
     large, small = Block(2, 4, shifted=True, moe={}), Block(2, 2, shifted=False, moe={})
-    params = jax.tree.map(lambda s: np.random.default_rng(1).standard_normal(s.shape).astype(np.float32),
-                          jax.eval_shape(lambda: large.init(jax.random.key(0), x))["params"])
+    params = jax.tree.map(
+        lambda s: np.random.default_rng(1).standard_normal(s.shape).astype(np.float32),
+        jax.eval_shape(lambda: large.init(jax.random.key(0), x))["params"],
+    )
     middle = params["attn"]["table"].reshape(7, 7, 2)[2:5, 2:5].reshape(9, 2)
     cropped = {**params, "attn": {**params["attn"], "table": middle}}
     close(large.apply({"params": params}, x)[0], small.apply({"params": cropped}, x)[0])
@@ -218,12 +241,15 @@ def test_our_index_and_regions_are_the_reference_buffers():
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
-@pytest.mark.parametrize("changes, message", [
-    ({"img_size": 18}, "model.img_size 18 is not a multiple of the encoder's stride 4"),
-    ({"num_heads": (1, 2, 2)}, "model.num_heads has 3 values for 2 stages"),
-    ({"moe": {"stages": (0,), "experts": 2}}, r"model.moe.stages has \[0\]: .*no odd block"),
-    ({"moe": {"stages": (2,), "experts": 2}}, r"model.moe.stages has \[2\]"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"img_size": 18}, "model.img_size 18 is not a multiple of the encoder's stride 4"),
+        ({"num_heads": (1, 2, 2)}, "model.num_heads has 3 values for 2 stages"),
+        ({"moe": {"stages": (0,), "experts": 2}}, r"model.moe.stages has \[0\]: .*no odd block"),
+        ({"moe": {"stages": (2,), "experts": 2}}, r"model.moe.stages has \[2\]"),
+    ],
+)
 def test_fields_that_contradict_each_other(changes, message):
     with pytest.raises(ValueError, match=message):
         msgfm.make_model(config(**changes), CONTRACT)

@@ -1,6 +1,7 @@
 """msGFM in and out of PyTorch: files in the layouts of SimMIM, GFM, Swin and Swin-MoE (random weights stand in for the
 real ones), the folder plain torch runs, and back.
 """
+
 import importlib.util
 import json
 import pathlib
@@ -19,7 +20,14 @@ import safetensors.numpy
 import skysense_jax
 from skysense_jax import cli, sensors
 from skysense_jax.convert import (
-    bias_tables, expert_shards, keymap, swin_files, tensor_files, torch_export, torch_import)
+    bias_tables,
+    expert_shards,
+    keymap,
+    swin_files,
+    tensor_files,
+    torch_export,
+    torch_import,
+)
 from skysense_jax.core import trees
 from skysense_jax.models import msgfm
 from skysense_jax.run import checkpoint, init_from, state
@@ -51,9 +59,11 @@ def equal(a, b):
 
 def config_file(tmp_path, cfg):
     path = tmp_path / "msgfm_config.py"
-    path.write_text("from ml_collections import config_dict\n"
-                    f"def get_config():\n    return config_dict.ConfigDict({{'model': {cfg.to_dict()!r}, "
-                    f"'data': {{'bands': {BANDS!r}}}}})\n")
+    path.write_text(
+        "from ml_collections import config_dict\n"
+        f"def get_config():\n    return config_dict.ConfigDict({{'model': {cfg.to_dict()!r}, "
+        f"'data': {{'bands': {BANDS!r}}}}})\n"
+    )
     return str(path)
 
 
@@ -78,7 +88,9 @@ def test_a_simmim_checkpoint_is_one_sensor_of_the_model():
         "encoder.layers.0.downsample.reduction.weight": stage1["downsample"]["reduction"]["kernel"].T,
         "encoder.patch_embed.proj.weight": params["embed_hr"]["proj"]["kernel"].transpose(3, 2, 0, 1),
         "decoder.0.weight": params["decoder_hr"]["proj"]["kernel"].T[:, :, None, None],
-        "encoder.norm.bias": params["encoder"]["norm"]["bias"], "encoder.mask_token": params["mask_token"]}
+        "encoder.norm.bias": params["encoder"]["norm"]["bias"],
+        "encoder.mask_token": params["mask_token"],
+    }
     for name, value in checks.items():
         np.testing.assert_array_equal(file[name], value)
     buffers = [name for name in file if name.endswith(("attn_mask", "relative_position_index"))]
@@ -111,20 +123,39 @@ def test_what_wrappers_put_before_the_names_is_taken_off(prefix):
         imported({**wrapped, "encoder.norm.bias": file["encoder.norm.bias"]}, cfg)
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda s: s.pop("encoder.norm.weight"), r"missing: encoder.norm.weight \(8,\)"),
-    (lambda s: s.pop("decoder.0.bias"), r"missing: decoder.0.bias \(48,\)"),
-    (lambda s: s.update({"encoder.absolute_pos_embed": np.zeros((1, 64, 4), np.float32)}),
-     r"unexpected: encoder.absolute_pos_embed \(1, 64, 4\)"),
-    (lambda s: s.update({"encoder.norm.weight": np.zeros(9, np.float32)}),
-     r"wrong shape: encoder.norm.weight is \(9,\), the model needs \(8,\)"),
-    (lambda s: s.update({"encoder.layers.1.blocks.1.attn.relative_position_bias_table": np.zeros((), np.float32)}),
-     r"wrong shape: .*blocks\.1\.attn\.relative_position_bias_table is \(\), the model needs \(49, 2\)"),
-    (lambda s: s.update({"encoder.layers.1.blocks.1.attn.relative_position_bias_table": np.zeros((1, 49, 2), "f4")}),
-     r"wrong shape: .*blocks\.1\.attn\.relative_position_bias_table is \(1, 49, 2\), the model needs \(49, 2\)"),
-    (lambda s: s.update({"encoder.layers.1.blocks.1.attn.relative_position_bias_table": np.zeros((50, 2), np.float32)}),
-     r"wrong shape: .*blocks\.1\.attn\.relative_position_bias_table is \(50, 2\), the model needs \(49, 2\)"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s.pop("encoder.norm.weight"), r"missing: encoder.norm.weight \(8,\)"),
+        (lambda s: s.pop("decoder.0.bias"), r"missing: decoder.0.bias \(48,\)"),
+        (
+            lambda s: s.update({"encoder.absolute_pos_embed": np.zeros((1, 64, 4), np.float32)}),
+            r"unexpected: encoder.absolute_pos_embed \(1, 64, 4\)",
+        ),
+        (
+            lambda s: s.update({"encoder.norm.weight": np.zeros(9, np.float32)}),
+            r"wrong shape: encoder.norm.weight is \(9,\), the model needs \(8,\)",
+        ),
+        (
+            lambda s: s.update(
+                {"encoder.layers.1.blocks.1.attn.relative_position_bias_table": np.zeros((), np.float32)}
+            ),
+            r"wrong shape: .*blocks\.1\.attn\.relative_position_bias_table is \(\), the model needs \(49, 2\)",
+        ),
+        (
+            lambda s: s.update(
+                {"encoder.layers.1.blocks.1.attn.relative_position_bias_table": np.zeros((1, 49, 2), "f4")}
+            ),
+            r"wrong shape: .*blocks\.1\.attn\.relative_position_bias_table is \(1, 49, 2\), the model needs \(49, 2\)",
+        ),
+        (
+            lambda s: s.update(
+                {"encoder.layers.1.blocks.1.attn.relative_position_bias_table": np.zeros((50, 2), np.float32)}
+            ),
+            r"wrong shape: .*blocks\.1\.attn\.relative_position_bias_table is \(50, 2\), the model needs \(49, 2\)",
+        ),
+    ],
+)
 def test_a_tensor_that_does_not_fit_is_refused_by_name(change, message):
     cfg, file = small(moe=DENSE), layouts.simmim(*SIZES)
     change(file)
@@ -132,17 +163,36 @@ def test_a_tensor_that_does_not_fit_is_refused_by_name(change, message):
         imported(file, cfg)
 
 
-@pytest.mark.parametrize("sizes, changes, message", [
-    (((2, 2), 4, (1, 2), 4, 16), {}, r"layers\.1\.blocks\.1\.\S+ \(.*\): the file has model\.depths = \(2, 2\), the "
-                                     r"configuration \(2, 4\)"),
-    (((2, 4, 2), 4, (1, 2, 4), 4, 16), {}, r"model\.depths = \(2, 4, 2\)"),
-    (((2, 4), 8, (1, 2), 4, 16), {}, r"patch_embed\.proj\.weight \(8, 3, 2, 2\): the file has model\.embed_dims = 8"),
-    (((2, 4), 4, (2, 2), 4, 16), {}, r"bias_table \(49, 2\): the file has model\.num_heads\[0\] = 2, the \S+ 1"),
-    (SIZES, {"patch": 4}, r"\(4, 3, 4, 4\): the file has model\.patch = 4, the configuration 2"),
-    (SIZES, {"ratio": 4}, r"layers\.0\.blocks\.0\.mlp\.fc1\.weight \(16, 4\): the file has model\.mlp_ratio = 4\.0"),
-    (SIZES, {"channels": 13}, r"patch_embed\.proj\.weight \(4, 13, 2, 2\) takes 13 bands, hr has R, G, B; .*--sensor"),
-    (SIZES, {"experts": [(1, 1)], "count": 4}, r"_moe_layer\.experts\.batched_fc1_w .*model\.moe\.stages = \(\)"),
-])
+@pytest.mark.parametrize(
+    "sizes, changes, message",
+    [
+        (
+            ((2, 2), 4, (1, 2), 4, 16),
+            {},
+            r"layers\.1\.blocks\.1\.\S+ \(.*\): the file has model\.depths = \(2, 2\), the "
+            r"configuration \(2, 4\)",
+        ),
+        (((2, 4, 2), 4, (1, 2, 4), 4, 16), {}, r"model\.depths = \(2, 4, 2\)"),
+        (
+            ((2, 4), 8, (1, 2), 4, 16),
+            {},
+            r"patch_embed\.proj\.weight \(8, 3, 2, 2\): the file has model\.embed_dims = 8",
+        ),
+        (((2, 4), 4, (2, 2), 4, 16), {}, r"bias_table \(49, 2\): the file has model\.num_heads\[0\] = 2, the \S+ 1"),
+        (SIZES, {"patch": 4}, r"\(4, 3, 4, 4\): the file has model\.patch = 4, the configuration 2"),
+        (
+            SIZES,
+            {"ratio": 4},
+            r"layers\.0\.blocks\.0\.mlp\.fc1\.weight \(16, 4\): the file has model\.mlp_ratio = 4\.0",
+        ),
+        (
+            SIZES,
+            {"channels": 13},
+            r"patch_embed\.proj\.weight \(4, 13, 2, 2\) takes 13 bands, hr has R, G, B; .*--sensor",
+        ),
+        (SIZES, {"experts": [(1, 1)], "count": 4}, r"_moe_layer\.experts\.batched_fc1_w .*model\.moe\.stages = \(\)"),
+    ],
+)
 def test_another_architecture_is_refused_with_tensor_shape_and_field(sizes, changes, message):
     with pytest.raises(ValueError, match=message):
         imported(layouts.simmim(*sizes, **changes), small(moe=DENSE))
@@ -160,15 +210,18 @@ def test_the_sensor_is_one_of_the_model_s_and_takes_the_file_s_bands():
 # ----------------------------------------------------------------------------------------------- supervised, Swin-MoE
 def test_a_supervised_checkpoint_with_another_window():
     cfg = small(moe=DENSE)
-    file = layouts.swin((2, 4), 4, (1, 2), 7, 28) | {"head.weight": np.zeros((10, 8), np.float32),
-                                                     "head.bias": np.zeros(10, np.float32)}
+    file = layouts.swin((2, 4), 4, (1, 2), 7, 28) | {
+        "head.weight": np.zeros((10, 8), np.float32),
+        "head.bias": np.zeros(10, np.float32),
+    }
     got, found = imported(file, cfg)
     assert found.modules == ("encoder", "embed_hr") and found.new == ("mask_token", "decoder_hr")
     assert "2 tensors left out, the classifier of supervised training: head.weight, ..." in found.notes
     assert "6 bias tables resized from 169 to 49 rows" in found.notes
     table = got.params["encoder"]["stage0"]["pairs0"]["plain"]["attn"]["table"][0]
     np.testing.assert_array_equal(
-        table, bias_tables.resized(file["layers.0.blocks.0.attn.relative_position_bias_table"], 4))
+        table, bias_tables.resized(file["layers.0.blocks.0.attn.relative_position_bias_table"], 4)
+    )
 
 
 def not_a_knot(at, values, wanted):
@@ -183,7 +236,7 @@ def not_a_knot(at, values, wanted):
         for piece, x, order in terms:
             sign, piece = (1, piece) if piece >= 0 else (-1, -piece - 1)
             powers = [[1, x, x * x, x**3], [0, 1, 2 * x, 3 * x * x], [0, 0, 2, 6 * x], [0, 0, 0, 6]][order]
-            rows[-1][4 * piece:4 * piece + 4] += sign * np.array(powers, float)
+            rows[-1][4 * piece : 4 * piece + 4] += sign * np.array(powers, float)
 
     for i in range(n):
         row((i, 0.0, 0)), right.append(values[i])
@@ -275,9 +328,12 @@ def test_swin_moe_computes_its_tables_and_has_no_second_biases():
     moe = got.params["encoder"]["stage1"]["pairs0"]["shifted"]
     np.testing.assert_allclose(moe["attn"]["table"][0], table.numpy(), rtol=1e-4, atol=1e-4)
     layer = "layers.1.blocks.3.mlp._moe_layer."
-    for name, value in {"experts.batched_fc1_w": moe["moe"]["fc1"][1].transpose(0, 2, 1),
-                        "experts.batched_fc2_w": moe["moe"]["fc2"][1], "gates.0.wg.weight": moe["moe"]["gate"][1].T,
-                        "experts.batched_fc2_bias": moe["moe"]["fc2_bias"][1]}.items():
+    for name, value in {
+        "experts.batched_fc1_w": moe["moe"]["fc1"][1].transpose(0, 2, 1),
+        "experts.batched_fc2_w": moe["moe"]["fc2"][1],
+        "gates.0.wg.weight": moe["moe"]["gate"][1].T,
+        "experts.batched_fc2_bias": moe["moe"]["fc2_bias"][1],
+    }.items():
         np.testing.assert_array_equal(file[layer + name], value)
     assert (got.params["encoder"]["stage1"]["pairs0"]["plain"]["fc2"]["bias"] == 0).all()
     assert "4 biases of second layers (mlp.fc2.bias) are zeros: no MLP of the file has one" in found.notes
@@ -288,12 +344,15 @@ def test_swin_moe_computes_its_tables_and_has_no_second_biases():
         imported(file, small(moe={**small().moe, "experts": 8}))
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda p: p.pop("rank1"), r"up to rank 3, missing: \S+moe\.pth\.rank1$"),
-    (lambda p: p.pop("rank3"), r"in each of 3 files .*model has 4 experts .*missing: \S+moe\.pth\.rank3$"),
-    (lambda p: p.pop("master"), r"give \S+moe\.pth\.master too"),
-    (lambda p: p.update(again=p["rank0"].replace("moe.pth", "other.pth")), "are both of rank 0"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda p: p.pop("rank1"), r"up to rank 3, missing: \S+moe\.pth\.rank1$"),
+        (lambda p: p.pop("rank3"), r"in each of 3 files .*model has 4 experts .*missing: \S+moe\.pth\.rank3$"),
+        (lambda p: p.pop("master"), r"give \S+moe\.pth\.master too"),
+        (lambda p: p.update(again=p["rank0"].replace("moe.pth", "other.pth")), "are both of rank 0"),
+    ],
+)
 def test_shards_that_do_not_make_a_model(tmp_path, change, message):
     paths = write_shards(tmp_path, swin_moe(), 4, 1)
     change(paths)
@@ -335,8 +394,10 @@ def test_an_mlp_becomes_every_expert():
         np.testing.assert_array_equal(moe["fc2_bias"][0, e], file[f"{mlp}fc2.bias"])
     assert 0.01 < moe["gate"].std() < 0.03 and not np.array_equal(moe["gate"][0], moe["gate"][1])
     equal(imported(file, cfg)[0].params, got.params)
-    assert "2 blocks have an MLP in the file and experts in the model: every expert is a copy; new gates (truncated " \
+    assert (
+        "2 blocks have an MLP in the file and experts in the model: every expert is a copy; new gates (truncated "
         f"normal, 0.02, seed 0): encoder.layers.1.blocks.1.{keymap.EXPERTS}gates.0.wg.weight, ..." in found.notes
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- the command
@@ -355,8 +416,17 @@ def save_simmim(monkeypatch, path, arrays, **more):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
         patch.setitem(sys.modules, "yacs.config", module)
-        torch.save({"model": {k: torch.from_numpy(np.array(v)) for k, v in arrays.items()}, "epoch": 99, "config": node,
-                    "lr_scheduler": {"base_values": [1e-4]}, "max_accuracy": 0.0, **more}, path)
+        torch.save(
+            {
+                "model": {k: torch.from_numpy(np.array(v)) for k, v in arrays.items()},
+                "epoch": 99,
+                "config": node,
+                "lr_scheduler": {"base_values": [1e-4]},
+                "max_accuracy": 0.0,
+                **more,
+            },
+            path,
+        )
 
 
 def test_gfm_pth_becomes_a_folder_of_weights(tmp_path, monkeypatch, capsys):
@@ -373,8 +443,11 @@ def test_gfm_pth_becomes_a_folder_of_weights(tmp_path, monkeypatch, capsys):
     assert meta["model_type"] == "msgfm" and list(meta["input_contract"]["sensors"]) == ["hr"]
     assert meta["architecture"]["modules"] == list(params) == list(meta["provenance"]["parts"])
     assert cli.main([*command, str(tmp_path / "in")]) == 78 and "already holds" in capsys.readouterr().err
-    for option, message in {"--sensor=s1": "takes 3 bands, s1 has VV, VH", "--calendar=s2": "--calendar means nothing",
-                            "--leave-out=encoder.norm.*": "missing: encoder.norm.weight"}.items():
+    for option, message in {
+        "--sensor=s1": "takes 3 bands, s1 has VV, VH",
+        "--calendar=s2": "--calendar means nothing",
+        "--leave-out=encoder.norm.*": "missing: encoder.norm.weight",
+    }.items():
         assert cli.main([*command, str(tmp_path / "no"), option]) == 78
         assert message in capsys.readouterr().err
 
@@ -409,7 +482,8 @@ def test_a_run_begins_with_imported_weights(tmp_path, monkeypatch, capsys):
     assert cli.main([*command, str(tmp_path / "in")]) == 0
     fresh = {"encoder": jax.tree.map(jax.numpy.asarray, random_params(cfg, CONTRACT, seed=7))}
     begun, report = init_from.init_from(
-        tmp_path / "in", state.TrainState(0, fresh, {}, {"encoder": {}}, {}, 0), json.loads(json.dumps(CONTRACT)))
+        tmp_path / "in", state.TrainState(0, fresh, {}, {"encoder": {}}, {}, 0), json.loads(json.dumps(CONTRACT))
+    )
     held = parts(tmp_path / "in")[0]
     equal({name: begun.params["encoder"][name] for name in held}, held)
     new = [name for name in report["new"] if name.startswith("params/")]
@@ -448,8 +522,14 @@ def test_an_export_is_read_back_bit_for_bit_and_comes_in_as_a_file(exported, tmp
     assert cfg_back.to_dict() == cfg.to_dict() and contract == json.loads(json.dumps(CONTRACT))
     assert meta["auto_map"]["AutoModel"] == "modeling_msgfm.MsGFMModel"
     assert "4 experts in the odd blocks of stages [1]" in (folder / "README.md").read_text()
-    command = ["import-torch", str(folder / "model.safetensors"), "--config", config_file(tmp_path, cfg), "--out",
-               str(tmp_path / "in")]
+    command = [
+        "import-torch",
+        str(folder / "model.safetensors"),
+        "--config",
+        config_file(tmp_path, cfg),
+        "--out",
+        str(tmp_path / "in"),
+    ]
     assert cli.main(command) == 0
     assert "new in a run that starts from here: nothing" in capsys.readouterr().out
     again, described = parts(tmp_path / "in")
@@ -470,10 +550,18 @@ def test_exported_names_and_shapes_are_the_reference_s(exported):
     shared = {name: value.shape for name, value in file.items() if not lone.match(name)}
     own = {name: shape for name, shape in stored.items() if name not in shared}
     assert {name: stored.get(name) for name in shared} == shared
-    assert own == {f"{part}.{sensor}.{name}": shape for sensor, bands in BANDS.items() for part, name, shape in (
-        ("encoder.patch_embeds", "proj.weight", (4, len(bands), 2, 2)), ("encoder.patch_embeds", "proj.bias", (4,)),
-        ("encoder.patch_embeds", "norm.weight", (4,)), ("encoder.patch_embeds", "norm.bias", (4,)),
-        ("decoders", "0.weight", (16 * len(bands), 8, 1, 1)), ("decoders", "0.bias", (16 * len(bands),)))}
+    assert own == {
+        f"{part}.{sensor}.{name}": shape
+        for sensor, bands in BANDS.items()
+        for part, name, shape in (
+            ("encoder.patch_embeds", "proj.weight", (4, len(bands), 2, 2)),
+            ("encoder.patch_embeds", "proj.bias", (4,)),
+            ("encoder.patch_embeds", "norm.weight", (4,)),
+            ("encoder.patch_embeds", "norm.bias", (4,)),
+            ("decoders", "0.weight", (16 * len(bands), 8, 1, 1)),
+            ("decoders", "0.bias", (16 * len(bands),)),
+        )
+    }
 
 
 def test_plain_torch_is_the_same_network(exported):
@@ -543,9 +631,11 @@ def test_plain_torch_refuses_masks_of_another_shape(exported):
     torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
     model, image = modelling(exported[2]).load(exported[2]), torch.zeros(1, 2, 1, 32, 32)
     one = torch.ones(1, 2, 1, 1)
-    for given, message in (({"valid": one}, r"dsm: valid must be \(1, 2, 32, 32\), got \(1, 2, 1, 1\)"),
-                           ({"bands": one[..., 0, 0]}, r"dsm: bands must be \(1, 2, 1\), got \(1, 2\)"),
-                           ({"hidden": one}, r"dsm: hidden must be \(2, 16, 16\), .* got \(2, 1, 1\)")):
+    for given, message in (
+        ({"valid": one}, r"dsm: valid must be \(1, 2, 32, 32\), got \(1, 2, 1, 1\)"),
+        ({"bands": one[..., 0, 0]}, r"dsm: bands must be \(1, 2, 1\), got \(1, 2\)"),
+        ({"hidden": one}, r"dsm: hidden must be \(2, 16, 16\), .* got \(2, 1, 1\)"),
+    ):
         with pytest.raises(ValueError, match=message):
             model({"dsm": {"image": image, **given}})
 

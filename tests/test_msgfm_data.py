@@ -1,5 +1,6 @@
 """msGFM's batches: one sensor each, in seeded proportional order, the same for any number of processes; pairs are cut
 together, datasets are mixed."""
+
 import collections
 
 import numpy as np
@@ -46,7 +47,7 @@ def test_sensors_come_in_proportion_and_every_place_once_before_any_comes_again(
     order = [batch[0][0] for batch in rows]
     assert all(len({name for name, _, _ in batch}) == 1 for batch in rows)
     for begin in (0, 16):
-        assert collections.Counter(order[begin:begin + 16]) == plan.rounds
+        assert collections.Counter(order[begin : begin + 16]) == plan.rounds
     assert order[:16] != order[16:] and order[:16] != sorted(order[:16])
     read = {name: [record for batch in rows for sensor, _, record in batch if sensor == name] for name in plan.names}
     for name, records in read.items():

@@ -1,6 +1,7 @@
 """The msGFM objective: its loss against numpy, who reconstructs whom, what a sensor's learning rate changes, GFM's
 distillation, any mesh, new sensors on old weights, its FLOPs, and that it learns.
 """
+
 from __future__ import annotations
 
 import functools
@@ -50,7 +51,7 @@ def batch_of(c: Any, sensor: str, seed: int = 0, paired: Any = None) -> dict[str
         one["image"][..., :count] = np.array(rule["mean"]) + np.array(rule["std"]) * noise
         one["valid"][:] = rng.random(one["valid"].shape) < 0.9
         one["bands"][:, :count] = 1
-        one["bands"][0, :count - 1] = 0
+        one["bands"][0, : count - 1] = 0
     batch["place"]["index"][:] = np.arange(c.data.batch)
     return batch
 
@@ -64,8 +65,12 @@ def objective_of(c: Any) -> tuple[Any, Any, Any, Any]:
     objective = train.OBJECTIVES["msgfm"](c, train.make_contract(c))
     params, teacher, memory = jit(lambda: objective.init(jax.random.key(1), None))()
     assert memory == {}
-    return objective, params, teacher, jit(
-        lambda params, teacher, batch, keys: objective.loss(params, teacher, {}, batch, keys, {}))
+    return (
+        objective,
+        params,
+        teacher,
+        jit(lambda params, teacher, batch, keys: objective.loss(params, teacher, {}, batch, keys, {})),
+    )
 
 
 @functools.cache
@@ -80,6 +85,7 @@ def keys(seed: int = 0) -> dict[str, jax.Array]:
 
 
 # ---------------------------------------------------------------- the loss
+
 
 def np_normalised(contract: Any, name: str, part: Any) -> tuple[np.ndarray, np.ndarray]:
     rule = contract["sensors"][name]
@@ -98,7 +104,7 @@ def np_mask(c: Any, drawn: Any) -> np.ndarray:
     noise = np.asarray(jax.random.uniform(drawn["mask"], (c.data.batch, cells**2)))
     mask = np.zeros(noise.shape, int)
     for row, order in zip(mask, np.argsort(noise, axis=1)):
-        row[order[:math.ceil(c.objective.mask_ratio * cells**2)]] = 1
+        row[order[: math.ceil(c.objective.mask_ratio * cells**2)]] = 1
     return mask.reshape(-1, cells, cells)
 
 
@@ -108,8 +114,10 @@ def np_loss(c: Any, params: Any, batch: Any, drawn: Any) -> dict[str, float]:
     name = list(contract["sensors"])[batch["sensor"][0]]
     model, mask = msgfm.make_model(c.model, contract), np_mask(c, drawn)
     coins = np.asarray(jax.random.bernoulli(drawn["cross"], o.cross, (c.data.batch,)))
-    images = {name: np_normalised(contract, name, batch["own"]),
-              PAIRS[name]: np_normalised(contract, PAIRS[name], batch["pair"])}
+    images = {
+        name: np_normalised(contract, name, batch["own"]),
+        PAIRS[name]: np_normalised(contract, PAIRS[name], batch["pair"]),
+    }
     grown = lambda side: np.kron(mask, np.ones((1, side, side), int))
 
     @jit
@@ -117,8 +125,9 @@ def np_loss(c: Any, params: Any, batch: Any, drawn: Any) -> dict[str, float]:
         encoded = model.encode(encoder, model.embed(encoder, name, image, hidden), train=True, rng=rng)
         return {one: model.decode(encoder, one, encoded.final) for one in images}, encoded.moe["stage1"]
 
-    guesses, stats = network(params["encoder"], images[name][0].astype(np.float32),
-                             grown(o.mask_cell // c.model.patch), drawn["encoder"])
+    guesses, stats = network(
+        params["encoder"], images[name][0].astype(np.float32), grown(o.mask_cell // c.model.patch), drawn["encoder"]
+    )
     total, pixels, out, hidden = 0.0, 0.0, {}, grown(o.mask_cell)
     crosses = coins & (batch["paired"] > 0)
     for target, rows in ((name, ~crosses), (PAIRS[name], crosses)):
@@ -130,9 +139,14 @@ def np_loss(c: Any, params: Any, batch: Any, drawn: Any) -> dict[str, float]:
         out[f"loss/{name}-{target}"] = error / count if count else np.nan
     load = np.asarray(stats["load"], np.float64)
     safe = np.where(load > 0, load, 1)
-    out |= {"loss/mim": total / (pixels + 1e-5), "moe/aux": float(stats["aux"].sum()), "cross/share": crosses.mean(),
-            "moe/load_entropy": (-(load * np.log(safe)).sum(-1) / np.log(load.shape[-1])).mean(),
-            "moe/load_max": load.max(-1).mean(), "moe/dropped": float(stats["dropped"].mean())}
+    out |= {
+        "loss/mim": total / (pixels + 1e-5),
+        "moe/aux": float(stats["aux"].sum()),
+        "cross/share": crosses.mean(),
+        "moe/load_entropy": (-(load * np.log(safe)).sum(-1) / np.log(load.shape[-1])).mean(),
+        "moe/load_max": load.max(-1).mean(),
+        "moe/dropped": float(stats["dropped"].mean()),
+    }
     out |= {f"moe/load/{mixture}-{expert}": share for (mixture, expert), share in np.ndenumerate(load)}
     return out | {"loss/total": out["loss/mim"] + o.aux_weight * out["moe/aux"]}
 
@@ -174,13 +188,15 @@ def test_gradients_reach_the_parts_that_took_part_and_no_others():
 
 # ---------------------------------------------------------------- the learning rate of a sensor
 
+
 def test_the_multiplier_acts_on_the_update_and_on_nothing_else():
     """The same gradient, the same moments; the parameters move by a quarter. (The scale as part of the batch: one
     program.)
     """
     c, objective, params, _, _ = crossing(0.5)
     assert {name: float(objective.lr_scale(batch_of(c, name))) for name in NAMES} == pytest.approx(
-        {"hr": 1.0, "s2": 0.25, "s1": 0.25, "dsm": 0.1})
+        {"hr": 1.0, "s2": 0.25, "s1": 0.25, "dsm": 0.1}
+    )
     c = config()
     c.schedule.warmup_steps = 0
     scaled = objective._replace(lr_scale=lambda batch: batch["scale"])
@@ -189,8 +205,10 @@ def test_the_multiplier_acts_on_the_update_and_on_nothing_else():
     (whole, measured), (part, other) = (advance(begin, {**batch, "scale": np.float32(scale)}) for scale in (1, 0.25))
     assert float(other["lr"]) == pytest.approx(0.25 * c.schedule.lr, rel=1e-6)
     assert same(whole.opt, part.opt) and measured["grad_norm"] == other["grad_norm"]
-    moved = [jax.tree.map(lambda new, old: np.asarray(new, np.float64) - old, end.params, begin.params)
-             for end in (whole, part)]
+    moved = [
+        jax.tree.map(lambda new, old: np.asarray(new, np.float64) - old, end.params, begin.params)
+        for end in (whole, part)
+    ]
     norm = lambda tree: np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(tree)))
     assert norm(moved[0]) > 0.05 and norm(moved[1]) / norm(moved[0]) == pytest.approx(0.25, rel=1e-5)
 
@@ -212,6 +230,7 @@ def test_a_batch_moves_the_parts_of_its_sensor_and_its_pair_and_what_all_share()
 
 # ---------------------------------------------------------------- distillation
 
+
 def test_distillation_is_that_of_numpy_and_only_for_the_sensor_the_teacher_knows():
     c = config()
     c.objective.distill.weight, c.objective.distill.img_size = 0.5, 20
@@ -232,14 +251,21 @@ def test_distillation_is_that_of_numpy_and_only_for_the_sensor_the_teacher_knows
         theirs = network.encode(taught, network.embed(taught, "hr", large)).merged
         return model.encode(encoder, tokens, train=True, rng=rng).merged, theirs
 
-    mine, theirs = merged(teacher["encoder"], params["encoder"], image, np_stretched(image, 20),
-                          np.kron(np_mask(c, drawn), np.ones((1, 2, 2), int)), drawn["encoder"])
+    mine, theirs = merged(
+        teacher["encoder"],
+        params["encoder"],
+        image,
+        np_stretched(image, 20),
+        np.kron(np_mask(c, drawn), np.ones((1, 2, 2), int)),
+        drawn["encoder"],
+    )
     a, b = (np.asarray(x, np.float64).mean((1, 2)) for x in (mine, theirs))
     a = a @ np.asarray(params["projector"]["kernel"], np.float64) + params["projector"]["bias"]
     cosine = np.mean((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1))
     np.testing.assert_allclose(measured["distill/cosine"], cosine, rtol=2e-5)
     np.testing.assert_allclose(
-        value, measured["loss/mim"] + c.objective.aux_weight * measured["moe/aux"] - 0.5 * cosine, rtol=2e-5)
+        value, measured["loss/mim"] + c.objective.aux_weight * measured["moe/aux"] - 0.5 * cosine, rtol=2e-5
+    )
 
     value, (measured, _) = loss(params, teacher, batch_of(c, "s1"), drawn)
     assert np.isnan(measured["distill/cosine"])
@@ -260,7 +286,8 @@ def test_images_are_stretched_as_torch_does():
     torch = pytest.importorskip("torch")
     image = np.random.default_rng(0).standard_normal((2, 12, 12, 3)).astype(np.float32)
     wanted = torch.nn.functional.interpolate(
-        torch.tensor(image.transpose(0, 3, 1, 2)), 14, mode="bilinear", align_corners=True)
+        torch.tensor(image.transpose(0, 3, 1, 2)), 14, mode="bilinear", align_corners=True
+    )
     np.testing.assert_allclose(gfm.stretched(image, 14), wanted.numpy().transpose(0, 2, 3, 1), atol=1e-5)
 
 
@@ -299,12 +326,12 @@ def test_the_teacher_is_the_network_at_the_given_path(tmp_path):
 
 # ---------------------------------------------------------------- a new sensor
 
+
 def test_a_new_row_of_the_table_goes_on_from_old_weights(tmp_path, monkeypatch):
     c = config()
     old = train.make_contract(c)
     before = saved(tmp_path, train.OBJECTIVES["msgfm"](c, old), old, 5)
-    row = sensors.SENSORS["s1"]._replace(
-        name="tir_L8", bands=("T10",), aliases={}, mean=(290.0,), std=(10.0,), pair="")
+    row = sensors.SENSORS["s1"]._replace(name="tir_L8", bands=("T10",), aliases={}, mean=(290.0,), std=(10.0,), pair="")
     monkeypatch.setitem(sensors.SENSORS, row.name, row)
     more = config()  # takes what the table has
     train.check_config(more)
@@ -331,18 +358,23 @@ def on_mesh(shape: tuple[int, int, int]) -> tuple[Any, Any, Any]:
     c = config()
     contract = train.make_contract(c)
     objective = train.OBJECTIVES["msgfm"](c, contract)
-    mesh = meshes.make_mesh(dict(zip(("data", "fsdp", "expert"), shape)), jax.devices()[:math.prod(shape)])
+    mesh = meshes.make_mesh(dict(zip(("data", "fsdp", "expert"), shape)), jax.devices()[: math.prod(shape)])
     batch = state.batch_shapes(spec.batch_spec(c, contract), mesh)
     shapes = state.state_shapes(objective, batch, c.seed, mesh, 256)
     advance = step.make_step(objective, c, optim.decay_mask(shapes.params))
     placed = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     with jax.set_mesh(mesh):
-        compiled = jax.jit(advance, out_shardings=(placed, meshes.replicated(mesh))).lower(shapes, batch).compile(
-            compiler_options=xla_flags.ONCE["cpu"])
+        compiled = (
+            jax.jit(advance, out_shardings=(placed, meshes.replicated(mesh)))
+            .lower(shapes, batch)
+            .compile(compiler_options=xla_flags.ONCE["cpu"])
+        )
         begin = state.create(objective, batch, c.seed, shapes)
         now, measured = compiled(begin, state.put_batch(batch_of(c, "s2"), batch))
-    split = {axis: {name for name, leaf in trees.flatten(shapes.params).items() if axis in leaf.sharding.spec}
-             for axis in ("fsdp", "expert")}
+    split = {
+        axis: {name for name, leaf in trees.flatten(shapes.params).items() if axis in leaf.sharding.spec}
+        for axis in ("fsdp", "expert")
+    }
     return jax.device_get(now), metrics.plain(measured), split
 
 
@@ -373,6 +405,7 @@ def test_experts_that_do_not_divide_are_named():
 
 # ---------------------------------------------------------------- FLOPs, learning
 
+
 def test_flops_are_those_of_the_traced_step():
     """The trace has all sensors' branches, and no gradient of the input images."""
     c = config()
@@ -400,7 +433,7 @@ def test_it_learns_what_can_be_learnt():
         rule = train.make_contract(c)["sensors"][name]
         for band, (mean, std) in enumerate(zip(rule["mean"], rule["std"])):
             batch[part]["image"][..., band] = mean + std * level
-        batch[part]["valid"][:], batch[part]["bands"][:, :len(rule["bands"])] = 1, 1
+        batch[part]["valid"][:], batch[part]["bands"][:, : len(rule["bands"])] = 1, 1
     now = state.TrainState(jnp.int32(0), params, optim.init(params), {}, {}, jnp.int32(0))
     advance = jit(step.make_step(objective, c, optim.decay_mask(params)))
     seen: dict[str, list[float]] = {"loss/s1-s1": [], "loss/s1-s2": []}
@@ -412,11 +445,14 @@ def test_it_learns_what_can_be_learnt():
         assert np.nanmean(values[:3]) > 0.7 and np.nanmean(values[-8:]) < 0.2, (name, values)
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda c: setattr(c.objective, "mask_cell", 6), "mask_cell=6 must divide model.img_size=16"),
-    (lambda c: setattr(c.objective, "mask_cell", 1), "mask_cell=1 .* be a multiple of model.patch=2"),
-    (lambda c: setattr(c.model.moe, "group", 3), "config.model.moe.group=3 does not divide data.batch=8"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda c: setattr(c.objective, "mask_cell", 6), "mask_cell=6 must divide model.img_size=16"),
+        (lambda c: setattr(c.objective, "mask_cell", 1), "mask_cell=1 .* be a multiple of model.patch=2"),
+        (lambda c: setattr(c.model.moe, "group", 3), "config.model.moe.group=3 does not divide data.batch=8"),
+    ],
+)
 def test_fields_that_contradict_each_other(change, message):
     c = config()
     change(c)

@@ -1,4 +1,5 @@
 """msGFM end to end: the command trains, is evaluated, and draws what it sees. Killed and stopped: test_resume.py."""
+
 from __future__ import annotations
 
 import json
@@ -20,8 +21,15 @@ def dataset(tmp_path_factory) -> str:
 
 
 def arguments(dataset, workdir, *more):
-    return ["--config", CONFIG, "--workdir", str(workdir), f"--config.data.dir={dataset}",
-            f"--config.steps={STEPS}", *more]
+    return [
+        "--config",
+        CONFIG,
+        "--workdir",
+        str(workdir),
+        f"--config.data.dir={dataset}",
+        f"--config.steps={STEPS}",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +90,11 @@ def test_features_are_means_over_dates_and_sensors(run):
 
 def test_pictures_are_drawn_during_training_and_by_the_command(dataset, run, tmp_path, capsys):
     assert sorted(file.name for file in (run / "pictures").iterdir()) == [
-        "step-000000.png", "step-000004.png", "step-000008.png", "step-000012.png"]
+        "step-000000.png",
+        "step-000004.png",
+        "step-000008.png",
+        "step-000012.png",
+    ]
     first, last = (Image.open(run / "pictures" / f"step-0000{n}.png") for n in ("00", "12"))
     assert first.size == last.size and np.any(np.asarray(first) != np.asarray(last))
     out = tmp_path / "place.png"

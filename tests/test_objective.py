@@ -492,8 +492,10 @@ def test_flops_equal_the_products_of_the_traced_step(size):
     assert abs(analytic / counted - 1) < 0.02, flops.skysense_parts(c, contract, batch)
 
 
-@pytest.mark.parametrize("field, value, words", [
-    ("align_grid", 3, "align_grid"), ("clusters", 7, "clusters"), ("microbatches", 3, "microbatches")])
+@pytest.mark.parametrize(
+    "field, value, words",
+    [("align_grid", 3, "align_grid"), ("clusters", 7, "clusters"), ("microbatches", 3, "microbatches")],
+)
 def test_contradictions_are_refused(field, value, words):
     c = tiny()
     c.objective[field] = value

@@ -258,10 +258,10 @@ def test_clusters_twin():
 
 
 def test_ema_twin_and_door():
-    old, new = {"a": normal(3), "b": {"c": normal(2, 2, seed=1)}}, {
-        "a": normal(3, seed=2),
-        "b": {"c": normal(2, 2, seed=3)},
-    }
+    old, new = (
+        {"a": normal(3), "b": {"c": normal(2, 2, seed=1)}},
+        {"a": normal(3, seed=2), "b": {"c": normal(2, 2, seed=3)}},
+    )
     ours = ema(jax.tree.map(jnp.asarray, old), jax.tree.map(jnp.asarray, new), jnp.float32(0.9))
     np.testing.assert_allclose(ours["b"]["c"], 0.9 * old["b"]["c"] + 0.1 * new["b"]["c"], rtol=1e-6)
     assert ours["a"].dtype == jnp.float32

@@ -1,4 +1,5 @@
 """Pictures of reconstructions: the model's pixels where it was asked for them, and errors as numpy counts them."""
+
 from __future__ import annotations
 
 import jax
@@ -33,8 +34,12 @@ def drawn():
     common = {"mask": mask, "measured": measured}
     found = {
         "hr": {**common, "image": hr, "made": {"hr": 255 - hr, "dsm": flat}, "errors": {"hr": (1, 2), "dsm": (1, 2)}},
-        "dsm": {**common, "image": heights, "made": {"dsm": flat, "hr": 255 - hr},
-                "errors": {"dsm": (1, 2), "hr": (1, 2)}},
+        "dsm": {
+            **common,
+            "image": heights,
+            "made": {"dsm": flat, "hr": 255 - hr},
+            "errors": {"dsm": (1, 2), "hr": (1, 2)},
+        },
     }
     found = {name: found[name] for name in sorted(found)}  # as jit returns it
 
@@ -42,7 +47,7 @@ def drawn():
 
     def panel(row, column):
         top, left = 36 + row * 218 + 18, 8 + column * 200
-        return picture[top:top + 192, left:left + 192]
+        return picture[top : top + 192, left : left + 192]
 
     return found, panel
 

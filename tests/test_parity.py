@@ -2,6 +2,7 @@
 folder. gfm_simmim_img16_w4 was made as the shared ones are, from GFM at commit 4dd248e: odd depths, a stage as large as
 the window and one smaller, two channels.
 """
+
 import json
 import pathlib
 
@@ -11,9 +12,16 @@ import pytest
 from tests import parity
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-LARGE = ("vit_full_tiny", "vit_pos_resize", "fusion_input_assembly_official", "swin_block_shifted_c88h2w8",
-         "swin_block_unshifted_c88h2w8", "factorised_hr256x128_s2t3_s1t2", "swin_full_c12_w8",
-         "gfm_simmim_img64_w4")
+LARGE = (
+    "vit_full_tiny",
+    "vit_pos_resize",
+    "fusion_input_assembly_official",
+    "swin_block_shifted_c88h2w8",
+    "swin_block_unshifted_c88h2w8",
+    "factorised_hr256x128_s2t3_s1t2",
+    "swin_full_c12_w8",
+    "gfm_simmim_img64_w4",
+)
 
 
 def failures(path):
@@ -53,14 +61,17 @@ def test_the_command_fails_where_it_should(tmp_path, capsys):
     assert failures(gradient)
 
 
-@pytest.mark.parametrize("edit, message", [
-    (lambda arrays, meta: meta.update(kind="other"), "kind 'other' not supported"),
-    (lambda arrays, meta: arrays.pop("w:decoder.0.bias"), "missing: decoder.0.bias"),
-    (lambda arrays, meta: arrays.update({"w:extra": np.zeros(2, np.float32)}), "unexpected: extra"),
-    (lambda arrays, meta: meta["args"].update(out_dim=7), "wrong shape: decoder.0.weight"),
-    (lambda arrays, meta: meta["args"].update(act="relu"), "unknown constructor argument act"),
-    (lambda arrays, meta: arrays.update(y_more=arrays["y"]), "nothing computed for .*y_more"),
-])
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (lambda arrays, meta: meta.update(kind="other"), "kind 'other' not supported"),
+        (lambda arrays, meta: arrays.pop("w:decoder.0.bias"), "missing: decoder.0.bias"),
+        (lambda arrays, meta: arrays.update({"w:extra": np.zeros(2, np.float32)}), "unexpected: extra"),
+        (lambda arrays, meta: meta["args"].update(out_dim=7), "wrong shape: decoder.0.weight"),
+        (lambda arrays, meta: meta["args"].update(act="relu"), "unknown constructor argument act"),
+        (lambda arrays, meta: arrays.update(y_more=arrays["y"]), "nothing computed for .*y_more"),
+    ],
+)
 def test_what_a_case_may_not_hold(tmp_path, edit, message):
     with pytest.raises(ValueError, match=message):
         parity.run_case(altered(tmp_path, "uphead_grad", edit))

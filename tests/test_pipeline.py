@@ -1,4 +1,5 @@
 """The input pipeline: batch = f(seed, step), one ground box per view, dates, validity, spec."""
+
 from __future__ import annotations
 
 import datetime
@@ -35,8 +36,12 @@ def make_record(number: int, names=("hr", "s2", "s1")) -> dict:
     """A place whose pixels say where they are: band 0 holds 10 x, band 1 10 y. Place 3: no s1, place 4: 2 s2."""
     rng = np.random.default_rng(number)
     record = {
-        "place": f"place-{'x' * number}{number}", "crs": "EPSG:32631", "lon": 3.0 + number, "lat": 48.0,
-        "footprint": np.zeros(4), "label": np.eye(CLASSES, dtype=np.uint8)[number % CLASSES],
+        "place": f"place-{'x' * number}{number}",
+        "crs": "EPSG:32631",
+        "lon": 3.0 + number,
+        "lat": 48.0,
+        "footprint": np.zeros(4),
+        "label": np.eye(CLASSES, dtype=np.uint8)[number % CLASSES],
         "label_map": np.full((TILE, TILE), number, np.uint8),
     }
     for name in names:
@@ -84,10 +89,18 @@ def contract(cfg) -> dict:
 
 def calm(cfg) -> config_dict.ConfigDict:
     """Geometry only."""
-    cfg.data.augment.update({
-        "hr_jitter": 0.0, "hr_gray": 0.0, "hr_blur": (0.0, 0.0, 0.0), "hr_solarize": 0.0, "s2_gain": 0.0,
-        "s2_band_gain": 0.0, "s1_shift_db": 0.0, "s1_speckle_db": 0.0,
-    })
+    cfg.data.augment.update(
+        {
+            "hr_jitter": 0.0,
+            "hr_gray": 0.0,
+            "hr_blur": (0.0, 0.0, 0.0),
+            "hr_solarize": 0.0,
+            "s2_gain": 0.0,
+            "s2_band_gain": 0.0,
+            "s1_shift_db": 0.0,
+            "s1_speckle_db": 0.0,
+        }
+    )
     return cfg
 
 
@@ -133,7 +146,7 @@ def test_an_epoch_covers_each_place_once_and_the_next_is_shuffled_anew(cfg, cont
     cfg.data.batch = 1
     batches = take(pipeline.make_train_iterator(cfg, contract, 0), 3 * PLACES)
     order = [int(batch["place"]["index"][0]) for batch in batches]
-    epochs = [order[i:i + PLACES] for i in range(0, 3 * PLACES, PLACES)]
+    epochs = [order[i : i + PLACES] for i in range(0, 3 * PLACES, PLACES)]
     assert all(sorted(epoch) == list(range(PLACES)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
 
@@ -212,8 +225,14 @@ def test_day_of_year(date):
     assert day.tolist() == [min(date.timetuple().tm_yday - 1, 364), -1] and day.dtype == np.int32
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 128), st.floats(0.02, 1.0), st.floats(0.0, 0.5), st.floats(0.3, 1.0),
-       st.floats(1.0, 3.0))
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 128),
+    st.floats(0.02, 1.0),
+    st.floats(0.0, 0.5),
+    st.floats(0.3, 1.0),
+    st.floats(1.0, 3.0),
+)
 def test_boxes_lie_in_the_tile_and_keep_area_and_aspect(seed, tile, low, more, narrow, wide):
     scale = (low, min(low + more, 1.0))
     box = augment.sample_box(np.random.default_rng(seed), tile, scale, (narrow, wide))
@@ -271,8 +290,13 @@ def test_values_under_invalid_pixels_do_not_bleed(seed, share):
     planes, mask = augment.resample(image, valid, None, window)
     mask = np.ones((2, 16, 16)) if mask is None else mask
     np.testing.assert_allclose(planes, np.broadcast_to(100.0 * mask[:, None], planes.shape), rtol=1e-5)
-    cfg = {"hr_jitter": 0.0, "hr_jitter_strength": (0, 0, 0, 0), "hr_gray": 0.5, "hr_blur": (1.0, 0.0, 0.0),
-           "hr_solarize": 0.0}
+    cfg = {
+        "hr_jitter": 0.0,
+        "hr_jitter_strength": (0, 0, 0, 0),
+        "hr_gray": 0.5,
+        "hr_blur": (1.0, 0.0, 0.0),
+        "hr_solarize": 0.0,
+    }
     grey = np.repeat(planes[:, :1], 3, 1)
     blurred = radiometry.disturb(rng, "hr", grey, mask.astype(np.float32), "global0", cfg)
     np.testing.assert_allclose(blurred, grey, rtol=1e-4, atol=1e-3)
@@ -300,8 +324,13 @@ def test_dates_are_drawn_or_spread_in_order_without_repetition(given_, count, se
 def hr(cfg_change: dict, view: str = "global0", seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     planes = rng.uniform(0, 255, (1, 3, 16, 16)).astype(np.float32)
-    off = {"hr_jitter": 0.0, "hr_jitter_strength": (0.4, 0.4, 0.2, 0.1), "hr_gray": 0.0, "hr_blur": (0.0, 0.0, 0.0),
-           "hr_solarize": 0.0}
+    off = {
+        "hr_jitter": 0.0,
+        "hr_jitter_strength": (0.4, 0.4, 0.2, 0.1),
+        "hr_gray": 0.0,
+        "hr_blur": (0.0, 0.0, 0.0),
+        "hr_solarize": 0.0,
+    }
     return planes, radiometry.disturb(rng, "hr", planes.copy(), None, view, {**off, **cfg_change})
 
 

@@ -98,8 +98,12 @@ def test_invalid_pixels_are_hatched_not_black():
 def test_a_sensor_without_dates_is_drawn_too(monkeypatch):
     plain = preview.draw(_record(), META)
     monkeypatch.setitem(SENSORS, "thermal", SENSORS["dsm"]._replace(name="thermal", grid="s2", heights=False))
-    seen = {"thermal_image": np.ones((1, 8, 8, 1), np.float32), "thermal_valid": np.ones((1, 8, 8), np.uint8),
-            "thermal_clear": np.ones((1, 8, 8), np.uint8), "thermal_date": np.array([NO_DATE], np.int32)}
+    seen = {
+        "thermal_image": np.ones((1, 8, 8, 1), np.float32),
+        "thermal_valid": np.ones((1, 8, 8), np.uint8),
+        "thermal_clear": np.ones((1, 8, 8), np.uint8),
+        "thermal_date": np.array([NO_DATE], np.int32),
+    }
     assert preview.draw(_record(**seen), META).height > plain.height
 
 

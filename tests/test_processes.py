@@ -1,6 +1,7 @@
 """Several real processes of one job, on one machine over gloo: they meet or say who is missing, share the data and the
 checkpoint, stop together, and compute what one process computes.
 """
+
 from __future__ import annotations
 
 import os
@@ -20,8 +21,13 @@ from skysense_jax.run import checkpoint
 from tests import jobs, msgfm_places, tiny, toy
 
 STEPS, BATCH, PLACES = 12, 8, 40
-MSGFM = ["--config", str(jobs.ROOT / "configs" / "msgfm_tiny.py"), "--config.model.depths=(2,)",
-         "--config.model.num_heads=(2,)", "--config.model.moe.stages=(0,)"]  # one stage: half as long to compile
+MSGFM = [
+    "--config",
+    str(jobs.ROOT / "configs" / "msgfm_tiny.py"),
+    "--config.model.depths=(2,)",
+    "--config.model.num_heads=(2,)",
+    "--config.model.moe.stages=(0,)",
+]  # one stage: half as long to compile
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +40,30 @@ def mixed(tmp_path_factory) -> list[str]:
     """msGFM and its data: PLACES with paired sensors, and as many unpaired pictures."""
     folder = tmp_path_factory.mktemp("mixed")
     pictures = msgfm_places.write_pictures(folder / "pictures", PLACES)
-    return [*MSGFM, f"--config.data.dir={msgfm_places.write(folder / 'places', PLACES)}",
-            f"--config.data.also=({pictures!r},)"]
+    return [
+        *MSGFM,
+        f"--config.data.dir={msgfm_places.write(folder / 'places', PLACES)}",
+        f"--config.data.also=({pictures!r},)",
+    ]
 
 
 def arguments(dataset: str | list[str], workdir: pathlib.Path, *more: str) -> list[str]:
     """dataset: of the toy, or all that another run is started with."""
-    given = dataset if isinstance(dataset, list) else [
-        "--config", jobs.TINY, f"--config.data.dir={dataset}", "--config.model.name=toy"]
-    return [*given, "--workdir", str(workdir), f"--config.steps={STEPS}", f"--config.data.batch={BATCH}",
-            "--config.run.save_every=100", "--config.run.watchdog_s=600", *more]
+    given = (
+        dataset
+        if isinstance(dataset, list)
+        else ["--config", jobs.TINY, f"--config.data.dir={dataset}", "--config.model.name=toy"]
+    )
+    return [
+        *given,
+        "--workdir",
+        str(workdir),
+        f"--config.steps={STEPS}",
+        f"--config.data.batch={BATCH}",
+        "--config.run.save_every=100",
+        "--config.run.watchdog_s=600",
+        *more,
+    ]
 
 
 def shares(given: list[str], processes: int, index: int, steps: range) -> list[int]:
@@ -54,9 +74,11 @@ def shares(given: list[str], processes: int, index: int, steps: range) -> list[i
     return [int(n) % PLACES for step in steps for n in batches[step]["place"]["index"][part]]
 
 
-@pytest.mark.parametrize("data, axis, split, indexed", [
-    ("dataset", "fsdp", 10 * jobs.TOY_WIDTH * 4, 0), ("mixed", "expert", 4 * 2 * 8 * 32 * 4, PLACES)],
-    ids=["toy", "msgfm"])
+@pytest.mark.parametrize(
+    "data, axis, split, indexed",
+    [("dataset", "fsdp", 10 * jobs.TOY_WIDTH * 4, 0), ("mixed", "expert", 4 * 2 * 8 * 32 * 4, PLACES)],
+    ids=["toy", "msgfm"],
+)
 def test_two_processes_stop_together_and_four_go_on_as_one_would(
     data, axis, split, indexed, request, tmp_path, monkeypatch
 ):
@@ -69,10 +91,15 @@ def test_two_processes_stop_together_and_four_go_on_as_one_would(
     assert train.main(arguments(given, one)) == 0  # one process, eight devices
 
     def run(count: int, devices: int, *more: str) -> list:
-        return jobs.start_together(count, arguments(given, many, *more), devices, "tests.jobs",
-                                   lambda index: {"READS": str(tmp_path / f"reads-{count}-{index}")},
-                                   READ_S="0.1" if count == 2 else "0",  # time for the signal to reach the other one
-                                   XLA_FLAGS="--xla_backend_optimization_level=0")
+        return jobs.start_together(
+            count,
+            arguments(given, many, *more),
+            devices,
+            "tests.jobs",
+            lambda index: {"READS": str(tmp_path / f"reads-{count}-{index}")},
+            READ_S="0.1" if count == 2 else "0",  # time for the signal to reach the other one
+            XLA_FLAGS="--xla_backend_optimization_level=0",
+        )
 
     def read(count: int, index: int) -> list[int]:
         return [int(line) for line in (tmp_path / f"reads-{count}-{index}").read_text().split()]
@@ -99,8 +126,12 @@ def test_two_processes_stop_together_and_four_go_on_as_one_would(
     assert ours.keys() == theirs.keys()
     # Adam divides rounding by rounding in single numbers.
     for part in {"/".join(name.split("/")[:2]) for name in theirs}:
-        a, b = (np.concatenate([value.ravel() for name, value in arrays.items() if name.startswith(f"{part}/")
-                                or name == part]).astype(np.float64) for arrays in (ours, theirs))
+        a, b = (
+            np.concatenate(
+                [value.ravel() for name, value in arrays.items() if name.startswith(f"{part}/") or name == part]
+            ).astype(np.float64)
+            for arrays in (ours, theirs)
+        )
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b), part
 
     # Each read its share of the records, in order and no other (it may read some steps ahead).
@@ -109,13 +140,14 @@ def test_two_processes_stop_together_and_four_go_on_as_one_would(
             numbers = read(count, index)
             assert len(numbers) >= indexed + ((stopped if count == 2 else STEPS) - first) * BATCH // count
             wanted = shares(arguments(given, many), count, index, range(first, first + 2 * STEPS))
-            assert numbers == [*range(indexed), *wanted][:len(numbers)], (count, index)
+            assert numbers == [*range(indexed), *wanted][: len(numbers)], (count, index)
 
 
 def test_a_process_that_stands_still_ends_the_others_with_70_and_their_stacks(dataset, tmp_path):
     """SIGSTOP: the other one hangs in a collective, in C++, and only its watchdog can tell."""
     hung, still = jobs.start_together(
-        2, arguments(dataset, tmp_path, "--config.steps=100000", "--config.run.watchdog_s=3"), 1, "tests.jobs")
+        2, arguments(dataset, tmp_path, "--config.steps=100000", "--config.run.watchdog_s=3"), 1, "tests.jobs"
+    )
     try:
         jobs.await_moment(hung, jobs.reached(tmp_path, 3))
         still.send_signal(signal.SIGSTOP)
@@ -129,9 +161,14 @@ def test_a_process_that_stands_still_ends_the_others_with_70_and_their_stacks(da
 
 def test_a_missing_process_is_an_error_with_both_counts(dataset, tmp_path):
     """Processes 0 and 1 of three: neither trains, both say who is missing, well before jax would abort them."""
-    over = jobs.ended(jobs.start_together(
-        3, arguments(dataset, tmp_path), SKYSENSE_START_TIMEOUT_S="30",
-        each=lambda index: {"SKYSENSE_PROCESSES": "x"} if index == 2 else {}))
+    over = jobs.ended(
+        jobs.start_together(
+            3,
+            arguments(dataset, tmp_path),
+            SKYSENSE_START_TIMEOUT_S="30",
+            each=lambda index: {"SKYSENSE_PROCESSES": "x"} if index == 2 else {},
+        )
+    )
     assert [code for code, _ in over] == [78] * 3, over
     for _, said in over[:2]:
         assert "2 of 3 processes came together within 30 s; missing: 2" in said, said
@@ -141,21 +178,31 @@ def test_a_missing_process_is_an_error_with_both_counts(dataset, tmp_path):
 
 def test_jax_s_own_detection_gives_up_with_78(dataset, tmp_path):
     """Slurm's variables and no coordinator of ours: process 0 of two waits inside jax."""
-    slurm = {"SLURM_JOB_ID": "3", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_PROCID": "0",
-             "SLURM_LOCALID": "0", "SKYSENSE_PROCESSES": "2", "SKYSENSE_START_TIMEOUT_S": "3"}
+    slurm = {
+        "SLURM_JOB_ID": "3",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SKYSENSE_PROCESSES": "2",
+        "SKYSENSE_START_TIMEOUT_S": "3",
+    }
     [(code, said)] = jobs.ended([jobs.start(arguments(dataset, tmp_path), **slurm)])
     assert code == 78 and "2 processes are expected (SKYSENSE_PROCESSES), fewer came together within 3 s" in said, said
 
 
-@pytest.mark.parametrize("environment, said", [
-    ({"SLURM_NTASKS": "4"}, "SLURM_NTASKS=4: Slurm started 4 processes"),
-    ({"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU_WORKER_HOSTNAMES=a,b: TPU pod started 2 processes"),
-    ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"}, None),
-    ({"SLURM_NTASKS": "4", "SKYSENSE_PROCESSES": "1"}, None),
-    ({"SKYSENSE_PROCESSES": "2", "SKYSENSE_COORDINATOR": "h:1"}, "go together"),
-    ({"SKYSENSE_PROCESSES": "2", "SKYSENSE_COORDINATOR": "h", "SKYSENSE_PROCESS_INDEX": "0"}, "host:port"),
-    ({"SKYSENSE_PROCESSES": "2", "SKYSENSE_COORDINATOR": "h:1", "SKYSENSE_PROCESS_INDEX": "2"}, "not in 0..1"),
-])
+@pytest.mark.parametrize(
+    "environment, said",
+    [
+        ({"SLURM_NTASKS": "4"}, "SLURM_NTASKS=4: Slurm started 4 processes"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU_WORKER_HOSTNAMES=a,b: TPU pod started 2 processes"),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"}, None),
+        ({"SLURM_NTASKS": "4", "SKYSENSE_PROCESSES": "1"}, None),
+        ({"SKYSENSE_PROCESSES": "2", "SKYSENSE_COORDINATOR": "h:1"}, "go together"),
+        ({"SKYSENSE_PROCESSES": "2", "SKYSENSE_COORDINATOR": "h", "SKYSENSE_PROCESS_INDEX": "0"}, "host:port"),
+        ({"SKYSENSE_PROCESSES": "2", "SKYSENSE_COORDINATOR": "h:1", "SKYSENSE_PROCESS_INDEX": "2"}, "not in 0..1"),
+    ],
+)
 def test_never_several_runs_of_one_process_each(environment, said, monkeypatch):
     for name, _ in mesh.CLUSTER_COUNTS:
         monkeypatch.delenv(name, raising=False)

@@ -1,5 +1,6 @@
 """Regions and the prototype bank: the grid, the table, the update against a float64 numpy twin, one device and
 eight."""
+
 import pathlib
 import runpy
 
@@ -63,8 +64,10 @@ def test_poles_antimeridian_and_missing_locations():
 
 @settings(max_examples=60, deadline=None)
 @example(places=[(0.0, -1.7159754487720623e-39)], seed=0)  # a subnormal number: 0 on a device
-@given(st.lists(st.tuples(st.floats(-360, 360, width=32), st.floats(-90, 90, width=32)), min_size=1, max_size=20),
-       st.integers(0, 2**31))
+@given(
+    st.lists(st.tuples(st.floats(-360, 360, width=32), st.floats(-90, 90, width=32)), min_size=1, max_size=20),
+    st.integers(0, 2**31),
+)
 def test_numpy_and_the_device_agree_on_every_cell(places, seed):
     lon, lat = (np.array(x, np.float32) for x in zip(*places))
     edge = np.random.default_rng(seed).choice(EDGES[0], len(lon))  # on an edge, and one step before it
@@ -210,8 +213,10 @@ def test_one_device_and_eight_give_the_same_bank():
     bank, place, features, mask = world(3, count=8)
     mesh = meshes.make_mesh({"data": 1, "fsdp": 8})
     batch = meshes.batch_sharding(mesh)
-    split = {**jax.device_put(bank, meshes.replicated(mesh)),
-             "prototypes": jax.device_put(bank["prototypes"], jax.NamedSharding(mesh, jax.P("fsdp")))}
+    split = {
+        **jax.device_put(bank, meshes.replicated(mesh)),
+        "prototypes": jax.device_put(bank["prototypes"], jax.NamedSharding(mesh, jax.P("fsdp"))),
+    }
     one, _ = jax.jit(step)(bank, place, features, mask)
     eight, _ = jax.jit(step)(split, *jax.device_put((place, features, mask), batch))
     for name in one:
@@ -280,8 +285,16 @@ LON, LAT = np.float32([3.0, np.nan]), np.float32([48.0, 48.0])
 
 def geo_model(width=12, regions_=3, seed=0, table="stream"):
     """A tiny model of two time series, its parameters, and a bank that knows the cell of the first place."""
-    cfg = tiny.config(geo_context={"bank": "on", "regions": regions_, "prototypes": 4, "width": width,
-                                   "cell": 65_536.0, "table": table})
+    cfg = tiny.config(
+        geo_context={
+            "bank": "on",
+            "regions": regions_,
+            "prototypes": 4,
+            "width": width,
+            "cell": 65_536.0,
+            "table": table,
+        }
+    )
     bank = jax.device_get(empty_bank(cfg, jax.random.key(seed)))
     if table == "stream":
         bank["cells"] = regions.occupied(cells(LON[:1], LAT[:1]), regions_)
@@ -322,12 +335,14 @@ def test_modules_with_and_without_geo():
     assert module_names(cfg, CONTRACT)[-2:] == ("fusion", "geo")
     assert module_names(without_bank(cfg, CONTRACT), CONTRACT)[-1] == "fusion"
     geo = cfg.geo_context.to_dict()
-    for change, words in (({"modules": ("s2", "s1", "geo")}, "lacks.*head_s2.*geo needs the fusion"),
-                          ({"geo_context": geo | {"bank": "off"}}, "bank must be one of"),
-                          ({"geo_context": geo | {"table": "hash"}}, "table must be one of"),
-                          ({"geo_context": geo | {"table": "hashed"}}, "regions=3: table='hashed' needs a square"),
-                          ({"geo_context": geo | {"prototypes": 1}}, "regions of 1 prototypes"),
-                          ({"geo_context": geo | {"width": 0}}, "prototypes of width 0; at least")):
+    for change, words in (
+        ({"modules": ("s2", "s1", "geo")}, "lacks.*head_s2.*geo needs the fusion"),
+        ({"geo_context": geo | {"bank": "off"}}, "bank must be one of"),
+        ({"geo_context": geo | {"table": "hash"}}, "table must be one of"),
+        ({"geo_context": geo | {"table": "hashed"}}, "regions=3: table='hashed' needs a square"),
+        ({"geo_context": geo | {"prototypes": 1}}, "regions of 1 prototypes"),
+        ({"geo_context": geo | {"width": 0}}, "prototypes of width 0; at least"),
+    ):
         with pytest.raises(ValueError, match=words):
             module_names(tiny.config(**{"geo_context": geo, **change}), CONTRACT)
 
@@ -347,14 +362,19 @@ def test_the_bank_goes_to_pytorch_and_back(width, per_module, table, tmp_path):
     bare = embed.open_network(out, "none")
     assert [one.description.model.geo_context.bank for one in (network, bare)] == ["frozen", "none"]
     mild = {name: 0.7 * np.float32(rule["mean"]) for name, rule in CONTRACT["sensors"].items()}
-    given = {name: {"image": mild[name] + 0.3 * one["image"][0], "dates": one["dates"][0]}
-             for name, one in tiny.inputs(CONTRACT).items()}
+    given = {
+        name: {"image": mild[name] + 0.3 * one["image"][0], "dates": one["dates"][0]}
+        for name, one in tiny.inputs(CONTRACT).items()
+    }
     assert embed.load(out, "none").features(given)["pixel"].shape[-1] == 8 and "geo" not in bare.encoder
     with pytest.raises(ValueError, match="uses geo-context: give"):
         embed.load(out).features(given)
-    for wrong, words in (({"lon": 3.0}, "give .*lat"), ({"lon": [3.0, 4.0], "lat": [48.0, 48.0]}, "lon has shape"),
-                         ({"lon": 48.0, "lat": 103.0}, "lat must lie within -90..90"),
-                         ({"lon": np.inf, "lat": 3.0}, "lon must lie within -360..360")):
+    for wrong, words in (
+        ({"lon": 3.0}, "give .*lat"),
+        ({"lon": [3.0, 4.0], "lat": [48.0, 48.0]}, "lon has shape"),
+        ({"lon": 48.0, "lat": 103.0}, "lat must lie within -90..90"),
+        ({"lon": np.inf, "lat": 3.0}, "lon must lie within -360..360"),
+    ):
         with pytest.raises(ValueError, match=f"place: {words}"):
             embed.load(out).features({**given, "place": wrong})
     here = embed.load(out).features({**given, "place": {"lon": 3.0, "lat": 48.0}})["pixel"]
@@ -383,10 +403,13 @@ def test_plain_torch_finds_the_same_region_in_every_precision(side, table):
     bank = jax.device_get(prototypes.empty_bank(jax.random.key(0), count, 3, 8, side, shared))
     lon[8:60] = np.resize(bank["lon_edges"], 52)  # on an edge
     ids = regions.cell_ids(lon, lat, bank["lon_edges"], bank["lat_edges"], shared)
-    bank |= {"cells": bank["cells"] if table == "hashed" else regions.occupied(ids, count),
-             "visits": np.ones(count, np.int32)}
+    bank |= {
+        "cells": bank["cells"] if table == "hashed" else regions.occupied(ids, count),
+        "visits": np.ones(count, np.int32),
+    }
     module = modeling_skysense.GeoContext(
-        8, {"regions": count, "prototypes": 3, "width": 8, "cell": side, "table": table})
+        8, {"regions": count, "prototypes": 3, "width": 8, "cell": side, "table": table}
+    )
     module.load_state_dict({name: torch.tensor(leaf) for name, leaf in bank.items()})
     for name, edges in zip(("lon_edges", "lat_edges"), module.edges):
         np.testing.assert_array_equal(np.float32(edges), bank[name])
@@ -476,8 +499,10 @@ def test_a_step_moves_the_bank_and_one_that_is_not_finite_does_not():
     for sensor in batch["global"]["sensors"].values():
         sensor.update({key: np.ones_like(sensor[key]) for key in ("valid", "bands")})
     batch["place"] |= {"lon": np.float32([3, 3, 3, 40, 40, np.nan, 90, 90]), "lat": np.full(8, 48, np.float32)}
-    advance = jax.jit(run_step.make_step(objective, c, optim.decay_mask(placed.params)),
-                      out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, placed), meshes.replicated(mesh)))
+    advance = jax.jit(
+        run_step.make_step(objective, c, optim.decay_mask(placed.params)),
+        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, placed), meshes.replicated(mesh)),
+    )
     with jax.set_mesh(mesh):
         first, seen = advance(now, batch)
         second, later = advance(first, batch)
@@ -513,8 +538,14 @@ def test_a_second_stage_starts_from_a_run_without_a_bank(tmp_path):
         rng = np.random.default_rng(seed)
         leaf = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
         params = {"encoder": {"s2": {"kernel": leaf(3, 3)}}, "heads": {"fused": {"mlp0": {"kernel": leaf(width, 5)}}}}
-        return state.TrainState(jnp.int32(seed), params, optim.init(params), jax.tree.map(lambda x: x + 1, params),
-                                {"centre": {"s2": leaf(4)}, **memory}, jnp.int32(0))
+        return state.TrainState(
+            jnp.int32(seed),
+            params,
+            optim.init(params),
+            jax.tree.map(lambda x: x + 1, params),
+            {"centre": {"s2": leaf(4)}, **memory},
+            jnp.int32(0),
+        )
 
     old = made(7, 4, unused=jnp.zeros(2))
     saver = checkpoint.Saver(tmp_path, keep=1)
@@ -550,8 +581,11 @@ def test_a_second_stage_starts_from_a_run_without_a_bank(tmp_path):
     saver.save(hashed, {}, {"config": {}, "contract": {"ratio": 4, "sensors": {}}})
     saver.wait()
     with pytest.raises(ValueError, match="one has config.model.geo_context.table='hashed'"):
-        init_from.init_from(tmp_path / "hashed", made(
-            0, 6, bank=prototypes.empty_bank(jax.random.key(0), 4, 2, 4, 65_536.0)), {"ratio": 4, "sensors": {}})
+        init_from.init_from(
+            tmp_path / "hashed",
+            made(0, 6, bank=prototypes.empty_bank(jax.random.key(0), 4, 2, 4, 65_536.0)),
+            {"ratio": 4, "sensors": {}},
+        )
     fresh.params["encoder"]["s2"]["kernel"] = jnp.zeros((3, 4))
     with pytest.raises(ValueError, match=r"params/encoder/s2/kernel is float32\[3, 3\] there, float32\[3, 4\] here"):
         init_from.init_from(tmp_path, fresh, {"ratio": 4, "sensors": {}})
@@ -575,8 +609,11 @@ def test_a_frozen_bank_has_learnt_something(tmp_path):
     now = state.create(geo, batch, 1, plan.state)
     bank = now.memory["bank"]
     learnt = {**bank, "visits": bank["visits"].at[1].set(3)}
-    for name, memory in (("plain", {"centre": now.memory["centre"]}), ("fresh", now.memory),
-                         ("learnt", {**now.memory, "bank": learnt})):
+    for name, memory in (
+        ("plain", {"centre": now.memory["centre"]}),
+        ("fresh", now.memory),
+        ("learnt", {**now.memory, "bank": learnt}),
+    ):
         saver = checkpoint.Saver(tmp_path / name, keep=1)
         saver.save(now._replace(memory=memory), {}, {"config": {}, "contract": contract})
         saver.close()
@@ -584,8 +621,11 @@ def test_a_frozen_bank_has_learnt_something(tmp_path):
     def start(given):
         return train.where_to_start(c, tmp_path / "new", plan, {"dataset_id": "", "code": {}}, given)
 
-    for begin, words in ((None, "nothing has learnt; start from"), (tmp_path / "plain", "plain holds no bank"),
-                         (tmp_path / "fresh", "fresh holds no bank")):
+    for begin, words in (
+        (None, "nothing has learnt; start from"),
+        (tmp_path / "plain", "plain holds no bank"),
+        (tmp_path / "fresh", "fresh holds no bank"),
+    ):
         with pytest.raises(ValueError, match=f"bank='frozen'.*{words}"):
             start(begin)
     for name, leaf in start(tmp_path / "learnt").state.memory["bank"].items():

@@ -1,4 +1,5 @@
 """`skysense-jax prototypes`: the report of a region and the maps of its places, against the same worked out by hand."""
+
 import itertools
 import json
 
@@ -35,24 +36,42 @@ def record(number, lon, lat):
     x, y = 10 * round(x / 10), 10 * round(y / 10)
     classes = np.random.default_rng(number).integers(0, 3, (tiny.TILE, tiny.TILE)).astype(np.uint8)
     classes[0, 0] = sensors.UNLABELLED
-    made.update({"lon": lon, "lat": lat, "crs": crs, "label": np.zeros(1, np.uint8), "label_map": classes,
-                 "footprint": np.array([x - 40, y - 40, x + 40, y + 40], float)})
+    made.update(
+        {
+            "lon": lon,
+            "lat": lat,
+            "crs": crs,
+            "label": np.zeros(1, np.uint8),
+            "label_map": classes,
+            "footprint": np.array([x - 40, y - 40, x + 40, y + 40], float),
+        }
+    )
     for name in tiny.DATES:
         cells = made[f"{name}_valid"].shape[1] // tiny.TILE
-        made[f"{name}_valid"][:, -2 * cells:, : 2 * cells] = 0
+        made[f"{name}_valid"][:, -2 * cells :, : 2 * cells] = 0
     return made
 
 
 def write_dataset(folder, relabel=None):
     """relabel: place name -> its label map."""
-    made = {split: [record(100 * (split == "test") + k, *one) for k, one in enumerate(places)]
-            for split, places in WHERE.items()}
+    made = {
+        split: [record(100 * (split == "test") + k, *one) for k, one in enumerate(places)]
+        for split, places in WHERE.items()
+    }
     for one in itertools.chain(*made.values()):
         if relabel:
             one["label_map"] = relabel[one["place"]]
-    meta = {"format": 1, "tile": tiny.TILE, "ratio": tiny.RATIO, "gsd": 10.0, "sensors": list(tiny.DATES),
-            "label_classes": [], "label_map_classes": {"0": "water", "1": "trees", "2": "crops"},
-            "synthetic": True, "dataset_id": "regions"}
+    meta = {
+        "format": 1,
+        "tile": tiny.TILE,
+        "ratio": tiny.RATIO,
+        "gsd": 10.0,
+        "sensors": list(tiny.DATES),
+        "label_classes": [],
+        "label_map_classes": {"0": "water", "1": "trees", "2": "crops"},
+        "synthetic": True,
+        "dataset_id": "regions",
+    }
     return tiny.write_records(folder, spec.record_features(tuple(tiny.DATES), tiny.TILE, tiny.RATIO, 1), made, meta)
 
 
@@ -65,8 +84,11 @@ def root(tmp_path_factory):
     cfg.data.dir, cfg.eval.batch = write_dataset(root / "data"), 3
     cfg.model.geo_context.update({"bank": "on", "regions": 5, "prototypes": COUNT, "width": 16, "cell": CELL})
     contract = sensors.input_contract(cfg.data.bands.to_dict(), cfg.model.ratio)
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), spec.batch_spec(cfg, contract),
-                          is_leaf=lambda node: isinstance(node, spec.Leaf))
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
+        spec.batch_spec(cfg, contract),
+        is_leaf=lambda node: isinstance(node, spec.Leaf),
+    )
     made = jax.jit(lambda: state.init_state(make_objective(cfg, contract), shapes, 1))()
     ids = regions.cell_ids(np.float32([4, 100, -60]), np.float32([47, 60, -20]), *regions.grid_edges(CELL))
     bank = dict(made.memory["bank"])
@@ -86,8 +108,11 @@ def root(tmp_path_factory):
 
 def save(folder, made, cfg, contract):
     saver = checkpoint.Saver(folder, keep=1)
-    saver.save(made, {"step": 0}, {"config": json.loads(cfg.to_json()), "contract": contract, "dataset_id": "regions",
-                                   "code": {"jax": "x"}})
+    saver.save(
+        made,
+        {"step": 0},
+        {"config": json.loads(cfg.to_json()), "contract": contract, "dataset_id": "regions", "code": {"jax": "x"}},
+    )
     saver.close()
 
 
@@ -120,8 +145,12 @@ def by_hand(root):
             for k, (lon, lat) in enumerate(places):
                 if lon > 0:
                     found[str(batch["place"]["name"][k])] = (
-                        lon, lat, (query[k] @ own.T).reshape(-1, COUNT), measured[k].ravel(),
-                        batch["label_map"][k].ravel())
+                        lon,
+                        lat,
+                        (query[k] @ own.T).reshape(-1, COUNT),
+                        measured[k].ravel(),
+                        batch["label_map"][k].ravel(),
+                    )
     return found
 
 
@@ -176,7 +205,9 @@ def test_an_unknown_region_names_the_known_ones(root, capsys):
     for where, message in {
         "8.5,64": "in no region that the bank has visited (2 are); the nearest: ",
         "100,60": "in no region that the bank has visited",  # in the table, never visited
-        "48,2,1": "give LON,LAT in degrees", "x": "give LON,LAT", "48,nan": "longitude first",
+        "48,2,1": "give LON,LAT in degrees",
+        "x": "give LON,LAT",
+        "48,nan": "longitude first",
         "2,148": "longitude first",
     }.items():
         assert cli.main(["prototypes", str(root / "run"), "--region", where]) == 78
@@ -247,7 +278,7 @@ def test_the_picture_shows_the_assignment_and_the_label_map(root, mapped):
     shown = {}
     for panel in range(4):
         left = gap + panel * (side + gap)
-        shown[panel] = image[top + step // 2: top + side: step, left + step // 2: left + side: step]
+        shown[panel] = image[top + step // 2 : top + side : step, left + step // 2 : left + side : step]
     palette = prototype_map.colours(COUNT)
     valid = own != prototype_map.NODATA
     np.testing.assert_array_equal(shown[1][valid], palette[own[valid]])

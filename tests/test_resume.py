@@ -4,6 +4,7 @@ Real processes, real signals, the real objectives and input pipelines, float32 o
 compared: parameters, optimiser, teacher, memory, counters, the records of metrics.jsonl (losses and the digest of the
 places of every batch, each step once), and the evaluation.
 """
+
 from __future__ import annotations
 
 import random
@@ -14,7 +15,6 @@ import pytest
 from skysense_jax.run import checkpoint
 from tests import jobs, survival
 from tests.survival import SAVE_EVERY, STEPS
-
 
 KILLS = len(survival.PHASES)
 

@@ -1,4 +1,5 @@
 """What a run is made of: schedules, AdamW, decay by name, skipped updates, metrics, exit codes."""
+
 import json
 import pathlib
 import subprocess
@@ -38,6 +39,7 @@ def toys(monkeypatch):
 
 
 # ---------------------------------------------------------------- schedules and optimiser
+
 
 def test_schedules_are_dino_s():
     c = skysense_smoke.get_config()
@@ -118,11 +120,24 @@ def test_adamw_and_learning_rates_are_torch_s(rule, double):
 
 def test_decay_goes_by_name():
     shape = jnp.zeros((2, 3))  # stacked blocks: a bias has two dimensions and still does not decay
-    params = trees.nest({name: shape for name in (
-        "encoder/hr/stage0/pairs0/plain/attn/qkv/kernel", "encoder/hr/stage0/pairs0/plain/attn/q_bias",
-        "encoder/hr/stage0/pairs0/plain/attn/cpb1/kernel", "encoder/hr/stage0/pairs0/plain/attn/logit_scale",
-        "encoder/s2/blocks/layers/fc1/bias", "encoder/s2/blocks/layers/ln1/scale", "encoder/s2/cls_token",
-        "encoder/s2/pos_embed", "encoder/ctpe", "heads/s2/last_layer_v", "align/s2/kernel")})
+    params = trees.nest(
+        {
+            name: shape
+            for name in (
+                "encoder/hr/stage0/pairs0/plain/attn/qkv/kernel",
+                "encoder/hr/stage0/pairs0/plain/attn/q_bias",
+                "encoder/hr/stage0/pairs0/plain/attn/cpb1/kernel",
+                "encoder/hr/stage0/pairs0/plain/attn/logit_scale",
+                "encoder/s2/blocks/layers/fc1/bias",
+                "encoder/s2/blocks/layers/ln1/scale",
+                "encoder/s2/cls_token",
+                "encoder/s2/pos_embed",
+                "encoder/ctpe",
+                "heads/s2/last_layer_v",
+                "align/s2/kernel",
+            )
+        }
+    )
     decayed = {name for name, on in trees.flatten(optim.decay_mask(params)).items() if on}
     assert decayed == {"encoder/hr/stage0/pairs0/plain/attn/qkv/kernel", "heads/s2/last_layer_v", "align/s2/kernel"}
     with pytest.raises(ValueError, match="weight decay rules: no rule matches: encoder/surprise"):
@@ -141,6 +156,7 @@ def test_every_parameter_and_every_leaf_of_the_model_has_its_rule(config):
 
 
 # ---------------------------------------------------------------- one step
+
 
 def test_a_step_that_is_not_finite_touches_nothing(cfg):
     objective, batch_shapes, shapes, now = small_state(cfg)
@@ -168,6 +184,7 @@ def test_the_batch_must_divide_by_the_devices(cfg):
 
 # ---------------------------------------------------------------- metrics
 
+
 def test_records_past_the_checkpoint_and_torn_lines_are_dropped(tmp_path):
     file = tmp_path / metrics.FILE
     file.write_text("".join(json.dumps({"step": n}) + "\n" for n in (1, 2, 3, 4)) + '{"step": 5, "lo')
@@ -177,6 +194,7 @@ def test_records_past_the_checkpoint_and_torn_lines_are_dropped(tmp_path):
 
 
 # ---------------------------------------------------------------- the command
+
 
 def go(cfg, workdir) -> int:
     return train.train(train.Options(cfg, workdir))
@@ -188,7 +206,8 @@ def test_a_run_ends_once_and_says_so(cfg, toys, tmp_path, capfd):
     assert [r["step"] for r in lines] == [1, 2, 3, 4, 5, 6]
     assert checkpoint.steps(tmp_path / "checkpoints") == [4, 6]
     assert {"config.json", "contract.json", "element_spec.json", "sharding.json", "versions.json", COMPLETE} <= {
-        p.name for p in tmp_path.iterdir()}
+        p.name for p in tmp_path.iterdir()
+    }
     said = capfd.readouterr().err
     assert all(word in said for word in ("compiled in", "model FLOPs", "replicated", "input wait", "ETA"))
     assert "MFU" not in said  # no peak is known for this device
@@ -209,18 +228,21 @@ def test_too_many_skipped_updates_end_the_run_with_65(cfg, monkeypatch, tmp_path
     assert "3 updates were not finite, config.run.max_skipped is 2" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (["--config.optim.nope=3"], "nope"),
-    (["--config.optim.clip=much"], "much"),
-    (["--nope=3"], "nope"),
-    (["--config.data.dir=/nowhere"], "/nowhere is not a dataset of places"),
-    (["--config.data.statistics=mine"], "config.data.statistics='mine'"),
-    (["--config.data.statistics=dataset"], "skysense-jax data stats"),
-    (["--config.model.name=vgg"], "config.model.name='vgg'"),
-    (["--config.mesh.fsdp=3"], "mesh"),
-    (["--config.data.batch=6"], "does not divide by the 8 devices"),
-    (["--profile=5:3"], "FIRST < LAST"),
-])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--config.optim.nope=3"], "nope"),
+        (["--config.optim.clip=much"], "much"),
+        (["--nope=3"], "nope"),
+        (["--config.data.dir=/nowhere"], "/nowhere is not a dataset of places"),
+        (["--config.data.statistics=mine"], "config.data.statistics='mine'"),
+        (["--config.data.statistics=dataset"], "skysense-jax data stats"),
+        (["--config.model.name=vgg"], "config.model.name='vgg'"),
+        (["--config.mesh.fsdp=3"], "mesh"),
+        (["--config.data.batch=6"], "does not divide by the 8 devices"),
+        (["--profile=5:3"], "FIRST < LAST"),
+    ],
+)
 def test_a_bad_configuration_is_78_and_one_line(arguments, said, dataset, tmp_path, capfd):
     config = pathlib.Path(__file__).parents[1] / "configs" / "skysense_tiny.py"
     base = ["--config", f"{config}:series", "--workdir", str(tmp_path / "run"), f"--config.data.dir={dataset}"]
@@ -262,12 +284,15 @@ def test_a_profiler_window_traces_its_steps_and_no_others(tmp_path):
 
 
 def test_a_hung_step_is_70_with_the_stacks(tmp_path):
-    code = ("import pathlib, sys, time; from skysense_jax.run.watchdog import Watchdog\n"
-            "def stuck_here(): time.sleep(60)\n"
-            "with Watchdog(0.3, pathlib.Path(sys.argv[1])) as dog: dog.beat(); stuck_here()")
+    code = (
+        "import pathlib, sys, time; from skysense_jax.run.watchdog import Watchdog\n"
+        "def stuck_here(): time.sleep(60)\n"
+        "with Watchdog(0.3, pathlib.Path(sys.argv[1])) as dog: dog.beat(); stuck_here()"
+    )
     stacks = tmp_path / "stacks.txt"
     done = subprocess.run(
-        [sys.executable, "-c", code, str(stacks)], capture_output=True, text=True, check=False, timeout=60)
+        [sys.executable, "-c", code, str(stacks)], capture_output=True, text=True, check=False, timeout=60
+    )
     assert done.returncode == 70
     assert "stuck_here" in stacks.read_text() and "stuck_here" in done.stderr and "watchdog_s=0.3" in done.stderr
 

@@ -97,8 +97,12 @@ def test_names_that_are_not_sen12ms_are_left_out_and_named(tmp_path):
 
 
 def test_the_shipped_rule_holds_out_exactly_the_regions_of_sen12ms_cr():
-    places = {f"{season}_{region}_p{number}": (season, region)
-              for season in SEASONS for region in range(1, 260) for number in (1, 30, 106)}
+    places = {
+        f"{season}_{region}_p{number}": (season, region)
+        for season in SEASONS
+        for region in range(1, 260)
+        for number in (1, 30, 106)
+    }
     found = splits.assign(splits.read_split(splits.SEN12MS_CR), places)
     assert {place for place, split in found.items() if split == "test"} == {
         place for place, (season, region) in places.items() if region in HELD_OUT[season]
@@ -182,15 +186,21 @@ def test_another_rule_is_asked_for_by_file(tmp_path, capsys):
     assert run("catalog", root, "--layout", "sen12ms", "--split", tmp_path / "split.csv") == 0
     places = read_catalog(root / "places.csv").places
     assert {name: rows[0].split for name, rows in places.items()} == {
-        "ROIs1158_spring_1_p1": "test", "ROIs1158_spring_106_p1": "train"
+        "ROIs1158_spring_1_p1": "test",
+        "ROIs1158_spring_106_p1": "train",
     }
 
 
 def test_a_label_map_is_one_named_band_of_its_file(tmp_path):
     values = patch(tmp_path, "ROIs1158_spring", 1, 1)
     folder = "ROIs1158_spring"
-    image = {"sensor": "s2", "datetime": "2017-04-15", "path": f"{folder}/s2_1/{folder}_s2_1_p1.tif", "offset": "0",
-             "bands": ",".join(SENSORS["s2"].bands)}
+    image = {
+        "sensor": "s2",
+        "datetime": "2017-04-15",
+        "path": f"{folder}/s2_1/{folder}_s2_1_p1.tif",
+        "offset": "0",
+        "bands": ",".join(SENSORS["s2"].bands),
+    }
     cover = {"sensor": "label_map", "path": f"{folder}/lc_1/{folder}_lc_1_p1.tif"}
     options = builder.Options(tile=SIDE, ratio=1, holdout=0.0)
 

@@ -4,6 +4,7 @@ every leaf of our configurations lies where the golden table says.
 The whole step of the real objective on eight fake devices in float32: student and teacher, Sinkhorn and contrastive
 terms over the global batch, clipping, AdamW, settling. Nearly every leaf is split (from 256 bytes on instead of 1 MiB).
 """
+
 from __future__ import annotations
 
 import functools
@@ -53,14 +54,17 @@ def machine(cfg):
 
     @functools.cache
     def make(data: int, fsdp: int) -> Machine:
-        mesh = meshes.make_mesh({"data": data, "fsdp": fsdp}, jax.devices()[:data * fsdp])
+        mesh = meshes.make_mesh({"data": data, "fsdp": fsdp}, jax.devices()[: data * fsdp])
         batch = state.batch_shapes(train.specs.batch_spec(cfg, contract), mesh)
         shapes = state.state_shapes(objective, batch, cfg.seed, mesh, SMALL)
         advance = step.make_step(objective, cfg, optim.decay_mask(shapes.params))
         placed = jax.tree.map(lambda leaf: leaf.sharding, shapes)
         with jax.set_mesh(mesh):
-            compiled = jax.jit(advance, out_shardings=(placed, meshes.replicated(mesh))).lower(shapes, batch).compile(
-                compiler_options=xla_flags.ONCE["cpu"])
+            compiled = (
+                jax.jit(advance, out_shardings=(placed, meshes.replicated(mesh)))
+                .lower(shapes, batch)
+                .compile(compiler_options=xla_flags.ONCE["cpu"])
+            )
         fresh = functools.partial(state.create, objective, batch, cfg.seed, shapes)
         return Machine(mesh, shapes, batch, fresh, compiled)
 
@@ -114,7 +118,8 @@ def test_a_step_on_every_mesh_is_the_step_of_one_device(data, fsdp, machine, cfg
         else:
             assert ours[name] == value, name
     gradient = lambda new: jax.tree.map(
-        lambda mu, before: np.asarray(mu) - cfg.optim.b1 * np.asarray(before), new.opt["mu"], early.opt["mu"])
+        lambda mu, before: np.asarray(mu) - cfg.optim.b1 * np.asarray(before), new.opt["mu"], early.opt["mu"]
+    )
     assert distance(gradient(now), gradient(then)) < 1e-5
     for name in ("params", "teacher", "memory"):
         assert distance(getattr(now, name), getattr(then, name)) < 1e-5, name
@@ -138,8 +143,8 @@ def test_resumed_on_4_devices_and_then_on_1_a_run_goes_on(machine, cfg, alone, t
     straight = alone[-1]
     assert [line["places"] for line in lines] == [line["places"] for line in straight]
     worst = [abs(ours["loss"] / theirs["loss"] - 1) for ours, theirs in zip(lines, straight)]
-    assert max(worst[:FIRST + 1]) < 1e-5 and worst[SECOND] < 1e-5, worst
-    assert max(worst[SECOND:SECOND + 20]) < 1e-3, worst
+    assert max(worst[: FIRST + 1]) < 1e-5 and worst[SECOND] < 1e-5, worst
+    assert max(worst[SECOND : SECOND + 20]) < 1e-3, worst
     assert len(lines) == STEPS and len({line["places"] for line in lines}) == STEPS
 
 

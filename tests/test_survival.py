@@ -3,6 +3,7 @@
 Kills and signals: test_resume.py. A process that stands still, one that is missing: test_processes.py. Damaged
 checkpoints: test_run.py.
 """
+
 from __future__ import annotations
 
 import json
@@ -30,8 +31,17 @@ def dataset(tmp_path_factory) -> str:
 
 
 def toy(dataset: str, workdir: pathlib.Path, *more: str) -> list[str]:
-    return ["--config", jobs.TINY, "--workdir", str(workdir), f"--config.data.dir={dataset}",
-            "--config.model.name=toy", f"--config.steps={STEPS}", "--config.run.save_every=3", *more]
+    return [
+        "--config",
+        jobs.TINY,
+        "--workdir",
+        str(workdir),
+        f"--config.data.dir={dataset}",
+        "--config.model.name=toy",
+        f"--config.steps={STEPS}",
+        "--config.run.save_every=3",
+        *more,
+    ]
 
 
 def settings(dataset: str):
@@ -41,6 +51,7 @@ def settings(dataset: str):
 
 
 # ---------------------------------------------------------------- a full disk
+
 
 def test_a_full_disk_is_74_and_the_last_checkpoint_stands(dataset, tmp_path):
     """From the first checkpoint on no file may grow past 200 kB: the next save fails, in tensorstore, in the
@@ -64,9 +75,15 @@ def test_a_full_disk_is_74_and_the_last_checkpoint_stands(dataset, tmp_path):
 
 # ---------------------------------------------------------------- numbers that are none
 
-@pytest.mark.parametrize("config, module, sensors", [
-    (jobs.TINY, tiny, tuple(tiny.DATES)),
-    (str(jobs.ROOT / "configs" / "msgfm_tiny.py"), msgfm_places, msgfm_places.SENSORS)], ids=["skysense", "msgfm"])
+
+@pytest.mark.parametrize(
+    "config, module, sensors",
+    [
+        (jobs.TINY, tiny, tuple(tiny.DATES)),
+        (str(jobs.ROOT / "configs" / "msgfm_tiny.py"), msgfm_places, msgfm_places.SENSORS),
+    ],
+    ids=["skysense", "msgfm"],
+)
 def test_a_place_of_nans_changes_nothing_is_counted_and_too_many_are_65(config, module, sensors, tmp_path):
     """The real objectives; the radar series of one place of ten is NaN, and every batch that holds it is skipped: of
     msGFM's those of s1, and of s2 where the place reconstructs its s1, as in both before the run ends.
@@ -75,12 +92,30 @@ def test_a_place_of_nans_changes_nothing_is_counted_and_too_many_are_65(config, 
     places = [module.record(number) for number in range(10)]
     places[poison]["s1_image"][:] = np.nan
     features = spec.record_features(sensors, tiny.TILE, tiny.RATIO, tiny.CLASSES)
-    meta = {"format": 1, "tile": tiny.TILE, "ratio": tiny.RATIO, "gsd": 10.0, "sensors": list(sensors),
-            "label_classes": ["a", "b", "c"], "label_map_classes": {}, "synthetic": True, "dataset_id": "poisoned"}
+    meta = {
+        "format": 1,
+        "tile": tiny.TILE,
+        "ratio": tiny.RATIO,
+        "gsd": 10.0,
+        "sensors": list(sensors),
+        "label_classes": ["a", "b", "c"],
+        "label_map_classes": {},
+        "synthetic": True,
+        "dataset_id": "poisoned",
+    }
     data = tiny.write_records(tmp_path / "places", features, {"train": places}, meta)
     workdir = tmp_path / "run"
-    given = ["--config", config, "--workdir", str(workdir), f"--config.data.dir={data}", "--config.steps=12",
-             "--config.run.save_every=1", "--config.run.keep=12", "--config.run.max_skipped=2"]
+    given = [
+        "--config",
+        config,
+        "--workdir",
+        str(workdir),
+        f"--config.data.dir={data}",
+        "--config.steps=12",
+        "--config.run.save_every=1",
+        "--config.run.keep=12",
+        "--config.run.max_skipped=2",
+    ]
     cfg = train.parse(given).config
     batches = feed.of(cfg).train_dataset(cfg, train.make_contract(cfg), cfg.seed)
     poisoned = lambda batch: any(np.isnan(leaf).any() for leaf in jax.tree.leaves(batch))
@@ -90,8 +125,8 @@ def test_a_place_of_nans_changes_nothing_is_counted_and_too_many_are_65(config, 
     [(code, said)] = jobs.ended([jobs.start(given)])
     assert code == 65 and "3 updates were not finite, config.run.max_skipped is 2" in said, said
     lines = jobs.records(workdir)
-    assert [line["step"] for line in lines][:bad[-1]] == list(range(1, bad[-1] + 1))
-    for line in lines[:bad[-1]]:
+    assert [line["step"] for line in lines][: bad[-1]] == list(range(1, bad[-1] + 1))
+    for line in lines[: bad[-1]]:
         assert (line["finite"] == 0) == (line["step"] in bad) == (line["loss"] == "nan"), line
         assert line["skipped"] == sum(step <= line["step"] for step in bad)
     kept = set(checkpoint.steps(workdir / checkpoint.FOLDER))
@@ -106,6 +141,7 @@ def test_a_place_of_nans_changes_nothing_is_counted_and_too_many_are_65(config, 
 
 
 # ---------------------------------------------------------------- damaged records
+
 
 @pytest.fixture(scope="module")
 def damaged(dataset, tmp_path_factory) -> tuple[str, list[int]]:
@@ -132,7 +168,8 @@ def test_a_damaged_record_is_named_counted_and_the_next_is_read(dataset, damaged
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 2
     assert said[0].startswith(
-        f"damaged record (1 of at most 2): record {first} of split train (number {first} in {SHARD})")
+        f"damaged record (1 of at most 2): record {first} of split train (number {first} in {SHARD})"
+    )
     assert "hash mismatch" in said[0] and said[1].endswith(f"record {second + 1} is read in its place")
     few = sources.open_places(folder, "train", allowed=1)
     few[first]
@@ -172,5 +209,7 @@ def test_past_the_quota_of_damaged_records_the_run_is_78_and_a_larger_one_goes_o
     last = said.strip().splitlines()[-1]
     assert last.startswith("skysense-jax train: ") and "2 damaged records, config.data.max_bad_records allows 1" in last
     said = jobs.finish(jobs.start(enough, module="tests.jobs"))
-    assert "damaged record (2 of at most 2)" in said and json.loads(
-        (tmp_path / "config.json").read_text())["data"]["max_bad_records"] == 2
+    assert (
+        "damaged record (2 of at most 2)" in said
+        and json.loads((tmp_path / "config.json").read_text())["data"]["max_bad_records"] == 2
+    )

@@ -1,4 +1,5 @@
 """A dataset of places made of noise, at the size of configs/skysense_tiny.py: real records, seconds to write."""
+
 from __future__ import annotations
 
 import json
@@ -19,7 +20,11 @@ def record(number: int) -> dict:
     """One place: smooth noise per sensor; every fifth place lacks s1."""
     rng = np.random.default_rng(number)
     place = {
-        "place": f"place-{number}", "crs": "EPSG:32631", "lon": 3.0 + number, "lat": 48.0, "footprint": np.zeros(4),
+        "place": f"place-{number}",
+        "crs": "EPSG:32631",
+        "lon": 3.0 + number,
+        "lat": 48.0,
+        "footprint": np.zeros(4),
         "label": np.eye(CLASSES, dtype=np.uint8)[number % CLASSES],
         "label_map": np.full((TILE, TILE), number % CLASSES, np.uint8),
     }
@@ -50,7 +55,10 @@ def write_records(
             writer.write(features.serialize_example(one))
         writer.close()
         template = tfds.core.ShardedFileTemplate(
-            data_dir=folder, dataset_name="places", split=split, filetype_suffix="array_record",
+            data_dir=folder,
+            dataset_name="places",
+            split=split,
+            filetype_suffix="array_record",
             template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
         )
         lengths = [len(records)]
@@ -64,7 +72,15 @@ def write_dataset(folder: pathlib.Path, places: int = 10) -> str:
     """Splits train (`places`) and test (half as many); returns the folder as text."""
     features = spec.record_features(tuple(DATES), TILE, RATIO, CLASSES)
     splits = {"train": [record(i) for i in range(places)], "test": [record(100 + i) for i in range(places // 2)]}
-    meta = {"format": 1, "tile": TILE, "ratio": RATIO, "gsd": 10.0, "sensors": list(DATES),
-            "label_classes": ["a", "b", "c"], "label_map_classes": {},
-            "synthetic": True, "dataset_id": f"noise-{places}"}
+    meta = {
+        "format": 1,
+        "tile": TILE,
+        "ratio": RATIO,
+        "gsd": 10.0,
+        "sensors": list(DATES),
+        "label_classes": ["a", "b", "c"],
+        "label_map_classes": {},
+        "synthetic": True,
+        "dataset_id": f"noise-{places}",
+    }
     return write_records(folder, features, splits, meta)

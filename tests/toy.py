@@ -2,9 +2,11 @@
 
 A linear map of the mean S2 spectrum of the global views is pulled to the teacher's; the memory counts what was settled.
 """
+
 from __future__ import annotations
 
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp

@@ -1,6 +1,7 @@
 """Tables of relative position biases for another window than the one they were trained with, and from the network that
 Swin-MoE computes them by.
 """
+
 from __future__ import annotations
 
 import math

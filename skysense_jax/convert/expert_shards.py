@@ -4,11 +4,13 @@ FILE.rank0, FILE.rank1, ... hold experts, FILE.master what all processes share (
 Process r of E experts x s slices has slice r % s of expert r // s (tutel, experts/ffn.py with a negative count per
 node).
 """
+
 from __future__ import annotations
 
 import pathlib
 import re
-from typing import Mapping, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -47,7 +49,8 @@ class Shards(NamedTuple):
             raise ValueError(
                 f"{name} is {shapes[0]} in each of {len(self.files)} files ({self.stem}.rank*): "
                 f"{len(self.files) * local} x {kernel[1]} hidden channels, the model has {self.count} experts "
-                f"(model.moe.experts) x {hidden}" + (f"; missing: {absent}" if absent else ""))
+                f"(model.moe.experts) x {hidden}" + (f"; missing: {absent}" if absent else "")
+            )
         width = rest[0] * slices
         if name.endswith("fc2_bias"):  # cut into equal slices, so that the last one may reach beyond
             width = min(width, self.files[0].shapes[name.removesuffix("bias") + "w"][2])
@@ -56,7 +59,7 @@ class Shards(NamedTuple):
     def read(self, name: str, slices: int, width: int) -> np.ndarray:
         """The tensor of all experts: slices of an expert side by side, experts one after the other."""
         arrays = [file[name] for file in self.files]
-        experts = [np.concatenate(arrays[i:i + slices], axis=1)[:, :width] for i in range(0, len(arrays), slices)]
+        experts = [np.concatenate(arrays[i : i + slices], axis=1)[:, :width] for i in range(0, len(arrays), slices)]
         return np.concatenate(experts, axis=0)
 
 

@@ -1,7 +1,9 @@
 """The frozen batch of an exported folder: inputs, and the outputs they have when the weights are exported."""
+
 from __future__ import annotations
 
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,7 +30,7 @@ def batch(params: Params, cfg: Any, contract: Mapping[str, Any]) -> tuple[Inputs
 
 
 def outputs(
-    params: Params, cfg: Any, contract: Mapping[str, Any], inputs: Mapping[str, Mapping[str, np.ndarray]],
+    params: Params, cfg: Any, contract: Mapping[str, Any], inputs: Mapping[str, Mapping[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
     """Outputs of the model `cfg.name` on a frozen batch in float32 at full matmul precision, flat, in torch's layout:
     see the functions for each.
@@ -62,7 +64,10 @@ def skysense_inputs(cfg: Any, contract: Mapping[str, Any], seed: int = 0) -> Inp
         days = rng.integers(0, 365, (2, dates)) if name != "hr" else np.full((2, dates), -1)
         inputs[name] = {
             "image": (np.asarray(rule["mean"]) + np.asarray(rule["std"]) * noise).astype(np.float32),
-            "valid": valid, "bands": measured, "dates": np.sort(days, axis=1).astype(np.int32)}
+            "valid": valid,
+            "bands": measured,
+            "dates": np.sort(days, axis=1).astype(np.int32),
+        }
     return inputs
 
 
@@ -74,7 +79,7 @@ def frozen_place(bank: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def skysense_outputs(
-    params: Params, cfg: Any, contract: Mapping[str, Any], inputs: Mapping[str, Mapping[str, np.ndarray]],
+    params: Params, cfg: Any, contract: Mapping[str, Any], inputs: Mapping[str, Mapping[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
     """fused [B,E,h,w], fused_mask, maps.<sensor> [B,T,D,h,w], mask.<sensor>, hr_stages.<i> [B,T,C,H,W]."""
     found = jax.device_get(jax.jit(make_model(cfg, contract).apply)(params, inputs))
@@ -99,8 +104,11 @@ def msgfm_inputs(cfg: Any, contract: Mapping[str, Any], seed: int = 0) -> Inputs
         valid, measured = np.ones((2, 1, side, side), np.float32), np.ones((2, 1, bands), np.float32)
         valid[0, 0, : side // 4] = 0
         measured[1, 0, 1:2] = 0
-        inputs[name] = {"image": (np.asarray(rule["mean"]) + np.asarray(rule["std"]) * noise).astype(np.float32),
-                        "valid": valid, "bands": measured}
+        inputs[name] = {
+            "image": (np.asarray(rule["mean"]) + np.asarray(rule["std"]) * noise).astype(np.float32),
+            "valid": valid,
+            "bands": measured,
+        }
         if msgfm.MASK_TOKEN in msgfm.module_names(cfg, contract):
             hidden = rng.integers(0, 2, (2, 1, tokens, tokens)).astype(np.float32)
             inputs[name]["hidden"] = hidden * np.array([0, 1], np.float32)[:, None, None, None]
@@ -108,7 +116,7 @@ def msgfm_inputs(cfg: Any, contract: Mapping[str, Any], seed: int = 0) -> Inputs
 
 
 def msgfm_outputs(
-    params: Params, cfg: Any, contract: Mapping[str, Any], inputs: Mapping[str, Mapping[str, np.ndarray]],
+    params: Params, cfg: Any, contract: Mapping[str, Any], inputs: Mapping[str, Mapping[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
     """For every sensor, each acquisition brought to model.img_size and encoded alone: maps.<sensor> [B,T,D,h,w], the
     last normalised one; stages.<sensor>.<i> [B,T,C_i,h_i,w_i]; mask.<sensor> [B,T], 1 where anything was measured;

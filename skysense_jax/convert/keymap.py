@@ -8,15 +8,16 @@ ours. For msGFM they are those of SimMIM and GFM checkpoints, encoder. and decod
 (Tutel) has them; a file of several sensors has patch_embeds.SENSOR. and decoders.SENSOR. in the place of patch_embed.
 and decoder.
 """
+
 from __future__ import annotations
 
-from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from skysense_jax.models import msgfm, skysense
 from skysense_jax.nn.swin import stage_plan
-
 
 MODELS = {"skysense": skysense, "msgfm": msgfm}
 """model.name -> what builds it."""
@@ -47,8 +48,15 @@ TRANSFORMS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.nda
 BUFFERS = ("relative_coords_table", "relative_position_index", "attn_mask")
 """Last parts of the names of recomputed quantities: ignored on import wherever they occur."""
 
-PREFIXES = {"hr": "backbone_hr.", "s2": "backbone_s2.", "s1": "backbone_s1.",
-            "head_s2": "head_s2.", "head_s1": "head_s1.", "fusion": "fusion.", "geo": "glbank."}
+PREFIXES = {
+    "hr": "backbone_hr.",
+    "s2": "backbone_s2.",
+    "s1": "backbone_s1.",
+    "head_s2": "head_s2.",
+    "head_s1": "head_s1.",
+    "fusion": "fusion.",
+    "geo": "glbank.",
+}
 """Our top-level parameter name -> prefix of the official names in a whole-model file. `ctpe` has none."""
 
 
@@ -62,8 +70,10 @@ def _affine(torch: str, name: str, index: int | None, kind: str = "linear") -> l
 
 def _norm(torch: str, name: str, index: int | None = None, optional: bool = False) -> list[Entry]:
     ones, zeros = (1.0, 0.0) if optional else (None, None)
-    return [Entry(f"{torch}.weight", f"{name}/scale", index, "same", ones),
-            Entry(f"{torch}.bias", f"{name}/bias", index, "same", zeros)]
+    return [
+        Entry(f"{torch}.weight", f"{name}/scale", index, "same", ones),
+        Entry(f"{torch}.bias", f"{name}/bias", index, "same", zeros),
+    ]
 
 
 def swin_block_entries(torch: str, name: str, index: int | None = None) -> list[Entry]:
@@ -98,7 +108,8 @@ def swin_entries(depths: Sequence[int], extra_norm_every: int, outputs: Iterable
                 for i in range(count):
                     for half, block in enumerate(("plain", "shifted")):
                         entries += swin_block_entries(
-                            f"{torch}blocks.{first + 2 * i + half}.", f"{name}pairs{first}/{block}/", i)
+                            f"{torch}blocks.{first + 2 * i + half}.", f"{name}pairs{first}/{block}/", i
+                        )
             elif kind == "block":
                 entries += swin_block_entries(f"{torch}blocks.{first}.", f"{name}block{first}/")
             else:
@@ -127,8 +138,12 @@ def layers_entries(depth: int) -> list[Entry]:
 
 def vit_entries(depth: int) -> list[Entry]:
     """VisionTransformer (S2, S1)."""
-    return [Entry("cls_token", "cls_token"), Entry("pos_embed", "pos_embed"),
-            *_affine("patch_embed.projection", "patch_embed", None, "conv"), *layers_entries(depth)]
+    return [
+        Entry("cls_token", "cls_token"),
+        Entry("pos_embed", "pos_embed"),
+        *_affine("patch_embed.projection", "patch_embed", None, "conv"),
+        *layers_entries(depth),
+    ]
 
 
 def fusion_entries(depth: int) -> list[Entry]:
@@ -221,8 +236,11 @@ def swin_v1_entries(depths: Sequence[int], moe_stages: Sequence[int]) -> list[En
                 for i in range(count):
                     for half, block in enumerate(("plain", "shifted")):
                         entries += swin_v1_block_entries(
-                            f"{torch}{first + 2 * i + half}.", f"{name}pairs{first}/{block}/", i,
-                            bool(half) and stage in moe_stages)
+                            f"{torch}{first + 2 * i + half}.",
+                            f"{name}pairs{first}/{block}/",
+                            i,
+                            bool(half) and stage in moe_stages,
+                        )
             else:
                 entries += swin_v1_block_entries(f"{torch}{first}.", f"{name}block{first}/")
     return entries + _norm("norm", "norm")

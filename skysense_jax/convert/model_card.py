@@ -1,8 +1,10 @@
 """The model card of an exported folder."""
+
 from __future__ import annotations
 
 import json
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 
 def model_card(config: Mapping[str, Any]) -> str:
@@ -10,8 +12,10 @@ def model_card(config: Mapping[str, Any]) -> str:
     content of its config.json.
     """
     contract, provenance, code = config["input_contract"], config["provenance"], f"modeling_{config['model_type']}"
-    rows = [f"| {name} | {', '.join(rule['bands'])} | {rule['unit']} | {rule['gsd']} m |"
-            for name, rule in contract["sensors"].items()]
+    rows = [
+        f"| {name} | {', '.join(rule['bands'])} | {rule['unit']} | {rule['gsd']} m |"
+        for name, rule in contract["sensors"].items()
+    ]
     counts = [f"| {name} | {count:,} |" for name, count in config["parameters"].items()]
     origin = [f"- {key}: {json.dumps(value)}" for key, value in provenance.items()] or ["- not recorded"]
     figures = config["parity"].get("torch_rel_l2")
@@ -19,20 +23,47 @@ def model_card(config: Mapping[str, Any]) -> str:
     if figures:
         measured = f"plain torch within {max(figures.values()):.1e} of JAX (relative L2)"
     title, grid, call, shapes, result, size = (_msgfm if config["model_type"] == "msgfm" else _skysense)(config)
-    return "\n".join([
-        *title, "",
-        "## Input", "", "| sensor | bands, in this order | unit | pixel |", "|---|---|---|---|", *rows, "",
-        f"{grid} Give raw units: the model normalises, with the statistics in `config.json`. Invalid pixels and "
-        "unmeasured bands are declared by masks.", "",
-        "## Use (PyTorch, this folder only)", "",
-        "```python", f"from {code} import load", "", "model = load('.')",
-        f"outputs = model({{{call}}})", f"# {shapes}",
-        result, "```", "",
-        f"`python {code}.py` runs the frozen batch in `parity.safetensors` and prints the differences.",
-        f"Measured at export: {measured}. `sha256sum -c SHA256SUMS` checks the bytes of the files.", "",
-        "## Size", "", "| part | parameters |", "|---|---|", *counts, "",
-        size, "",
-        "## Provenance", "", *origin, ""])
+    return "\n".join(
+        [
+            *title,
+            "",
+            "## Input",
+            "",
+            "| sensor | bands, in this order | unit | pixel |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+            f"{grid} Give raw units: the model normalises, with the statistics in `config.json`. Invalid pixels and "
+            "unmeasured bands are declared by masks.",
+            "",
+            "## Use (PyTorch, this folder only)",
+            "",
+            "```python",
+            f"from {code} import load",
+            "",
+            "model = load('.')",
+            f"outputs = model({{{call}}})",
+            f"# {shapes}",
+            result,
+            "```",
+            "",
+            f"`python {code}.py` runs the frozen batch in `parity.safetensors` and prints the differences.",
+            f"Measured at export: {measured}. `sha256sum -c SHA256SUMS` checks the bytes of the files.",
+            "",
+            "## Size",
+            "",
+            "| part | parameters |",
+            "|---|---|",
+            *counts,
+            "",
+            size,
+            "",
+            "## Provenance",
+            "",
+            *origin,
+            "",
+        ]
+    )
 
 
 def _skysense(config: Mapping[str, Any]) -> tuple[list[str], str, str, str, str, str]:
@@ -42,12 +73,17 @@ def _skysense(config: Mapping[str, Any]) -> tuple[list[str], str, str, str, str,
         outputs = f"outputs['fused'], {outputs}"
     where = ", 'place': {'lon': degrees, 'lat': degrees}" if "geo" in config["parameters"] else ""
     return (
-        ["# SkySense weights exported by skysense_jax", "",
-         "Encoders per sensor on one grid, a fusion transformer per cell. Parameter names are the SkySense release's."],
+        [
+            "# SkySense weights exported by skysense_jax",
+            "",
+            "Encoders per sensor on one grid, a fusion transformer per cell. Parameter names are the SkySense release's.",
+        ],
         f"One base cell is one Sentinel-2 pixel; {contract['ratio']} HR pixels lie along it.",
         f"'{next(iter(contract['sensors']))}': {{'image': image, 'dates': day_of_year}}{where}",
-        "image: [B,T,C,H,W] in raw units, dates: [B,T]", outputs,
-        f"Width of the common grid {architecture['width']}, calendar `{architecture['calendar']}`.")
+        "image: [B,T,C,H,W] in raw units, dates: [B,T]",
+        outputs,
+        f"Width of the common grid {architecture['width']}, calendar `{architecture['calendar']}`.",
+    )
 
 
 def _msgfm(config: Mapping[str, Any]) -> tuple[list[str], str, str, str, str, str]:
@@ -55,11 +91,16 @@ def _msgfm(config: Mapping[str, Any]) -> tuple[list[str], str, str, str, str, st
     moe = architecture["moe"]
     experts = f"{moe['experts']} experts in the odd blocks of stages {moe['stages']}" if moe["stages"] else "no experts"
     return (
-        ["# msGFM weights exported by skysense_jax", "",
-         "One Swin encoder for all sensors, each with its own patch embedding and decoder to pixels. Parameter names "
-         "are SimMIM's, and Swin-MoE's for the experts."],
+        [
+            "# msGFM weights exported by skysense_jax",
+            "",
+            "One Swin encoder for all sensors, each with its own patch embedding and decoder to pixels. Parameter names "
+            "are SimMIM's, and Swin-MoE's for the experts.",
+        ],
         f"Every acquisition is encoded alone, at {architecture['img_size']} x {architecture['img_size']} pixels; "
         "others are resized.",
-        f"'{next(iter(contract['sensors']))}': {{'image': image}}", "image: [B,T,C,H,W] in raw units",
+        f"'{next(iter(contract['sensors']))}': {{'image': image}}",
+        "image: [B,T,C,H,W] in raw units",
         "outputs['maps'], outputs['stages'], outputs['pixels']",
-        f"Swin with {tuple(architecture['depths'])} blocks, window {architecture['window']}, {experts}.")
+        f"Swin with {tuple(architecture['depths'])} blocks, window {architecture['window']}, {experts}.",
+    )

@@ -16,6 +16,7 @@ replaced by the mask token). Any subset of the sensors will do.
 In evaluation a token always gets its expert. In training mode an expert has room for a share of the tokens of `group`
 images and the gate is noisy, as in pretraining; stochastic depth and the auxiliary loss are not here.
 """
+
 import importlib.util
 import json
 import pathlib
@@ -96,7 +97,8 @@ class MixtureLayer(nn.Module):
     def __init__(self, width, hidden, moe):
         super().__init__()
         self.count, self.capacity, self.group, self.noise = (
-            moe[key] for key in ("experts", "capacity", "group", "gate_noise"))
+            moe[key] for key in ("experts", "capacity", "group", "gate_noise")
+        )
         self.gates = nn.ModuleList([Gate(width, self.count)])
         self.experts = Experts(self.count, width, hidden)
 
@@ -120,7 +122,7 @@ class MixtureLayer(nn.Module):
         count = self.group * shape[1] * shape[2]
         places, kept = int(self.capacity * -(-count // self.count)), torch.zeros_like(expert, dtype=torch.bool)
         for start in range(0, len(expert), count):
-            order = start + score[start:start + count].argsort(descending=True, stable=True)
+            order = start + score[start : start + count].argsort(descending=True, stable=True)
             for e in range(self.count):
                 kept[order[expert[order] == e][:places]] = True
         return kept
@@ -189,7 +191,8 @@ class Stage(nn.Module):
     def __init__(self, width, heads, window, depth, hidden, moe, merges):
         super().__init__()
         self.blocks = nn.ModuleList(
-            Block(width, heads, window, bool(b % 2), hidden, moe if b % 2 else None) for b in range(depth))
+            Block(width, heads, window, bool(b % 2), hidden, moe if b % 2 else None) for b in range(depth)
+        )
         if merges:
             self.downsample = PatchMerging(width)
 
@@ -201,15 +204,27 @@ class Encoder(nn.Module):
         held = cfg.get("modules")
         if not held or "mask_token" in held:
             self.mask_token = nn.Parameter(torch.zeros(1, 1, cfg["embed_dims"]))
-        self.patch_embeds = nn.ModuleDict({
-            name: PatchEmbed(len(rule["bands"]), cfg["embed_dims"], cfg["patch"])
-            for name, rule in contract["sensors"].items()})
+        self.patch_embeds = nn.ModuleDict(
+            {
+                name: PatchEmbed(len(rule["bands"]), cfg["embed_dims"], cfg["patch"])
+                for name, rule in contract["sensors"].items()
+            }
+        )
         stages = []
         for s, depth in enumerate(cfg["depths"]):
             width, grid = cfg["embed_dims"] * 2**s, cfg["img_size"] // (cfg["patch"] * 2**s)
             moe = cfg["moe"] if s in cfg["moe"]["stages"] else None
-            stages.append(Stage(width, cfg["num_heads"][s], min(cfg["window"], grid), depth,
-                                int(width * cfg["mlp_ratio"]), moe, s < count - 1))
+            stages.append(
+                Stage(
+                    width,
+                    cfg["num_heads"][s],
+                    min(cfg["window"], grid),
+                    depth,
+                    int(width * cfg["mlp_ratio"]),
+                    moe,
+                    s < count - 1,
+                )
+            )
         self.layers, self.norm = nn.ModuleList(stages), nn.LayerNorm(cfg["embed_dims"] * 2 ** (count - 1))
         for norm in (m for m in self.modules() if isinstance(m, nn.LayerNorm)):
             norm.eps = cfg["eps"]
@@ -223,9 +238,15 @@ class MsGFMParts:
         self.stride = architecture["patch"] * 2 ** (len(architecture["depths"]) - 1)
         width, held = architecture["embed_dims"] * 2 ** (len(architecture["depths"]) - 1), architecture.get("modules")
         self.encoder = Encoder(architecture, contract)
-        self.decoders = nn.ModuleDict({
-            name: nn.Sequential(nn.Conv2d(width, len(rule["bands"]) * self.stride**2, 1), nn.PixelShuffle(self.stride))
-            for name, rule in contract["sensors"].items() if not held or f"decoder_{name}" in held})
+        self.decoders = nn.ModuleDict(
+            {
+                name: nn.Sequential(
+                    nn.Conv2d(width, len(rule["bands"]) * self.stride**2, 1), nn.PixelShuffle(self.stride)
+                )
+                for name, rule in contract["sensors"].items()
+                if not held or f"decoder_{name}" in held
+            }
+        )
 
     def embed(self, name, image, hidden=None):
         """Normalised [B,C,H,W] -> tokens [B,h,w,width]; hidden [B,h,w]: nonzero = the mask token instead."""
@@ -233,8 +254,9 @@ class MsGFMParts:
         if hidden is None:
             return tokens
         if hidden.shape != tokens.shape[:3]:
-            raise ValueError(f"{name}: hidden must be {tuple(tokens.shape[:3])}, one value per patch, got "
-                             f"{tuple(hidden.shape)}")
+            raise ValueError(
+                f"{name}: hidden must be {tuple(tokens.shape[:3])}, one value per patch, got {tuple(hidden.shape)}"
+            )
         return torch.where(hidden[..., None] != 0, self.encoder.mask_token[0, 0], tokens)
 
     def encode(self, tokens):
@@ -257,8 +279,10 @@ class MsGFMParts:
         """Fill in absent masks, check the shapes, normalise, resize. Returns image [B,T,C,S,S], measured [B,T]."""
         rule, image, side = self.contract["sensors"][name], sensor["image"], self.architecture["img_size"]
         if image.ndim != 5 or image.shape[2] != len(rule["bands"]):
-            raise ValueError(f"{name}: image must be [B,T,{len(rule['bands'])},H,W] with bands {rule['bands']} in "
-                             f"{rule['unit']}, got {tuple(image.shape)}")
+            raise ValueError(
+                f"{name}: image must be [B,T,{len(rule['bands'])},H,W] with bands {rule['bands']} in "
+                f"{rule['unit']}, got {tuple(image.shape)}"
+            )
         b, t, c, height, width = image.shape
         image = image.to(next(self.parameters()))
         masks = {"valid": (b, t, height, width), "bands": (b, t, c)}
@@ -275,8 +299,9 @@ class MsGFMParts:
             image = image - torch.where(count > 0, middle, 0.0)[..., None]
         image = torch.where(use, (image - mean) / std, 0.0)
         if (height, width) != (side, side):
-            image = F.interpolate(image.flatten(0, 1), size=(side, side), mode="bilinear", align_corners=False,
-                                  antialias=True).unflatten(0, (b, t))
+            image = F.interpolate(
+                image.flatten(0, 1), size=(side, side), mode="bilinear", align_corners=False, antialias=True
+            ).unflatten(0, (b, t))
         return image, use.flatten(2).any(2).to(image.dtype)
 
     def forward(self, inputs):

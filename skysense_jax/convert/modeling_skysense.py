@@ -12,6 +12,7 @@ statistics); the model normalises. Per sensor: image [B,T,C,H,W]; optional valid
 [B,T,C] (1 = measured), dates [B,T] day of year 0..364 (-1 = unknown). HR images have `ratio` pixels along one
 Sentinel-2 pixel. Any subset of the sensors will do. With geo-context: "place": {"lon", "lat"} [B] in degrees or nan.
 """
+
 import importlib.util
 import json
 import math
@@ -146,8 +147,19 @@ class SwinTransformerV2(nn.Module):
         stages = []
         for s, depth in enumerate(hr["depths"]):
             width = hr["embed_dims"] * 2**s
-            blocks = [SwinBlock(width, heads[s], windows[s], pretrained[s], bool(b % 2), hr["pad_small_map"],
-                                hr["mlp_ratio"], bool(every) and (b + 1) % every == 0) for b in range(depth)]
+            blocks = [
+                SwinBlock(
+                    width,
+                    heads[s],
+                    windows[s],
+                    pretrained[s],
+                    bool(b % 2),
+                    hr["pad_small_map"],
+                    hr["mlp_ratio"],
+                    bool(every) and (b + 1) % every == 0,
+                )
+                for b in range(depth)
+            ]
             downsample = PatchMerging(width // 2) if s else nn.Identity()
             stages.append(nn.Sequential(OrderedDict(downsample=downsample, blocks=nn.Sequential(*blocks))))
             self.add_module(f"norm{s}", nn.LayerNorm(width))
@@ -209,7 +221,7 @@ class VisionTransformer(nn.Module):
             rows = F.interpolate(rows, size=(height, width), mode="bicubic", align_corners=False)
             positions = torch.cat([positions[:, :1], rows.flatten(2).transpose(1, 2)], 1)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], 1) + positions
-        x = self.layers(x if self.with_cls else x[:, 1:])[:, int(self.with_cls):]
+        x = self.layers(x if self.with_cls else x[:, 1:])[:, int(self.with_cls) :]
         return x.transpose(1, 2).unflatten(2, (height, width))
 
 
@@ -241,8 +253,14 @@ class GeoContext(nn.Module):
         x, y = ([k * cell / r for k in range(1 - n, n)] for n in map(math.ceil, (math.pi * r / cell, r / cell)))
         # Inner edges in degrees, as in the file; not its buffers, which .half() and .bfloat16() would round.
         self.edges = [math.degrees(v) for v in x], [math.degrees(math.asin(v)) for v in y]
-        for name, shape in {"prototypes": (*rows, geo["width"]), "usage": rows, "visits": rows[0], "cells": rows[0],
-                            "lon_edges": len(x), "lat_edges": len(y)}.items():
+        for name, shape in {
+            "prototypes": (*rows, geo["width"]),
+            "usage": rows,
+            "visits": rows[0],
+            "cells": rows[0],
+            "lon_edges": len(x),
+            "lat_edges": len(y),
+        }.items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.int32 if name in ("visits", "cells") else None))
 
     def forward(self, x, place):
@@ -287,8 +305,10 @@ class SkySenseParts:
         """Fill in absent masks, check the shapes, normalise. Returns image, valid, dates."""
         rule, image = self.contract["sensors"][name], sensor["image"]
         if image.ndim != 5 or image.shape[2] != len(rule["bands"]):
-            raise ValueError(f"{name}: image must be [B,T,{len(rule['bands'])},H,W] with bands {rule['bands']} in "
-                             f"{rule['unit']}, got {tuple(image.shape)}")
+            raise ValueError(
+                f"{name}: image must be [B,T,{len(rule['bands'])},H,W] with bands {rule['bands']} in "
+                f"{rule['unit']}, got {tuple(image.shape)}"
+            )
         b, t, c, height, width = image.shape
         image = image.to(next(self.parameters()))
         valid = sensor.get("valid", image.new_ones(b, t, height, width)).to(image)

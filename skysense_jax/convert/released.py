@@ -1,12 +1,14 @@
 """Files as the SkySense and SkySense++ releases hold them: which module is in which file, and what has to be done to
 its tensors before they fit ours. Nothing is read here but names, shapes and the tensors that change.
 """
+
 from __future__ import annotations
 
 import fnmatch
 import math
 import pathlib
-from typing import Mapping, NamedTuple, Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,9 +18,13 @@ from skysense_jax.sensors import SKYSENSE_BANDS
 
 OUTER_PREFIXES = ("module.", "model.")
 MODULE_PREFIXES = {
-    "hr": ("backbone_gep.", "backbone_hr.", "visual.", "backbone."), "s2": ("backbone_s2.", "backbone."),
-    "s1": ("backbone_s1.", "backbone."), "fusion": ("fusion.", "backbone."), "head_s2": ("head_s2.", "backbone."),
-    "head_s1": ("head_s1.", "backbone."), "geo": ("glbank.", "backbone."),
+    "hr": ("backbone_gep.", "backbone_hr.", "visual.", "backbone."),
+    "s2": ("backbone_s2.", "backbone."),
+    "s1": ("backbone_s1.", "backbone."),
+    "fusion": ("fusion.", "backbone."),
+    "head_s2": ("head_s2.", "backbone."),
+    "head_s1": ("head_s1.", "backbone."),
+    "geo": ("glbank.", "backbone."),
 }
 """Prefixes the tensors of a module may carry, as they are tried (SkySense ckpt_convert, README, SkySense-O)."""
 
@@ -91,8 +97,10 @@ def modules_in(
         elif any(fnmatch.fnmatch(bare(name), pattern) for pattern in patterns):
             dropped.append(name)
     if unknown := [name for name in stray if name not in dropped and bare(name) != CALENDAR]:
-        raise ValueError(f"{path}: {len(unknown)} tensors belong to no module of SkySense: {', '.join(unknown[:10])}; "
-                         "--leave-out PATTERN leaves them out")
+        raise ValueError(
+            f"{path}: {len(unknown)} tensors belong to no module of SkySense: {', '.join(unknown[:10])}; "
+            "--leave-out PATTERN leaves them out"
+        )
     parts: dict[str, Part] = {}
     for module, names in groups.items():
         official = official_names(names, module)
@@ -123,11 +131,14 @@ def _single(path: pathlib.Path, tensors: Tensors) -> str:
         told = [sensor for sensor in ("s2", "s1") if sensor in path.stem.lower()]
         if len(told) == 1:
             return f"head_{told[0]}"
-        raise ValueError(f"{path} is an UP head, of S2 or S1 its tensors do not say; write head_s2={path} or "
-                         f"head_s1={path}")
-    raise ValueError(f"{path} holds no module of SkySense that can be recognised; its first tensors are "
-                     f"{', '.join(list(tensors)[:5])}. Write MODULE={path} "
-                     f"with MODULE one of {', '.join(keymap.PREFIXES)}")
+        raise ValueError(
+            f"{path} is an UP head, of S2 or S1 its tensors do not say; write head_s2={path} or head_s1={path}"
+        )
+    raise ValueError(
+        f"{path} holds no module of SkySense that can be recognised; its first tensors are "
+        f"{', '.join(list(tensors)[:5])}. Write MODULE={path} "
+        f"with MODULE one of {', '.join(keymap.PREFIXES)}"
+    )
 
 
 def without(part: Part, patterns: Sequence[str]) -> Part:
@@ -141,7 +152,9 @@ def without(part: Part, patterns: Sequence[str]) -> Part:
         raise ValueError(
             f"{part.path}: {', '.join(asked)} belong to SkySense++'s in-context stage. The encoders here do not have "
             "it (its global attention changes the HR maps); "
-            + " ".join(f"--leave-out '{name}*'" for name in asked) + " imports the encoder without it")
+            + " ".join(f"--leave-out '{name}*'" for name in asked)
+            + " imports the encoder without it"
+        )
     note = (f"left out as asked: {len(gone)} tensors, {', '.join(gone[:5])}",) if gone else ()
     return Part(part.path, part.tensors.renamed({name: name for name in left}), part.notes + note)
 
@@ -164,8 +177,11 @@ def with_class_row(part: Part, side: int, cls_token: bool) -> Part:
         return part
     if cls_token:
         raise ValueError(f"{part.path}: its position table has no row for the class token, model.cls_token needs one")
-    return Part(part.path, part.tensors.changed("pos_embed", (1, rows + 1, width), _add_class_row), part.notes + (
-        "pos_embed has no row for the class token: zeros, which nothing reads",))
+    return Part(
+        part.path,
+        part.tensors.changed("pos_embed", (1, rows + 1, width), _add_class_row),
+        part.notes + ("pos_embed has no row for the class token: zeros, which nothing reads",),
+    )
 
 
 def _add_class_row(table: np.ndarray) -> np.ndarray:
@@ -193,8 +209,11 @@ def for_bands(part: Part, module: str, bands: Sequence[str]) -> Part:
         raise ValueError(f"{part.path}: no rule makes a kernel for {module} bands {list(bands)} from {list(stored)}")
     note = f"patch kernel for {', '.join(bands)}: slices {index} of the stored ones, times {factor:g}"
     new_shape = (shape[0], len(index), *shape[2:])
-    return Part(part.path, part.tensors.changed(key, new_shape, lambda kernel: kernel[:, index] * np.float32(factor)),
-                part.notes + (note,))
+    return Part(
+        part.path,
+        part.tensors.changed(key, new_shape, lambda kernel: kernel[:, index] * np.float32(factor)),
+        part.notes + (note,),
+    )
 
 
 def gather(files: Mapping[str, tuple[str | None, Tensors]], leave_out: Sequence[str] = ()) -> dict[str, Part]:

@@ -1,12 +1,14 @@
 """Files with the weights of a Swin-V1: SimMIM and GFM checkpoints, supervised (ImageNet) ones, Swin-MoE's, and our own
 exports of msGFM. What is in them, and what has to be done to their tensors before they fit `models.msgfm`.
 """
+
 from __future__ import annotations
 
 import fnmatch
 import functools
 import re
-from typing import Any, Callable, Mapping, NamedTuple, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -69,8 +71,10 @@ def sensors_in(tensors: Tensors, sensor: str | None) -> tuple[tuple[str, ...], b
         return tuple(named), True
     if {"encoder.patch_embed.proj.weight", "patch_embed.proj.weight"} & tensors.keys():
         return (sensor or "hr",), False
-    raise ValueError("no Swin-V1 with a patch embedding in it (patch_embed.proj.weight, with encoder. before it in a "
-                     f"SimMIM checkpoint); the first tensors are {', '.join(list(tensors)[:5])}")
+    raise ValueError(
+        "no Swin-V1 with a patch embedding in it (patch_embed.proj.weight, with encoder. before it in a "
+        f"SimMIM checkpoint); the first tensors are {', '.join(list(tensors)[:5])}"
+    )
 
 
 def fit(
@@ -94,8 +98,10 @@ def fit(
     modules = (msgfm.ENCODER, *(msgfm.EMBED.format(name) for name in sensors), *optional)
     entries = {module: keymap.msgfm_entries(cfg, [module]) for module in modules}
     if not named:
-        entries = {module: [e._replace(torch=own_name(e.torch, sensors[0], prefix)) for e in of]
-                   for module, of in entries.items()}
+        entries = {
+            module: [e._replace(torch=own_name(e.torch, sensors[0], prefix)) for e in of]
+            for module, of in entries.items()
+        }
     readers, notes = kept(tensors, leave_out)
     check(readers, prefix, cfg)
     check_bands(readers, entries, cfg, contract)
@@ -127,8 +133,10 @@ def kept(tensors: Tensors, leave_out: Sequence[str]) -> tuple[Readers, list[str]
             readers[ours] = (shape, functools.partial(tensors.__getitem__, name))
         else:
             dropped.setdefault(why, []).append(name)
-    return readers, [f"{len(names)} tensors left out, {why}: {names[0]}{', ...' if len(names) > 1 else ''}"
-                     for why, names in dropped.items()]
+    return readers, [
+        f"{len(names)} tensors left out, {why}: {names[0]}{', ...' if len(names) > 1 else ''}"
+        for why, names in dropped.items()
+    ]
 
 
 def check(readers: Readers, prefix: str, cfg: Any) -> None:
@@ -159,13 +167,17 @@ def check(readers: Readers, prefix: str, cfg: Any) -> None:
             compare(name, "mlp_ratio", shape[0] / width, cfg.mlp_ratio)
         elif short.endswith(f"{keymap.EXPERTS}experts.batched_fc1_w"):
             if stage not in cfg.moe.stages:
-                wrong.append(f"{name} {shape}: the file has experts in stage {stage}, model.moe.stages = "
-                             f"{tuple(cfg.moe.stages)} has none there")
+                wrong.append(
+                    f"{name} {shape}: the file has experts in stage {stage}, model.moe.stages = "
+                    f"{tuple(cfg.moe.stages)} has none there"
+                )
             else:
                 compare(name, "moe.experts", shape[0], cfg.moe.experts)
     if wrong:
-        raise ValueError(f"the file is of another architecture ({len(wrong)} contradictions); give a --config with its "
-                         "sizes:\n  " + "\n  ".join(wrong[:20]))
+        raise ValueError(
+            f"the file is of another architecture ({len(wrong)} contradictions); give a --config with its "
+            "sizes:\n  " + "\n  ".join(wrong[:20])
+        )
 
 
 def check_bands(readers: Readers, entries: Mapping[str, Sequence[keymap.Entry]], cfg: Any, contract: Any) -> None:
@@ -176,7 +188,8 @@ def check_bands(readers: Readers, entries: Mapping[str, Sequence[keymap.Entry]],
         if len(shape) == 4 and shape[1] != len(rule["bands"]):
             raise ValueError(
                 f"{kernel} {shape} takes {shape[1]} bands, {sensor} has {', '.join(rule['bands'])}; choose the sensor "
-                f"with --sensor, or its bands in the order of the kernel with --bands {sensor}=...")
+                f"with --sensor, or its bands in the order of the kernel with --bands {sensor}=..."
+            )
 
 
 def with_tables(readers: Readers, prefix: str, trained: Mapping[str, int], cfg: Any) -> list[str]:
@@ -195,12 +208,18 @@ def with_tables(readers: Readers, prefix: str, trained: Mapping[str, int], cfg: 
                 shape, read = readers[name]
                 if len(shape) == 2 and shape[0] != rows and bias_tables.window_of(shape[0]) is not None:
                     readers[name] = (
-                        (rows, heads), lambda read=read, window=window: bias_tables.resized(read(), window))
+                        (rows, heads),
+                        lambda read=read, window=window: bias_tables.resized(read(), window),
+                    )
                     resized.append(f"{shape[0]} to {rows}")
             elif all(key in readers for key in network):
                 reads = [readers.pop(key)[1] for key in network]
-                readers[name] = ((rows, heads), lambda reads=reads, attn=attn, window=window: bias_tables.from_network(
-                    *(read() for read in reads), window, trained.get(attn + COORDINATES, window)))
+                readers[name] = (
+                    (rows, heads),
+                    lambda reads=reads, attn=attn, window=window: bias_tables.from_network(
+                        *(read() for read in reads), window, trained.get(attn + COORDINATES, window)
+                    ),
+                )
                 computed.append(name)
     notes = [f"{resized.count(change)} bias tables resized from {change} rows" for change in dict.fromkeys(resized)]
     return notes + ([f"{len(computed)} bias tables computed by the file's cpb_mlp"] if computed else [])
@@ -225,15 +244,20 @@ def with_experts(readers: Readers, prefix: str, cfg: Any) -> list[str]:
                 upcycle(readers, torch, int(cfg.moe.experts), jax.random.fold_in(jax.random.key(GATE_SEED), len(made)))
                 made.append(f"{torch}{keymap.EXPERTS}gates.0.wg.weight")
     if made:
-        notes.append(f"{len(made)} blocks have an MLP in the file and experts in the model: every expert is a copy; "
-                     f"new gates (truncated normal, 0.02, seed {GATE_SEED}): {made[0]}{', ...' if made[1:] else ''}")
+        notes.append(
+            f"{len(made)} blocks have an MLP in the file and experts in the model: every expert is a copy; "
+            f"new gates (truncated normal, 0.02, seed {GATE_SEED}): {made[0]}{', ...' if made[1:] else ''}"
+        )
     return notes
 
 
 def upcycle(readers: Readers, torch: str, experts: int, key: jax.Array) -> None:
     """The MLP of a block in Tutel's names and layout, once per expert, and a gate drawn from the key; in place."""
-    mlp = {part: readers.pop(f"{torch}mlp.{part}") for part in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
-           if f"{torch}mlp.{part}" in readers}
+    mlp = {
+        part: readers.pop(f"{torch}mlp.{part}")
+        for part in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
+        if f"{torch}mlp.{part}" in readers
+    }
     width = mlp["fc1.weight"][0][-1]
 
     def copies(part: str, transposed: bool) -> tuple[tuple[int, ...], Callable[[], np.ndarray]]:
@@ -243,9 +267,15 @@ def upcycle(readers: Readers, torch: str, experts: int, key: jax.Array) -> None:
         return shape, lambda: np.broadcast_to(turn(), shape)
 
     layer = f"{torch}{keymap.EXPERTS}"
-    for part, name, transposed in (("fc1.weight", "fc1_w", False), ("fc1.bias", "fc1_bias", False),
-                                   ("fc2.weight", "fc2_w", True), ("fc2.bias", "fc2_bias", False)):
+    for part, name, transposed in (
+        ("fc1.weight", "fc1_w", False),
+        ("fc1.bias", "fc1_bias", False),
+        ("fc2.weight", "fc2_w", True),
+        ("fc2.bias", "fc2_bias", False),
+    ):
         if part in mlp:
             readers[f"{layer}experts.batched_{name}"] = copies(part, transposed)
     readers[f"{layer}gates.0.wg.weight"] = (
-        (experts, width), lambda: np.asarray(trunc_normal(key, (experts, width), np.float32)))
+        (experts, width),
+        lambda: np.asarray(trunc_normal(key, (experts, width), np.float32)),
+    )

@@ -3,6 +3,7 @@
 Safe formats only: safetensors, and pickles through `torch.load(weights_only=True)`, which executes nothing a file asks
 for. Files in torch's zip format are memory-mapped; older ones are read whole, which is what torch does with them.
 """
+
 from __future__ import annotations
 
 import collections
@@ -12,7 +13,7 @@ import pathlib
 import pickle
 import re
 import zipfile
-from typing import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import safetensors
@@ -59,10 +60,9 @@ class Tensors(Mapping[str, np.ndarray]):
         """The tensors of `names` (new name -> name here) only, under their new names."""
         return Tensors({new: self.shapes[old] for new, old in names.items()}, lambda new: self._read(names[new]))
 
-    def changed(
-        self, name: str, shape: tuple[int, ...], change: Callable[[np.ndarray], np.ndarray]
-    ) -> Tensors:
+    def changed(self, name: str, shape: tuple[int, ...], change: Callable[[np.ndarray], np.ndarray]) -> Tensors:
         """The same tensors with one of them changed when it is read; shape: of the changed one."""
+
         def read(wanted: str) -> np.ndarray:
             return change(self._read(name)) if wanted == name else self._read(wanted)
 
@@ -107,8 +107,9 @@ def open_tensors(path: str | pathlib.Path) -> Tensors:
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
     if path.suffix not in ENDINGS and not PARTS.fullmatch(path.suffix):
-        raise ValueError(f"{path}: weights are read from .safetensors, "
-                         f"{', '.join(ENDINGS[:-1])} or {ENDINGS[-1]} files")
+        raise ValueError(
+            f"{path}: weights are read from .safetensors, {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]} files"
+        )
     if not torch_is_there():
         raise ValueError(f"{path}: reading PyTorch files needs torch; install the extra `torch`, or use .safetensors")
     return _open_torch(path)

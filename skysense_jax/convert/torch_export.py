@@ -1,12 +1,14 @@
 """A folder PyTorch reads: model.safetensors in official names, config.json, a frozen batch, a model card, the
 modelling file.
 """
+
 from __future__ import annotations
 
 import json
 import pathlib
 import shutil
-from typing import Any, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -59,7 +61,11 @@ def relative_l2(value: np.ndarray, expected: np.ndarray) -> float:
 
 
 def export(
-    params: Params, contract: Mapping[str, Any], cfg: Any, out_dir: str | pathlib.Path, provenance: Mapping[str, Any],
+    params: Params,
+    contract: Mapping[str, Any],
+    cfg: Any,
+    out_dir: str | pathlib.Path,
+    provenance: Mapping[str, Any],
     per_module: bool = False,
 ) -> pathlib.Path:
     """Write the folder and return its path.
@@ -77,14 +83,21 @@ def export(
         raise ValueError(f"{out} already holds exported weights; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     inputs, outputs = frozen.batch(params, cfg, contract)
-    stored = {f"input.{name}.{key}": frozen.channels_first(x) if key == "image" else x
-              for name, sensor in inputs.items() for key, x in sensor.items()}
+    stored = {
+        f"input.{name}.{key}": frozen.channels_first(x) if key == "image" else x
+        for name, sensor in inputs.items()
+        for key, x in sensor.items()
+    }
     stored |= {f"output.{key}": value for key, value in outputs.items()}
     code, classes = f"modeling_{cfg.name}", CLASSES[cfg.name]
     config = {
-        "model_type": cfg.name, "format": 1, "architectures": [f"{classes}Model"],
+        "model_type": cfg.name,
+        "format": 1,
+        "architectures": [f"{classes}Model"],
         "auto_map": {"AutoConfig": f"{code}.{classes}Config", "AutoModel": f"{code}.{classes}Model"},
-        "architecture": _plain(cfg), "input_contract": _plain(contract), "provenance": _plain(provenance),
+        "architecture": _plain(cfg),
+        "input_contract": _plain(contract),
+        "provenance": _plain(provenance),
         "parameters": count_parameters(params),
         "parity": {"tolerance_rel_l2": PARITY_REL_L2, "computed_with": f"jax {jax.__version__}, float32"},
     }
@@ -127,8 +140,10 @@ def record_parity(folder: pathlib.Path, figures: Mapping[str, float]) -> float:
     """
     config, worst = json.loads((folder / "config.json").read_text()), float(np.max(list(figures.values())))
     if not worst <= config["parity"]["tolerance_rel_l2"]:  # nan is not
-        raise ValueError(f"{folder}: plain torch differs by {worst:.1e} from JAX on the frozen batch, the tolerance is "
-                         f"{config['parity']['tolerance_rel_l2']:g}")
+        raise ValueError(
+            f"{folder}: plain torch differs by {worst:.1e} from JAX on the frozen batch, the tolerance is "
+            f"{config['parity']['tolerance_rel_l2']:g}"
+        )
     config["parity"]["torch_rel_l2"] = {name.removeprefix("output."): value for name, value in figures.items()}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "README.md").write_text(model_card(config))

@@ -1,9 +1,11 @@
 """PyTorch tensors in: names brought to the official ones, our parameter tree filled; strict throughout."""
+
 from __future__ import annotations
 
 import json
 import pathlib
-from typing import Any, Mapping, NamedTuple, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import config_dict
@@ -25,9 +27,7 @@ class Imported(NamedTuple):
     ignored: list[str]
 
 
-def fill(
-    state: Mapping[str, np.ndarray], entries: Sequence[keymap.Entry], shapes: Any,
-) -> Imported:
+def fill(state: Mapping[str, np.ndarray], entries: Sequence[keymap.Entry], shapes: Any) -> Imported:
     """The tree of `shapes` (arrays or ShapeDtypeStructs) from torch tensors, by the entries of a module.
 
     Every tensor must be expected and every expected one present with the right shape; recomputed buffers
@@ -81,9 +81,7 @@ def params_from_torch(state: Mapping[str, np.ndarray], cfg: Any, contract: Mappi
     return import_state(state, cfg, contract).params
 
 
-def import_module(
-    state: Mapping[str, np.ndarray], module: str, cfg: Any, contract: Mapping[str, Any],
-) -> Imported:
+def import_module(state: Mapping[str, np.ndarray], module: str, cfg: Any, contract: Mapping[str, Any]) -> Imported:
     """One top-level parameter ("hr", "s2", "s1", "head_s2", "head_s1", "fusion", "geo", "ctpe") from tensors in the
     module's official names without prefix (`released.modules_in` brings files to them). params is the module's own
     tree.
@@ -95,7 +93,7 @@ def import_module(
 
 
 def import_swin(
-    tensors: Tensors, sensor: str | None, cfg: Any, contract: Mapping[str, Any], leave_out: Sequence[str] = (),
+    tensors: Tensors, sensor: str | None, cfg: Any, contract: Mapping[str, Any], leave_out: Sequence[str] = ()
 ) -> tuple[Imported, swin_files.Found]:
     """The weights of a Swin-V1 file (SimMIM, GFM, supervised, Swin-MoE, an export of msGFM) as parts of
     `models.msgfm.make_model(cfg, contract)`: params has those of the top-level parameters the file holds, the patch
@@ -123,8 +121,10 @@ def load_folder(
     folder = pathlib.Path(folder)
     meta = json.loads((folder / "config.json").read_text())
     if meta.get("model_type") not in keymap.MODELS:
-        raise ValueError(f"{folder}/config.json: model_type is {meta.get('model_type')!r}, not one of "
-                         f"{', '.join(map(repr, keymap.MODELS))}")
+        raise ValueError(
+            f"{folder}/config.json: model_type is {meta.get('model_type')!r}, not one of "
+            f"{', '.join(map(repr, keymap.MODELS))}"
+        )
     cfg = config_dict.ConfigDict(tuples(meta["architecture"]))
     files = torch_export.weight_files(folder)
     if not files:

@@ -1,7 +1,9 @@
 """What the accelerators can do, from their vendors' data sheets: the denominators of MFU and of the roofline."""
+
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 GIB = 2**30
 
@@ -28,10 +30,18 @@ _V7X = Chip(2307e12, 7.38e12, 600e9, int(189.5 * GIB))
 CHIPS = {
     # By jax's device_kind. TPU: cloud.google.com/tpu/docs, page of each version: peak, HBM bandwidth, interchip
     # interconnect (given for both directions: halved here).
-    "TPU v4": _V4, "TPU v5 lite": _V5E, "TPU v5e": _V5E, "TPU v5": _V5P, "TPU v5p": _V5P,
-    "TPU v6 lite": _V6E, "TPU v6e": _V6E, "TPU7x": _V7X,
-    "NVIDIA A100-SXM4-40GB": Chip(312e12), "NVIDIA A100-SXM4-80GB": Chip(312e12),
-    "NVIDIA H100 80GB HBM3": Chip(989e12), "NVIDIA H200": Chip(989e12),
+    "TPU v4": _V4,
+    "TPU v5 lite": _V5E,
+    "TPU v5e": _V5E,
+    "TPU v5": _V5P,
+    "TPU v5p": _V5P,
+    "TPU v6 lite": _V6E,
+    "TPU v6e": _V6E,
+    "TPU7x": _V7X,
+    "NVIDIA A100-SXM4-40GB": Chip(312e12),
+    "NVIDIA A100-SXM4-80GB": Chip(312e12),
+    "NVIDIA H100 80GB HBM3": Chip(989e12),
+    "NVIDIA H200": Chip(989e12),
 }
 
 DCN_BYTES_PER_S = 3.125e9
@@ -42,5 +52,6 @@ v5e and v6e host machines). An assumption where hosts are others."""
 def devices_per_chip(devices: Sequence[Any]) -> int:
     """How many of these jax devices share a chip: 2 on tpu7x, and on v4 where it is described rather than there."""
     places = [
-        (getattr(device, "slice_index", None), tuple(device.coords)) for device in devices if hasattr(device, "coords")]
+        (getattr(device, "slice_index", None), tuple(device.coords)) for device in devices if hasattr(device, "coords")
+    ]
     return len(places) // len(set(places)) if places else 1

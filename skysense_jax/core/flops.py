@@ -12,7 +12,8 @@ traced step.
 from __future__ import annotations
 
 import math
-from typing import Any, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 TRAINED = 3.0
 """Forward + backward in units of the forward pass."""

@@ -4,28 +4,66 @@ XLA's own `cost_analysis` counts the body of a loop once, so a scanned model loo
 instruction counts as often as its loops run; a loop's count is the constant its condition compares with (what
 `jax.lax.scan` compiles to).
 """
+
 from __future__ import annotations
 
 import math
 import re
-from typing import Any, Iterator, NamedTuple, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 BYTES = {
-    "pred": 1, "s4": 1, "u4": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
-    "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8,
+    "pred": 1,
+    "s4": 1,
+    "u4": 1,
+    "s8": 1,
+    "u8": 1,
+    "f8e4m3fn": 1,
+    "f8e5m2": 1,
+    "s16": 2,
+    "u16": 2,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+    "c64": 8,
 }
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 FREE = (
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all",
-    "partition-id", "replica-id", "opt-barrier", "all-gather-done", "all-reduce-done", "collective-permute-done",
-    "copy-done", "async-start", "async-update", "async-done", "send-done", "recv-done", "iota",
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "call",
+    "conditional",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "opt-barrier",
+    "all-gather-done",
+    "all-reduce-done",
+    "collective-permute-done",
+    "copy-done",
+    "async-start",
+    "async-update",
+    "async-done",
+    "send-done",
+    "recv-done",
+    "iota",
 )
 """Instructions that move nothing themselves: what they call, or their start, is counted."""
 
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _MESH_GROUPS = re.compile(
-    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}")
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
+)
 _CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations|true_computation|false_computation)=\{?%?([\w.\-]+)")
 _HOLDS_OPERANDS = ("copy-start", "all-gather-start", "collective-permute-start", "send")
 """Instructions whose value is their operands beside what they make."""
@@ -71,8 +109,7 @@ class Traffic(NamedTuple):
 
 
 def size(shapes: str, hbm_only: bool = False) -> int:
-    """Bytes of all arrays in the text of a shape; hbm_only leaves out what the compiler placed on the chip (S(1), ...).
-    """
+    """Bytes of all arrays in the text of a shape; hbm_only leaves out what the compiler placed on the chip (S(1), ...)."""
     total = 0
     for dtype, dimensions, layout in _SHAPE.findall(shapes):
         if dtype in BYTES and not (hbm_only and re.search(r"S\([1-9]\)", layout)):
@@ -123,7 +160,7 @@ def device_groups(rest: str) -> list[list[int]]:
         return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", found.group(1))]
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
         ids, (*_, n) = _iota(found.group(2), found.group(3)), found.group(1).split(",")
-        return [ids[i:i + int(n)] for i in range(0, len(ids), int(n))]
+        return [ids[i : i + int(n)] for i in range(0, len(ids), int(n))]
     if found := _MESH_GROUPS.search(rest):
         axes = [(name, int(n)) for name, n in re.findall(r"'(\w+)'=(\d+)", found.group(1))]
         wanted = re.findall(r"'(\w+)'", found.group(4))
@@ -144,7 +181,7 @@ def _iota(dimensions: str, order: str | None) -> list[int]:
     """XLA's [dims]T(order): 0..n-1 as an array of `dimensions`, transposed, flattened."""
     dims = [int(n) for n in dimensions.split(",")]
     order_ = [int(n) for n in order.split(",")] if order else list(range(len(dims)))
-    strides = [math.prod(dims[i + 1:]) for i in range(len(dims))]
+    strides = [math.prod(dims[i + 1 :]) for i in range(len(dims))]
     ids = [0]
     for axis in order_:
         ids = [base + strides[axis] * i for base in ids for i in range(dims[axis])]
@@ -182,8 +219,12 @@ def collectives(program: Program, slice_of: Sequence[Any]) -> dict[str, Traffic]
             slices = len({slice_of[device] for device in groups[0]})
             share = (slices - 1) / slices / part if slices > 1 else 0.0
         was = found.get(kind, Traffic(0, 0.0, 0.0, 0))
-        found[kind] = Traffic(was.count + times, was.wire + times * wire, was.between_slices + times * wire * share,
-                              max(was.largest, result))
+        found[kind] = Traffic(
+            was.count + times,
+            was.wire + times * wire,
+            was.between_slices + times * wire * share,
+            max(was.largest, result),
+        )
     return found
 
 
@@ -202,8 +243,13 @@ def hbm_bytes(program: Program) -> float:
     """Bytes read from and written to HBM by one device in a step: operands and results of every instruction that is
     not inside a fusion. A slice read or written inside a fusion counts as the slice, not as the array it is taken from.
     """
-    fused = {called for body in program.computations.values() for one in body if one.opcode == "fusion"
-             for called in _CALLED.findall(one.rest)}
+    fused = {
+        called
+        for body in program.computations.values()
+        for one in body
+        if one.opcode == "fusion"
+        for called in _CALLED.findall(one.rest)
+    }
     total = 0.0
     for name, times in program.times.items():
         if name in fused:
@@ -240,7 +286,8 @@ def _read(body: list[Instruction], name: str, computations: dict[str, list[Instr
             elif use.opcode == "fusion":
                 called = computations[_CALLED.search(use.rest).group(1)]
                 parameter = next(
-                    one.name for one in called if one.opcode == "parameter" and one.rest.startswith(f"{position})"))
+                    one.name for one in called if one.opcode == "parameter" and one.rest.startswith(f"{position})")
+                )
                 total += _read(called, parameter, computations)
             elif use.opcode == "bitcast":
                 total += _read(body, use.name, computations)
@@ -249,9 +296,7 @@ def _read(body: list[Instruction], name: str, computations: dict[str, list[Instr
     return total
 
 
-def _fusion_bytes(
-    computations: dict[str, list[Instruction]], fusion: Instruction, shapes: dict[str, str]
-) -> int:
+def _fusion_bytes(computations: dict[str, list[Instruction]], fusion: Instruction, shapes: dict[str, str]) -> int:
     """HBM bytes of one fusion: whole operands but for those that are only sliced, and the result but for slices written
     in place.
     """

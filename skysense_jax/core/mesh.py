@@ -3,12 +3,13 @@
 Mesh axes: ``data`` (replicas, the slow network between slices or hosts) and ``fsdp`` (parameters and batch split, the
 fast network); msGFM adds ``expert``, over which its experts are split. The batch is split over all axes together.
 """
+
 from __future__ import annotations
 
 import os
 import sys
 import threading
-from typing import Mapping
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -25,8 +26,12 @@ BATCH_AXES = ("data", "fsdp", "expert")
 
 CLUSTER_COUNTS = (
     # variable, the launcher that sets it; a list of hosts counts by its commas
-    ("SLURM_STEP_NUM_TASKS", "srun"), ("SLURM_NTASKS", "Slurm"), ("OMPI_COMM_WORLD_SIZE", "Open MPI"),
-    ("PMI_SIZE", "MPICH"), ("WORLD_SIZE", "torchrun"), ("TPU_WORKER_HOSTNAMES", "TPU pod"),
+    ("SLURM_STEP_NUM_TASKS", "srun"),
+    ("SLURM_NTASKS", "Slurm"),
+    ("OMPI_COMM_WORLD_SIZE", "Open MPI"),
+    ("PMI_SIZE", "MPICH"),
+    ("WORLD_SIZE", "torchrun"),
+    ("TPU_WORKER_HOSTNAMES", "TPU pod"),
     ("MEGASCALE_NUM_SLICES", "TPU multislice"),
 )
 """Where a launcher says how many processes the job has; the first that is set counts."""
@@ -49,8 +54,10 @@ def start_processes() -> tuple[int, int]:
         name, launcher, value = found[0]
         count = int(value) if value.isdigit() else len(value.split(","))
         if count > 1:
-            raise ValueError(f"{name}={value}: {launcher} started {count} processes, SKYSENSE_PROCESSES is not set, so "
-                             f"each would train alone; set SKYSENSE_PROCESSES={count}, or 1 where that is meant")
+            raise ValueError(
+                f"{name}={value}: {launcher} started {count} processes, SKYSENSE_PROCESSES is not set, so "
+                f"each would train alone; set SKYSENSE_PROCESSES={count}, or 1 where that is meant"
+            )
     processes = max(processes, 1)
     if processes > 1:
         coordinator, index = os.environ.get("SKYSENSE_COORDINATOR"), _number("SKYSENSE_PROCESS_INDEX", -1)
@@ -68,8 +75,9 @@ def start_processes() -> tuple[int, int]:
             jax.distributed.initialize(**patience)
         guard.cancel()
     if jax.process_count() != processes:
-        raise ValueError(f"{jax.process_count()} processes came together, "
-                         f"{processes} are expected (SKYSENSE_PROCESSES)")
+        raise ValueError(
+            f"{jax.process_count()} processes came together, {processes} are expected (SKYSENSE_PROCESSES)"
+        )
     return jax.process_index(), processes
 
 
@@ -83,9 +91,11 @@ def _number(name: str, default: int) -> int:
 
 def _give_up(processes: int, timeout_s: int) -> None:
     """Ends a process that waits for the others inside jax."""
-    sys.stderr.write(f"{processes} processes are expected (SKYSENSE_PROCESSES), fewer came together within {timeout_s} "
-                     "s (SKYSENSE_START_TIMEOUT_S); with SKYSENSE_COORDINATOR and SKYSENSE_PROCESS_INDEX the missing "
-                     "ones are named\n")
+    sys.stderr.write(
+        f"{processes} processes are expected (SKYSENSE_PROCESSES), fewer came together within {timeout_s} "
+        "s (SKYSENSE_START_TIMEOUT_S); with SKYSENSE_COORDINATOR and SKYSENSE_PROCESS_INDEX the missing "
+        "ones are named\n"
+    )
     sys.stderr.flush()
     os._exit(EXIT_INCOMPLETE)
 
@@ -102,8 +112,10 @@ def mesh_shape(axes: Mapping[str, int], n_devices: int) -> dict[str, int]:
     if open_axes:
         sizes[open_axes[0]] = n_devices // known
     if int(np.prod(list(sizes.values()), dtype=np.int64)) != n_devices:
-        raise ValueError(f"config.mesh {dict(axes)} does not use exactly the {n_devices} devices of the job: the "
-                         "product of the sizes must be their number (-1: what remains)")
+        raise ValueError(
+            f"config.mesh {dict(axes)} does not use exactly the {n_devices} devices of the job: the "
+            "product of the sizes must be their number (-1: what remains)"
+        )
     return sizes
 
 

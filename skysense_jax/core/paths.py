@@ -3,6 +3,7 @@
 On an object store there are no folders to make, nothing can be appended to and nothing renamed in one step; an object
 is written whole or not at all, and who reads next sees it.
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -30,8 +31,10 @@ def path(given: str | os.PathLike[str]) -> epath.Path:
     if not text.removeprefix(SCHEME).partition("/")[0]:
         raise ValueError(f"{text}: names no bucket; write {SCHEME}BUCKET/NAME")
     if importlib.util.find_spec("gcsfs") is None:
-        raise ValueError(f"{text}: {SCHEME} paths need gcsfs, which is not installed: pip install 'skysense_jax[gcs]' "
-                         "(part of the extra tpu), or give a local path")
+        raise ValueError(
+            f"{text}: {SCHEME} paths need gcsfs, which is not installed: pip install 'skysense_jax[gcs]' "
+            "(part of the extra tpu), or give a local path"
+        )
     # A listing kept from before would hide what Orbax and the other processes wrote since.
     fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
     return epath.Path(text)

@@ -4,6 +4,7 @@ That runtime aborts a process (SIGABRT) when another one is missing, and says ne
 process 0 listens on the coordinator's port until every process has given its index, tells each of them how it went, and
 leaves the port to jax. Plain sockets, one line each way; no jax.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -52,16 +53,19 @@ def _gather(port: int, processes: int, timeout_s: float) -> None:
             callers.append(caller)
             index, expected = int(words[1]), int(words[2])
             if expected != processes:
-                problem = (f"process {index} expects {expected} processes, process 0 expects {processes} "
-                           "(SKYSENSE_PROCESSES)")
+                problem = (
+                    f"process {index} expects {expected} processes, process 0 expects {processes} (SKYSENSE_PROCESSES)"
+                )
             elif index in here:
                 problem = f"two processes have the index {index} (SKYSENSE_PROCESS_INDEX); {processes} are expected"
             here.add(index)
         if len(here) < processes and not problem:
             missing = sorted(set(range(processes)) - here)
             names = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
-            problem = (f"{len(here)} of {processes} processes came together within {timeout_s:g} s; missing: {names} "
-                       "(SKYSENSE_PROCESSES, SKYSENSE_START_TIMEOUT_S)")
+            problem = (
+                f"{len(here)} of {processes} processes came together within {timeout_s:g} s; missing: {names} "
+                "(SKYSENSE_PROCESSES, SKYSENSE_START_TIMEOUT_S)"
+            )
         for caller in callers:
             with contextlib.suppress(OSError):  # one that has died meanwhile needs no answer
                 caller.sendall(f"{problem or _ALL_HERE}\n".encode())
@@ -79,8 +83,10 @@ def _report(host: str, port: int, processes: int, process_index: int, timeout_s:
             break
         except OSError as error:
             if time.monotonic() > deadline:
-                raise ValueError(f"process 0 did not answer at {host}:{port} within {timeout_s:g} s ({error}): of "
-                                 f"{processes} processes 1 is known to be here, process {process_index}") from error
+                raise ValueError(
+                    f"process 0 did not answer at {host}:{port} within {timeout_s:g} s ({error}): of "
+                    f"{processes} processes 1 is known to be here, process {process_index}"
+                ) from error
             time.sleep(_RETRY_S)
     with caller:
         caller.settimeout(timeout_s + 2 * _HELLO_S)

@@ -2,10 +2,11 @@
 
 Two streams never share a key because the name enters as a hash; adding a stream leaves the others as they were.
 """
+
 from __future__ import annotations
 
 import zlib
-from typing import Sequence
+from collections.abc import Sequence
 
 import jax
 

@@ -9,11 +9,13 @@ A rule is ``(pattern, tactic)`` over the names of :mod:`skysense_jax.core.trees`
 ``expert``     stacked weights of experts, [layers, experts, ...]: the experts over the ``expert`` axis, the rest as
                ``fsdp``. An error where the axis does not divide their number.
 """
+
 from __future__ import annotations
 
 import functools
 import math
-from typing import Any, Mapping, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -97,12 +99,14 @@ def leaf_spec(name: str, leaf: Any, tactic: str, mesh_axes: Mapping[str, int], s
     placed: dict[int, str] = {}
     if tactic == "expert" and mesh_axes.get("expert", 1) > 1:
         if leaf.shape[1] % mesh_axes["expert"]:
-            raise ValueError(f"sharding of {name}: {leaf.shape[1]} experts do not divide by the expert axis of "
-                             f"{mesh_axes['expert']}")
+            raise ValueError(
+                f"sharding of {name}: {leaf.shape[1]} experts do not divide by the expert axis of {mesh_axes['expert']}"
+            )
         placed, size = {1: "expert"}, size // mesh_axes["expert"]
     if tactic == "replicate" and n > 1 and size >= SMALL:
-        raise ValueError(f"sharding of {name}: {size} bytes may not stay replicated on {n} devices; "
-                         "use the tactic fsdp")
+        raise ValueError(
+            f"sharding of {name}: {size} bytes may not stay replicated on {n} devices; use the tactic fsdp"
+        )
     if tactic != "replicate" and n > 1 and size >= small:
         candidates = [axis for axis, length in enumerate(leaf.shape) if length % n == 0 and axis not in placed]
         if not candidates:
@@ -118,7 +122,8 @@ def shardings(tree: trees.Tree, rules: trees.Rules, mesh: Mesh, small: int = SMA
     tactics = trees.match(list(trees.flatten(tree)), rules, "sharding")
     axes = dict(mesh.shape)
     return trees.map_named(
-        lambda name, leaf: NamedSharding(mesh, leaf_spec(name, leaf, tactics[name], axes, small)), tree)
+        lambda name, leaf: NamedSharding(mesh, leaf_spec(name, leaf, tactics[name], axes, small)), tree
+    )
 
 
 def report(tree: trees.Tree, tree_shardings: trees.Tree) -> Report:

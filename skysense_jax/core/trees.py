@@ -5,10 +5,12 @@ pattern must match the *whole* name (``re.fullmatch``). Strict means: every leaf
 every rule matches something, so that a renamed parameter or a forgotten rule is an error with the name in it, never a
 silent default.
 """
+
 from __future__ import annotations
 
 import re
-from typing import Any, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 

@@ -5,10 +5,12 @@ XLA reads XLA_FLAGS, and libtpu reads LIBTPU_INIT_ARGS, when the first device is
 that. A flag the user has already set is left alone. The TPU flags are what public sources use for a generation; libtpu
 accepts them (it ends the process on one it does not know), their effect on this model has not been measured.
 """
+
 from __future__ import annotations
 
 import importlib.util
-from typing import MutableMapping, NamedTuple
+from collections.abc import MutableMapping
+from typing import NamedTuple
 
 
 class Flag(NamedTuple):
@@ -28,45 +30,80 @@ MAXTEXT = "AI-Hypercomputer/maxtext, src/maxtext/configs/tpu"
 
 FLAGS: dict[str, tuple[Flag, ...]] = {
     "cpu": (
-        Flag("--xla_backend_optimization_level=1",
-             "a quarter less to compile (109 s against 146 s of CPU), the step as fast as at 3",
-             "measured on the smoke step"),
+        Flag(
+            "--xla_backend_optimization_level=1",
+            "a quarter less to compile (109 s against 146 s of CPU), the step as fast as at 3",
+            "measured on the smoke step",
+        ),
     ),
     "gpu": (
-        Flag("--xla_gpu_enable_latency_hiding_scheduler=true",
-             "overlap the gathers of the next layer's parameters with this layer's matrix products", OPENXLA),
+        Flag(
+            "--xla_gpu_enable_latency_hiding_scheduler=true",
+            "overlap the gathers of the next layer's parameters with this layer's matrix products",
+            OPENXLA,
+        ),
     ),
     "tpu": (
-        Flag("--xla_enable_async_all_gather=true",
-             "fsdp gathers every layer's parameters: let a gather run while something else computes",
-             f"{MAXTEXT}/v4/22b.sh, v5e/16b.sh, v5p/1024b.sh, v6e/gpt3_175b.sh", ("v4", "v5e", "v5p", "v6e")),
-        Flag("--xla_tpu_enable_async_collective_fusion=true",
-             "fuse such a gather with the compute it does not depend on",
-             f"{OPENXLA} (v5e); {MAXTEXT}/v5p, v6e", ("v5e", "v5p", "v6e")),
-        Flag("--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
-             "the kind of collective that the fusion takes up",
-             f"{OPENXLA} (v5e); {MAXTEXT}/v5p, v6e", ("v5e", "v5p", "v6e")),
-        Flag("--xla_tpu_enable_async_collective_fusion_multiple_steps=true",
-             "spread one gather over several pieces of compute: a layer's parameters outlast a single one",
-             f"{MAXTEXT}/v5e, v5p, v6e", ("v5e", "v5p", "v6e")),
-        Flag("--xla_tpu_overlap_compute_collective_tc=true",
-             "the fused gather and the compute share the tensor core",
-             f"{MAXTEXT}/v5e, v5p, v6e", ("v5e", "v5p", "v6e")),
-        Flag("--xla_tpu_enable_data_parallel_all_reduce_opt=true",
-             "several slices: more of the gradients' all-reduce over the data axis (DCN) hidden behind compute",
-             f"{OPENXLA}; {MAXTEXT}/v5e, v5p, v6e/gpt3_175b.sh", ("v5e", "v5p", "v6e")),
-        Flag("--xla_tpu_enable_ag_backward_pipelining=true",
-             "the layers are a scan: start the next iteration's gather in this one",
-             f"{OPENXLA}; {MAXTEXT}/v5p", ("v5p",)),
-        Flag("--xla_tpu_megacore_fusion_allow_ags=false",
-             "two cores work as one: leave gathers to the fusion above, not to that of convolutions and all-reduces",
-             f"{OPENXLA}; {MAXTEXT}/v5p", ("v5p",)),
-        Flag("--xla_tpu_scoped_vmem_limit_kib=98304",
-             "128 MiB of vector memory, of which one operation gets 16 by default: larger tiles for large products",
-             "AI-Hypercomputer/maxtext, benchmarks/xla_flags_library.py; configs/tpu/v6e", ("v6e",)),
-        Flag("--xla_tpu_enable_async_collective_fusion_fuse_all_gather=false",
-             "gathers run on the sparse cores by default there, and only one of the two ways may be on",
-             "AI-Hypercomputer/maxtext, benchmarks/xla_flags_library.py (Ironwood)", ("tpu7x",)),
+        Flag(
+            "--xla_enable_async_all_gather=true",
+            "fsdp gathers every layer's parameters: let a gather run while something else computes",
+            f"{MAXTEXT}/v4/22b.sh, v5e/16b.sh, v5p/1024b.sh, v6e/gpt3_175b.sh",
+            ("v4", "v5e", "v5p", "v6e"),
+        ),
+        Flag(
+            "--xla_tpu_enable_async_collective_fusion=true",
+            "fuse such a gather with the compute it does not depend on",
+            f"{OPENXLA} (v5e); {MAXTEXT}/v5p, v6e",
+            ("v5e", "v5p", "v6e"),
+        ),
+        Flag(
+            "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
+            "the kind of collective that the fusion takes up",
+            f"{OPENXLA} (v5e); {MAXTEXT}/v5p, v6e",
+            ("v5e", "v5p", "v6e"),
+        ),
+        Flag(
+            "--xla_tpu_enable_async_collective_fusion_multiple_steps=true",
+            "spread one gather over several pieces of compute: a layer's parameters outlast a single one",
+            f"{MAXTEXT}/v5e, v5p, v6e",
+            ("v5e", "v5p", "v6e"),
+        ),
+        Flag(
+            "--xla_tpu_overlap_compute_collective_tc=true",
+            "the fused gather and the compute share the tensor core",
+            f"{MAXTEXT}/v5e, v5p, v6e",
+            ("v5e", "v5p", "v6e"),
+        ),
+        Flag(
+            "--xla_tpu_enable_data_parallel_all_reduce_opt=true",
+            "several slices: more of the gradients' all-reduce over the data axis (DCN) hidden behind compute",
+            f"{OPENXLA}; {MAXTEXT}/v5e, v5p, v6e/gpt3_175b.sh",
+            ("v5e", "v5p", "v6e"),
+        ),
+        Flag(
+            "--xla_tpu_enable_ag_backward_pipelining=true",
+            "the layers are a scan: start the next iteration's gather in this one",
+            f"{OPENXLA}; {MAXTEXT}/v5p",
+            ("v5p",),
+        ),
+        Flag(
+            "--xla_tpu_megacore_fusion_allow_ags=false",
+            "two cores work as one: leave gathers to the fusion above, not to that of convolutions and all-reduces",
+            f"{OPENXLA}; {MAXTEXT}/v5p",
+            ("v5p",),
+        ),
+        Flag(
+            "--xla_tpu_scoped_vmem_limit_kib=98304",
+            "128 MiB of vector memory, of which one operation gets 16 by default: larger tiles for large products",
+            "AI-Hypercomputer/maxtext, benchmarks/xla_flags_library.py; configs/tpu/v6e",
+            ("v6e",),
+        ),
+        Flag(
+            "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=false",
+            "gathers run on the sparse cores by default there, and only one of the two ways may be on",
+            "AI-Hypercomputer/maxtext, benchmarks/xla_flags_library.py (Ironwood)",
+            ("tpu7x",),
+        ),
     ),
 }
 

@@ -5,9 +5,11 @@ the sensors of a view show the same ground (SkySense paper 3.1; SkySense++ lib/d
 MSSSLRandomResizedCrop, does the same with relative boxes). Resampling is separable: two banded matrices per view and
 sensor, applied in blocks so that the work is linear in the size.
 """
+
 from __future__ import annotations
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -69,7 +71,7 @@ def sample_orientation(rng: np.random.Generator, flip: float, rotate: float) -> 
 
 def orient(array: np.ndarray, orientation: Orientation) -> np.ndarray:
     """`array` [..., H, W] flipped and turned (the same memory): the one rule for images, masks and coordinates."""
-    array = array[..., ::-1 if orientation.flip_y else 1, ::-1 if orientation.flip_x else 1]
+    array = array[..., :: -1 if orientation.flip_y else 1, :: -1 if orientation.flip_x else 1]
     if orientation.turns == 1:
         return array.swapaxes(-1, -2)[..., ::-1, :]
     if orientation.turns == 2:
@@ -104,8 +106,10 @@ def make_band(centres: np.ndarray, reach: float, n_in: int, kernel: Callable[[np
     rows = np.minimum(first[:, None] + np.arange(_BLOCK), len(centres) - 1)
     weights = kernel((low[:, None] + 0.5 + np.arange(span))[:, None, :] - centres[rows][:, :, None])
     weights = (weights / weights.sum(2, keepdims=True)).astype(np.float32)
-    return [(slice(a, min(a + _BLOCK, len(centres))), slice(b, b + span), block[:len(centres) - a])
-            for a, b, block in zip(first.tolist(), low.tolist(), weights)]
+    return [
+        (slice(a, min(a + _BLOCK, len(centres))), slice(b, b + span), block[: len(centres) - a])
+        for a, b, block in zip(first.tolist(), low.tolist(), weights)
+    ]
 
 
 def axis_weights(start: float, extent: float, n_out: int, n_in: int) -> Band:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any
 
 import apache_beam
 from apache_beam.options.pipeline_options import PipelineOptions

@@ -3,6 +3,7 @@
 CPU time of this process, not the wall clock, is what "per core" divides by, so that other work on the machine doesn't
 change the figure.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -11,14 +12,14 @@ import os
 import resource
 import runpy
 import time
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from skysense_jax import sensors
 from skysense_jax.data import feed
-
 
 HELD = 16
 """Records in memory that the stage without reading takes turns with."""
@@ -88,12 +89,17 @@ def _run_bench(args: argparse.Namespace) -> int:
     if args.threads:
         cfg.data.threads = args.threads
     rates = bench(cfg, args.seconds)
-    text = {"read": "read and decode records, 1 thread", "place": "crop and augment, 1 thread",
-            "batches": f"training batches of {cfg.data.batch}, {cfg.data.threads} threads"}
+    text = {
+        "read": "read and decode records, 1 thread",
+        "place": "crop and augment, 1 thread",
+        "batches": f"training batches of {cfg.data.batch}, {cfg.data.threads} threads",
+    }
     print(f"{args.dir} with {args.config}, {os.cpu_count()} cores, {args.seconds:g} s a line")
     for stage, rate in rates.items():
-        print(f"{text[stage]:<42}{rate.places_per_s:>9.1f} places/s{rate.places_per_core_s:>9.1f} places/s per core"
-              f"{rate.mb_per_s:>9.1f} MB/s")
+        print(
+            f"{text[stage]:<42}{rate.places_per_s:>9.1f} places/s{rate.places_per_core_s:>9.1f} places/s per core"
+            f"{rate.mb_per_s:>9.1f} MB/s"
+        )
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
     return 0
 

@@ -16,8 +16,9 @@ import functools
 import hashlib
 import json
 import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 from tqdm import tqdm

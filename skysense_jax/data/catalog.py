@@ -14,8 +14,9 @@ import csv
 import datetime
 import hashlib
 import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Iterable, Mapping, NamedTuple
+from typing import Any, NamedTuple
 
 from skysense_jax.sensors import NO_DATE, SENSORS, UNITS, UNLABELLED, band_name
 
@@ -86,7 +87,7 @@ def parse_date(text: str) -> int:
         return NO_DATE
     when = datetime.datetime.fromisoformat(text)
     if when.tzinfo is not None:
-        when = when.astimezone(datetime.timezone.utc)
+        when = when.astimezone(datetime.UTC)
     day = (when.date() - _EPOCH).days
     if day < 0:
         raise ValueError(f"{text} lies before 1970")

@@ -12,8 +12,9 @@ import functools
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 from skysense_jax.core import paths
 from skysense_jax.data import builder, draft, layouts, report, splits, statistics

@@ -18,11 +18,10 @@ from typing import NamedTuple
 import rasterio
 from rasterio.enums import ColorInterp
 
-from skysense_jax.data.catalog import COLUMNS, CatalogError, local_file
+from skysense_jax.data.catalog import COLUMNS, CatalogError, Row, local_file
 from skysense_jax.data.layers import band_order
 from skysense_jax.data.offsets import known_offset
 from skysense_jax.data.raster import RasterRefused, gdal_settings, open_raster
-from skysense_jax.data.catalog import Row
 from skysense_jax.sensors import NO_DATE, SENSORS, band_name
 
 SUFFIXES = (".tif", ".tiff", ".jp2")

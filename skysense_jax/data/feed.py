@@ -1,4 +1,5 @@
 """Which module a model's training batches come from; each has check, stages, train_dataset and make_train_iterator."""
+
 from __future__ import annotations
 
 from types import ModuleType

@@ -13,7 +13,7 @@ from rasterio.enums import ColorInterp
 
 from skysense_jax.data.catalog import SKIPPED_BAND, Row
 from skysense_jax.data.raster import Files, Header, RasterRefused, Reading, header, sample
-from skysense_jax.data.units import Conversion, spread, decide, describe
+from skysense_jax.data.units import Conversion, decide, describe, spread
 from skysense_jax.sensors import SENSORS, UNLABELLED, band_name
 
 SYNTHETIC_TAG = "SKYSENSE_SYNTHETIC"

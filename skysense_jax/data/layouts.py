@@ -6,8 +6,8 @@ Files that do not fit the layout are left out and named. Nothing is opened: the 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 from skysense_jax.data.catalog import COLUMNS, SKIPPED_BAND, CatalogError
 from skysense_jax.data.draft import Draft, date_in

@@ -8,8 +8,8 @@ Specification Document; torchgeo issue 3224).
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Mapping, Sequence
 from xml.etree import ElementTree
 
 import rasterio

@@ -6,9 +6,11 @@ others are the measured ones of the input, and blank for the pair, of which it s
 its error and that of drawing the training mean instead. The colours are those of `data preview`, heights are grey from
 the lowest measured one to the highest: fixed stretches, so that panels and steps of a run can be compared.
 """
+
 from __future__ import annotations
 
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -19,8 +21,10 @@ from skysense_jax.sensors import SENSORS
 _SIDE, _GAP, _TEXT = 192, 8, 18
 COLUMNS = 5
 HIDDEN = np.array([150, 165, 195], np.uint8)  # no height looks like it
-NOTE = ("number: mean absolute error of hidden pixels in deviations (in brackets: of drawing the mean).   blue: hidden "
-        "from the network, or not asked of it.   hatched: not measured")
+NOTE = (
+    "number: mean absolute error of hidden pixels in deviations (in brackets: of drawing the mean).   blue: hidden "
+    "from the network, or not asked of it.   hatched: not measured"
+)
 
 
 def draw(

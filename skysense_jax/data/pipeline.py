@@ -5,10 +5,12 @@ augmentation's generator belongs to the index in the global order. Processes tak
 so the local batches concatenated in process order are the batch of one process, whatever the number of processes and
 threads.
 """
+
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -69,8 +71,16 @@ def make_plan(cfg: Any, contract: Mapping[str, Any], tile: int) -> Plan:
     views = {"global": ViewPlan(("global0", "global1"), int(data.global_size), tuple(data.global_scale))}
     if data.n_local:
         views["local"] = ViewPlan(("local",) * int(data.n_local), int(data.local_size), tuple(data.local_scale))
-    return Plan(sensor_plans(contract, contract["ratio"], data.dates), views, tile, tuple(data.aspect),
-                float(data.flip), float(data.rotate), int(data.date_jitter_days), data.augment.to_dict())
+    return Plan(
+        sensor_plans(contract, contract["ratio"], data.dates),
+        views,
+        tile,
+        tuple(data.aspect),
+        float(data.flip),
+        float(data.rotate),
+        int(data.date_jitter_days),
+        data.augment.to_dict(),
+    )
 
 
 def sample_place(record: Mapping[str, Any], rng: np.random.Generator, plan: Plan) -> dict[str, Any]:
@@ -117,7 +127,7 @@ def _sample_views(
 def _pick(record: Mapping[str, Any], key: str, chosen: np.ndarray) -> np.ndarray:
     """Rows `chosen` of a record's array, without a copy when it is one row (HR)."""
     array = record[key]
-    return array[chosen[0]:chosen[0] + 1] if len(chosen) == 1 else array[chosen]
+    return array[chosen[0] : chosen[0] + 1] if len(chosen) == 1 else array[chosen]
 
 
 def _empty(lead: tuple[int, ...], pixels: int, channels: int) -> dict[str, np.ndarray]:
@@ -131,8 +141,13 @@ def _empty(lead: tuple[int, ...], pixels: int, channels: int) -> dict[str, np.nd
 
 
 def _fill(
-    inputs: dict[str, np.ndarray], at: tuple[int, ...], plan: SensorPlan, record: Mapping[str, Any], chosen: np.ndarray,
-    image: np.ndarray, valid: Any,
+    inputs: dict[str, np.ndarray],
+    at: tuple[int, ...],
+    plan: SensorPlan,
+    record: Mapping[str, Any],
+    chosen: np.ndarray,
+    image: np.ndarray,
+    valid: Any,
 ) -> None:
     """Writes the chosen acquisitions into the first rows of `inputs` at index `at`; dates still as days since 1970."""
     measured = record[f"{plan.name}_measured"][chosen]
@@ -191,7 +206,11 @@ def _sample_place(plan: Plan, record: Mapping[str, Any], rng: np.random.Generato
 
 
 def make_train_iterator(
-    cfg: Any, contract: Mapping[str, Any], seed: int, start_step: int = 0, process_index: int = 0,
+    cfg: Any,
+    contract: Mapping[str, Any],
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator:
     """Local batches from `start_step` on, `config.data.prefetch` of them read ahead by `config.data.threads` threads.

@@ -1,9 +1,11 @@
 """The prototypes a place's cells are assigned to, as files: a picture beside imagery and label map, and a GeoTIFF."""
+
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 import numpy as np
 import rasterio
@@ -26,13 +28,23 @@ def write_geotiff(path: str | Path, assigned: np.ndarray, record: Mapping[str, A
     """
     left, bottom, right, top = (float(x) for x in record["footprint"])
     if not (left < right and bottom < top):
-        raise ValueError(f"place {preview.as_text(record['place'])!r}: its footprint {(left, bottom, right, top)} "
-                         "(left, bottom, right, top) has no area; build the dataset again")
+        raise ValueError(
+            f"place {preview.as_text(record['place'])!r}: its footprint {(left, bottom, right, top)} "
+            "(left, bottom, right, top) has no area; build the dataset again"
+        )
     height, width = assigned.shape
     with rasterio.open(
-        path, "w", driver="GTiff", width=width, height=height, count=1, dtype="uint16", nodata=NODATA,
+        path,
+        "w",
+        driver="GTiff",
+        width=width,
+        height=height,
+        count=1,
+        dtype="uint16",
+        nodata=NODATA,
         crs=CRS.from_user_input(preview.as_text(record["crs"])),
-        transform=from_bounds(left, bottom, right, top, width, height), compress="deflate",
+        transform=from_bounds(left, bottom, right, top, width, height),
+        compress="deflate",
     ) as file:
         file.write(assigned.astype(np.uint16), 1)
         file.set_band_description(1, "prototype")
@@ -80,8 +92,11 @@ def draw(
     rows = [(colours(count)[k], f"{k}  {np.mean(first == k):.0%}") for k in shown]
     _legend(pen, font, 2 * _GAP + _SIDE, below, rows, _SIDE // 2)
     label = record["label_map"]
-    rows = [(colour, f"{classes[key][:24]}  {np.mean(label == key):.0%}")
-            for key, colour in preview.cover_colours(classes).items() if (label == key).any()]
+    rows = [
+        (colour, f"{classes[key][:24]}  {np.mean(label == key):.0%}")
+        for key, colour in preview.cover_colours(classes).items()
+        if (label == key).any()
+    ]
     _legend(pen, font, width - _SIDE - _GAP, below, rows, _SIDE // 2)
     return canvas
 
@@ -95,9 +110,7 @@ def _imagery(record: Mapping[str, Any], meta: Mapping[str, Any]) -> tuple[str, n
     return f"s2  {preview.date_text(record['s2_date'][best])}  true colour", shown
 
 
-def _legend(
-    pen: ImageDraw.ImageDraw, font: Any, left: int, top: int, rows: list[tuple[Any, str]], column: int
-) -> None:
+def _legend(pen: ImageDraw.ImageDraw, font: Any, left: int, top: int, rows: list[tuple[Any, str]], column: int) -> None:
     for place, (colour, text) in enumerate(rows[: 2 * _ROWS]):
         x, y = left + place // _ROWS * column, top + place % _ROWS * _LINE
         pen.rectangle((x, y, x + 13, y + 13), fill=tuple(int(v) for v in colour), outline=(120, 120, 120))

@@ -4,9 +4,11 @@ HR gets DINO's optical set; S2 and S1 get what disturbs their radiometry: a gain
 atmosphere), an offset and residual speckle in decibel. The numbers are configuration (`config.data.augment`): the
 paper gives none.
 """
+
 from __future__ import annotations
 
-from typing import Any, Callable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -41,8 +43,12 @@ def colour_matrix(brightness: float, contrast: float, saturation: float, hue: fl
 def blur_band(sigma: float, size: int) -> augment.Band:
     """Gaussian blur along an axis of `size` pixels: truncated at three sigma, renormalised at the border."""
     reach = max(3.0 * sigma, 0.5)
-    return augment.make_band(np.arange(size) + 0.5, reach, size,
-                             lambda distance: np.exp(-0.5 * np.square(distance / sigma)) * (np.abs(distance) <= reach))
+    return augment.make_band(
+        np.arange(size) + 0.5,
+        reach,
+        size,
+        lambda distance: np.exp(-0.5 * np.square(distance / sigma)) * (np.abs(distance) <= reach),
+    )
 
 
 def optical(
@@ -103,7 +109,11 @@ RULES: dict[str, Callable[..., np.ndarray]] = {"hr": optical, "s2": reflectance,
 
 
 def disturb(
-    rng: np.random.Generator, sensor: str, planes: np.ndarray, valid: np.ndarray | None, view: str,
+    rng: np.random.Generator,
+    sensor: str,
+    planes: np.ndarray,
+    valid: np.ndarray | None,
+    view: str,
     cfg: Mapping[str, Any],
 ) -> np.ndarray:
     """The sensor's rule applied to planes float32 [T, C, H, W]; pixels with valid [T, H, W] = 0 are 0 afterwards."""

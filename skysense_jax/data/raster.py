@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import rasterio
 from affine import Affine
+from rasterio._err import CPLE_BaseError  # what PROJ and the warper raise directly; rasterio has no public name for it
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp, MaskFlags
-from rasterio._err import CPLE_BaseError  # what PROJ and the warper raise directly; rasterio has no public name for it
 from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError, RasterioIOError
 from rasterio.windows import Window
 
@@ -166,8 +167,10 @@ def header(
     where it lies; otherwise crs and transform are not looked at. Raises RasterRefused.
     """
     if file.subdatasets:
-        raise RasterRefused(f"holds {len(file.subdatasets)} images, of which only the first would be read: write each "
-                            "into a file of its own")
+        raise RasterRefused(
+            f"holds {len(file.subdatasets)} images, of which only the first would be read: write each "
+            "into a file of its own"
+        )
     if file.count < 1 or file.count > MAX_BANDS:
         raise RasterRefused(f"{file.count} bands; between 1 and {MAX_BANDS} are read")
     declared = file.width * file.height * file.count

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime
 from collections import Counter
-from typing import Any, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 REFUSED, USED = "refused", "used"
 _MAX_PRINTED, _MAX_FILES = 30, 5

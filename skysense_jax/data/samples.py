@@ -4,10 +4,12 @@ The sensors take turns in proportion to how many places have them (GFM's homogen
 arithmetic on the step: which sensor, which places, which crop, so that a batch is a function of (configuration, seed,
 step) for any number of processes and restarts. Several datasets, georeferenced or not, are mixed as if they were one.
 """
+
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable, Mapping, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -62,14 +64,18 @@ def check(cfg: Any, contract: Mapping[str, Any]) -> str:
     held = set()
     for folder, meta in zip(folders(cfg), metas):
         if not (shared := set(meta["sensors"]) & set(contract["sensors"])):
-            raise ValueError(f"the dataset in {folder} holds {', '.join(meta['sensors'])}, the model takes "
-                             f"{', '.join(contract['sensors'])}; leave the dataset out")
+            raise ValueError(
+                f"the dataset in {folder} holds {', '.join(meta['sensors'])}, the model takes "
+                f"{', '.join(contract['sensors'])}; leave the dataset out"
+            )
         held |= shared
     for name, rule in contract["sensors"].items():
         if name not in held:
-            raise ValueError(f"the model takes {name!r}, no dataset of config.data.dir and config.data.also holds it; "
-                             f"name those that the run takes (--config configs/msgfm_smoke.py:s2,s1), or add a dataset "
-                             f"that has {name!r}")
+            raise ValueError(
+                f"the model takes {name!r}, no dataset of config.data.dir and config.data.also holds it; "
+                f"name those that the run takes (--config configs/msgfm_smoke.py:s2,s1), or add a dataset "
+                f"that has {name!r}"
+            )
         if unstored := [band for band in rule["bands"] if band in SENSORS[name].unstored]:
             raise ValueError(f"the model takes {unstored} of {name!r}, which records do not hold")
     return "+".join(str(meta["dataset_id"]) for meta in metas)
@@ -94,15 +100,31 @@ def make_plan(cfg: Any, contract: Mapping[str, Any], seed: int) -> Plan:
             found[name].append(np.stack([np.full_like(records, number), records], 1).astype(np.int32))
     members = {name: np.concatenate(parts) for name, parts in found.items()}
     if empty := [name for name in names if not len(members[name])]:
-        raise ValueError(f"no place of split {data.split!r} has {', '.join(empty)}: name the sensors that the run "
-                         "takes (--config configs/msgfm_smoke.py:s2,s1)")
+        raise ValueError(
+            f"no place of split {data.split!r} has {', '.join(empty)}: name the sensors that the run "
+            "takes (--config configs/msgfm_smoke.py:s2,s1)"
+        )
     rounds = {name: max(1, round(len(rows) / data.batch)) for name, rows in members.items()}
-    shuffled = {name: grain.MapDataset.range(len(rows)).seed(_seed(seed, name)).shuffle().repeat()
-                for name, rows in members.items()}
+    shuffled = {
+        name: grain.MapDataset.range(len(rows)).seed(_seed(seed, name)).shuffle().repeat()
+        for name, rows in members.items()
+    }
     turns = grain.MapDataset.range(sum(rounds.values())).seed(_seed(seed, "turns")).shuffle().repeat()
     channels = max(len(rule["bands"]) for rule in contract["sensors"].values())
-    return Plan(names, tuple(datasets), members, shuffled, turns, rounds, int(data.batch), int(cfg.model.img_size),
-                channels, tuple(data.scale), tuple(data.aspect), float(data.flip))
+    return Plan(
+        names,
+        tuple(datasets),
+        members,
+        shuffled,
+        turns,
+        rounds,
+        int(data.batch),
+        int(cfg.model.img_size),
+        channels,
+        tuple(data.scale),
+        tuple(data.aspect),
+        float(data.flip),
+    )
 
 
 def _seed(seed: int, name: str) -> int:
@@ -148,8 +170,13 @@ def sample(plan: Plan, drawn: tuple[str, int, Mapping[str, Any]], rng: np.random
     if paired:
         other = nearest(rng, record[f"{name}_date"][seen], record[f"{partner}_date"], others)
         _cut(pair, plan, here, partner, record, other, box, turn)
-    return {"sensor": np.int32(plan.names.index(name)), "own": own, "pair": pair, "paired": np.float32(paired),
-            "place": {"index": np.int64(here.first + record["index"])}}
+    return {
+        "sensor": np.int32(plan.names.index(name)),
+        "own": own,
+        "pair": pair,
+        "paired": np.float32(paired),
+        "place": {"index": np.int64(here.first + record["index"])},
+    }
 
 
 def nearest(rng: np.random.Generator, date: int, dates: np.ndarray, usable: np.ndarray) -> int:
@@ -161,13 +188,22 @@ def nearest(rng: np.random.Generator, date: int, dates: np.ndarray, usable: np.n
 
 
 def _empty(plan: Plan) -> dict[str, np.ndarray]:
-    return {"image": np.zeros((plan.side, plan.side, plan.channels), np.float32),
-            "valid": np.zeros((plan.side, plan.side), np.float32), "bands": np.zeros(plan.channels, np.float32)}
+    return {
+        "image": np.zeros((plan.side, plan.side, plan.channels), np.float32),
+        "valid": np.zeros((plan.side, plan.side), np.float32),
+        "bands": np.zeros(plan.channels, np.float32),
+    }
 
 
 def _cut(
-    out: dict[str, np.ndarray], plan: Plan, here: Dataset, name: str, record: Mapping[str, Any], at: int,
-    box: augment.Box, turn: augment.Orientation,
+    out: dict[str, np.ndarray],
+    plan: Plan,
+    here: Dataset,
+    name: str,
+    record: Mapping[str, Any],
+    at: int,
+    box: augment.Box,
+    turn: augment.Orientation,
 ) -> None:
     """Acquisition `at` of a sensor inside the box, on the model's pixels, written into `out`."""
     p = here.plans[name]
@@ -175,8 +211,8 @@ def _cut(
     rows = slice(at, at + 1)
     planes, mask = augment.resample(record[f"{name}_image"][rows], record[f"{name}_valid"][rows], p.bands, window)
     measured = record[f"{name}_measured"][at]
-    out["bands"][:p.channels] = measured if p.bands is None else measured[p.bands]
-    out["image"][..., :p.channels] = augment.orient(planes, turn)[0].transpose(1, 2, 0) * out["bands"][:p.channels]
+    out["bands"][: p.channels] = measured if p.bands is None else measured[p.bands]
+    out["image"][..., : p.channels] = augment.orient(planes, turn)[0].transpose(1, 2, 0) * out["bands"][: p.channels]
     out["valid"][:] = 1.0 if mask is None else augment.orient(mask, turn)[0]
 
 
@@ -198,7 +234,11 @@ def train_dataset(
 
 
 def make_train_iterator(
-    cfg: Any, contract: Mapping[str, Any], seed: int, start_step: int = 0, process_index: int = 0,
+    cfg: Any,
+    contract: Mapping[str, Any],
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator:
     """As :func:`pipeline.make_train_iterator`, of one sensor's images a batch."""

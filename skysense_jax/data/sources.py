@@ -1,10 +1,12 @@
 """Reading a dataset of places: random access to records, metadata, and the check against a model's input contract."""
+
 from __future__ import annotations
 
 import json
 import pathlib
 import sys
-from typing import Any, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -46,12 +48,16 @@ class Places:
         self._damaged[number] = reason
         count, where = len(self._damaged), self._where(number)
         if count > min(self._allowed, len(self) - 1):
-            raise ValueError(f"{count} damaged records, config.data.max_bad_records allows {self._allowed}: "
-                             f"{', '.join(map(str, sorted(self._damaged)[:10]))}; {where}: {reason}. "
-                             "Build the dataset again or copy it anew")
+            raise ValueError(
+                f"{count} damaged records, config.data.max_bad_records allows {self._allowed}: "
+                f"{', '.join(map(str, sorted(self._damaged)[:10]))}; {where}: {reason}. "
+                "Build the dataset again or copy it anew"
+            )
         if new:
-            sys.stderr.write(f"damaged record ({count} of at most {self._allowed}): {where}: {reason}; "
-                             f"record {following} is read in its place\n")
+            sys.stderr.write(
+                f"damaged record ({count} of at most {self._allowed}): {where}: {reason}; "
+                f"record {following} is read in its place\n"
+            )
 
     def _where(self, number: int) -> str:
         """Record and file, for people."""
@@ -95,9 +101,7 @@ def _builder(folder: str | pathlib.Path) -> Any:
     return tfds.builder_from_directory(str(folder))
 
 
-def open_places(
-    folder: str | pathlib.Path, split: str, allowed: int = 0, only: Sequence[str] | None = None
-) -> Places:
+def open_places(folder: str | pathlib.Path, split: str, allowed: int = 0, only: Sequence[str] | None = None) -> Places:
     """The records of a split by random access; `allowed` damaged ones are passed over. only: features to decode, None =
     all. ValueError: no dataset, or split absent or empty.
     """
@@ -152,8 +156,9 @@ def check_dataset(meta: Mapping[str, Any], contract: Mapping[str, Any], cfg: Any
     """
     data = cfg.data
     if cfg.model.name != "msgfm" and not meta.get("georeferenced", True):
-        raise ValueError(f"the dataset in {data.dir} has no georeference; only config.model.name='msgfm' learns from "
-                         "such images")
+        raise ValueError(
+            f"the dataset in {data.dir} has no georeference; only config.model.name='msgfm' learns from such images"
+        )
     for name, rule in contract["sensors"].items():
         if name not in meta["sensors"]:
             raise ValueError(
@@ -164,8 +169,9 @@ def check_dataset(meta: Mapping[str, Any], contract: Mapping[str, Any], cfg: Any
             given = list(data.bands[name]) if name in data.bands else "no bands"
             raise ValueError(f"config.data.bands has {given} for {name!r}, the input contract {rule['bands']}")
         if unstored := [band for band in rule["bands"] if band in sensors.SENSORS[name].unstored]:
-            raise ValueError(f"the model takes {unstored} of {name!r}, which records do not hold; "
-                             "use `load` with arrays")
+            raise ValueError(
+                f"the model takes {unstored} of {name!r}, which records do not hold; use `load` with arrays"
+            )
         for field in ("dates", "eval_dates"):
             if field in data and (name not in data[field] or data[field][name] < 1):
                 raise ValueError(f"config.data.{field} needs a number of acquisitions >= 1 for {name!r}")

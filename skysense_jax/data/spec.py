@@ -1,7 +1,9 @@
 """The element specs: what a record holds (its TFDS features) and what a training batch looks like. Shapes only."""
+
 from __future__ import annotations
 
-from typing import Any, Mapping, NamedTuple, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -21,13 +23,17 @@ def record_features(sensors: Sequence[str], tile: int, ratio: int, n_classes: in
     Tensors are stored as raw bytes: encoding a 1 MB series this way costs milliseconds, TFDS's default costs a hundred
     times that.
     """
+
     def tensor(shape: tuple[int | None, ...], dtype: str) -> tfds.features.Tensor:
         return tfds.features.Tensor(shape=shape, dtype=np.dtype(dtype), encoding="bytes")
 
     features = {
-        "place": tfds.features.Text(), "crs": tfds.features.Text(),
-        "lon": tensor((), "float64"), "lat": tensor((), "float64"),  # bytes: a TFDS scalar is stored as float32
-        "footprint": tensor((4,), "float64"), "label": tensor((max(n_classes, 1),), "uint8"),
+        "place": tfds.features.Text(),
+        "crs": tfds.features.Text(),
+        "lon": tensor((), "float64"),
+        "lat": tensor((), "float64"),  # bytes: a TFDS scalar is stored as float32
+        "footprint": tensor((4,), "float64"),
+        "label": tensor((max(n_classes, 1),), "uint8"),
         "label_map": tensor((tile, tile), "uint8"),
     }
     for name in sensors:
@@ -60,10 +66,18 @@ def sample_spec(cfg: Any, contract: Mapping[str, Any]) -> dict[str, Any]:
     batch, side = int(cfg.data.batch), int(cfg.model.img_size)
     channels = max(len(rule["bands"]) for rule in contract["sensors"].values())
     f32 = np.dtype(np.float32)
-    image = {"image": Leaf((batch, side, side, channels), f32), "valid": Leaf((batch, side, side), f32),
-             "bands": Leaf((batch, channels), f32)}
-    return {"sensor": Leaf((batch,), np.dtype(np.int32)), "own": image, "pair": dict(image),
-            "paired": Leaf((batch,), f32), "place": {"index": Leaf((batch,), np.dtype(np.int64))}}
+    image = {
+        "image": Leaf((batch, side, side, channels), f32),
+        "valid": Leaf((batch, side, side), f32),
+        "bands": Leaf((batch, channels), f32),
+    }
+    return {
+        "sensor": Leaf((batch,), np.dtype(np.int32)),
+        "own": image,
+        "pair": dict(image),
+        "paired": Leaf((batch,), f32),
+        "place": {"index": Leaf((batch,), np.dtype(np.int64))},
+    }
 
 
 def batch_spec(cfg: Any, contract: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,8 +100,10 @@ def batch_spec(cfg: Any, contract: Mapping[str, Any]) -> dict[str, Any]:
             pixels = size * contract["ratio"] if rule["grid"] == "hr" else size
             channels = len(rule["bands"])
             inputs[name] = {
-                "image": Leaf((*lead, pixels, pixels, channels), f32), "valid": Leaf((*lead, pixels, pixels), f32),
-                "bands": Leaf((*lead, channels), f32), "dates": Leaf(lead, i32),
+                "image": Leaf((*lead, pixels, pixels, channels), f32),
+                "valid": Leaf((*lead, pixels, pixels), f32),
+                "bands": Leaf((*lead, channels), f32),
+                "dates": Leaf(lead, i32),
             }
         coords = Leaf((batch, count, size, size, 2), f32)
         return {"sensors": inputs, "coords": coords, "cell": Leaf((batch, count), f32)}

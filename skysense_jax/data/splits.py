@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import fnmatch
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Iterable, NamedTuple
+from typing import NamedTuple
 
 from skysense_jax.data.catalog import SPLITS, CatalogError
 

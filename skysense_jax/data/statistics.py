@@ -5,8 +5,9 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
@@ -84,7 +85,7 @@ def compute(folder: str | Path, clear_only: bool = False, progress: bool = True)
     ):
         digest.update(len(data).to_bytes(8, "little") + data)
         _add(features.deserialize_example_np(data), moments, clear_only)
-    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
     statistics = {
         name: _entry(name, found, meta, today, digest.hexdigest(), clear_only) for name, found in moments.items()
     }

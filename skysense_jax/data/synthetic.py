@@ -257,7 +257,8 @@ def synthesise(
         )
     out.mkdir(parents=True, exist_ok=True)
     (out / "SYNTHETIC.txt").write_text(
-        _NOTICE + f"places {places} seed {seed} tile {tile} ratio {ratio} gsd {gsd} world {kind}\n")
+        _NOTICE + f"places {places} seed {seed} tile {tile} ratio {ratio} gsd {gsd} world {kind}\n"
+    )
     workers = workers or os.cpu_count() or 1
     chunks = [range(at, min(at + 8, places)) for at in range(0, places, 8)]
     jobs = [(chunk, str(out), seed, tile, ratio, gsd, test_fraction, kind) for chunk in chunks]
@@ -294,8 +295,7 @@ def _collect(done: Any, places: int) -> list[dict[str, str]]:
 
 def _run_synth(args: argparse.Namespace) -> int:
     catalog = synthesise(
-        args.out, args.places, args.seed, args.tile, args.ratio, args.gsd, args.test_fraction, args.workers,
-        args.world,
+        args.out, args.places, args.seed, args.tile, args.ratio, args.gsd, args.test_fraction, args.workers, args.world
     )
     print(f"SYNTHETIC data: {args.places} places, catalog {catalog}")
     return 0
@@ -318,7 +318,10 @@ def add_parsers_synth(subparsers: Any) -> None:
     )
     parser.add_argument("--workers", type=int, default=None, help="processes (default: all cores)")
     parser.add_argument(
-        "--world", choices=tuple(world.WORLDS), default="plain",
+        "--world",
+        choices=tuple(world.WORLDS),
+        default="plain",
         help="plain: a label is a scene type. regional, permuted: which scene type a label looks like depends on the "
-        "region (for tests of geo-context)")
+        "region (for tests of geo-context)",
+    )
     parser.set_defaults(run=_run_synth)

@@ -204,12 +204,7 @@ def render_hr(rng: np.random.Generator, land: Land, climate: Climate, day: float
 
 
 def render_s2(
-    rng: np.random.Generator,
-    land: Land,
-    share: np.ndarray,
-    climate: Climate,
-    day: float,
-    place_gain: float,
+    rng: np.random.Generator, land: Land, share: np.ndarray, climate: Climate, day: float, place_gain: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One Level-2A acquisition: (reflectance float64[12, N, N], SCL uint8[N, N], seen bool[N, N]).
 

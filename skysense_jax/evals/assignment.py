@@ -2,6 +2,7 @@
 
 Everything here is hard assignment of unit features in numpy; prototypes are numbered from 0 in the order of the bank.
 """
+
 from __future__ import annotations
 
 import numpy as np

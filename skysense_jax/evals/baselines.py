@@ -6,7 +6,8 @@ untrained, needs no code of its own: it is the network with freshly drawn parame
 
 from __future__ import annotations
 
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 

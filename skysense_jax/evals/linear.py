@@ -62,12 +62,7 @@ def _fit_scores(x: np.ndarray, target: np.ndarray, test: np.ndarray, strength: f
 
 @_one_thread
 def choose_strength(
-    features: np.ndarray,
-    target: np.ndarray,
-    place: np.ndarray,
-    *,
-    multilabel: bool = False,
-    folds: int = 5,
+    features: np.ndarray, target: np.ndarray, place: np.ndarray, *, multilabel: bool = False, folds: int = 5
 ) -> tuple[float, dict[float, float]]:
     """Cross-validated C over :data:`STRENGTHS`, grouped by place; sees training rows only.
 

@@ -1,7 +1,9 @@
 """What a model does with a PlaceInput before its first layer: check its shapes, bring raw units to what it eats."""
+
 from __future__ import annotations
 
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +28,8 @@ def check_inputs(inputs: Mapping[str, Mapping[str, Any]], contract: Mapping[str,
         rule, shape = contract["sensors"][name], tuple(sensor["image"].shape)
         if len(shape) != 5 or shape[-1] != len(rule["bands"]):
             raise ValueError(
-                f"{name}: image must be [B,T,H,W,{len(rule['bands'])}] with bands {rule['bands']}, got {shape}")
+                f"{name}: image must be [B,T,H,W,{len(rule['bands'])}] with bands {rule['bands']}, got {shape}"
+            )
         wanted = {"valid": shape[:4], "bands": shape[:2] + shape[-1:], "dates": shape[:2]}
         for key, expected in wanted.items():
             if tuple(sensor[key].shape) != expected:

@@ -4,9 +4,11 @@ trained elsewhere.
 The model was never released. Its parts follow the code it is built on (SimMIM and GFM, models/simmim.py and
 swin_transformer.py): Swin-V1, a mask token in place of hidden patches, a linear decoder with pixel shuffle.
 """
+
 from __future__ import annotations
 
-from typing import Any, Callable, Mapping, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -82,16 +84,28 @@ def make_model(cfg: Any, contract: Mapping[str, Any]) -> Model:
     moe = cfg.moe.to_dict()
     moe_stages = tuple(moe.pop("stages"))
     if wrong := [stage for stage in moe_stages if stage not in range(len(cfg.depths)) or cfg.depths[stage] < 2]:
-        raise ValueError(f"model.moe.stages has {wrong}: depths {tuple(cfg.depths)} have no odd block there (stages "
-                         "count from 0)")
+        raise ValueError(
+            f"model.moe.stages has {wrong}: depths {tuple(cfg.depths)} have no odd block there (stages count from 0)"
+        )
     dtype = jnp.dtype(cfg.dtype)
     patches = NormedPatches(cfg.embed_dims, cfg.patch, cfg.eps, dtype)
     encoder = SwinTransformerV1(
-        tuple(cfg.depths), tuple(cfg.num_heads), stage_windows(cfg), moe_stages, moe, mlp_ratio=cfg.mlp_ratio,
-        drop=cfg.drop_path, eps=cfg.eps, remat=cfg.remat, dtype=dtype)
+        tuple(cfg.depths),
+        tuple(cfg.num_heads),
+        stage_windows(cfg),
+        moe_stages,
+        moe,
+        mlp_ratio=cfg.mlp_ratio,
+        drop=cfg.drop_path,
+        eps=cfg.eps,
+        remat=cfg.remat,
+        dtype=dtype,
+    )
     width = cfg.embed_dims * 2 ** (len(cfg.depths) - 1)
-    decoders = {name: UPHead(len(rule["bands"]), stride(cfg), dtype, torch_linear, conv_bias(width))
-                for name, rule in sensors.items()}
+    decoders = {
+        name: UPHead(len(rule["bands"]), stride(cfg), dtype, torch_linear, conv_bias(width))
+        for name, rule in sensors.items()
+    }
 
     def init(rng: jax.Array) -> Params:
         key = lambda name: jax.random.fold_in(rng, name_hash(name))

@@ -4,11 +4,13 @@ region. Wired here, trained elsewhere.
 Facts follow the SkySense release (models/*.py) and SkySense++ (skysense_pp_pipeline.py); what they leave open is said
 at the choice.
 """
+
 from __future__ import annotations
 
 import copy
 import math
-from typing import Any, Callable, Mapping, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +73,8 @@ def module_names(cfg: Any, contract: Mapping[str, Any]) -> tuple[str, ...]:
     unknown = [name for name in sensors if name not in SENSOR_ORDER]
     if unknown or not sensors:
         raise ValueError(
-            f"SkySense encodes {', '.join(SENSOR_ORDER)}; the input contract asks for {unknown or 'nothing'}")
+            f"SkySense encodes {', '.join(SENSOR_ORDER)}; the input contract asks for {unknown or 'nothing'}"
+        )
     mapped = [part for name in SENSOR_ORDER if name in sensors for part in (name, HEADS.get(name)) if part] + ["fusion"]
     whole = mapped + ["geo"] * _has_bank(cfg)
     listed = cfg.get("modules") or whole
@@ -79,8 +82,10 @@ def module_names(cfg: Any, contract: Mapping[str, Any]) -> tuple[str, ...]:
         raise ValueError(f"model.modules lists {stray}; a model of {', '.join(sensors)} has {', '.join(whole)}")
     needed = mapped if "fusion" in listed or "geo" in listed else sensors
     if missing := [name for name in needed if name not in listed]:
-        raise ValueError(f"model.modules = {tuple(listed)} lacks {missing}: the fusion needs every sensor's encoder "
-                         "and head, geo needs the fusion, and every sensor of the input contract its encoder")
+        raise ValueError(
+            f"model.modules = {tuple(listed)} lacks {missing}: the fusion needs every sensor's encoder "
+            "and head, geo needs the fusion, and every sensor of the input contract its encoder"
+        )
     return tuple(name for name in whole if name in listed)
 
 
@@ -100,29 +105,58 @@ def build_modules(cfg: Any, contract: Mapping[str, Any]) -> dict[str, Any]:
         hr, stages = cfg.hr, len(cfg.hr.depths)
         stride, width = hr.patch * 2 ** (stages - 1), hr.embed_dims * 2 ** (stages - 1)
         if stride != cfg.ratio or width != cfg.width:
-            raise ValueError(f"the HR encoder has stride {stride} and width {width}; model.ratio {cfg.ratio} and "
-                             f"model.width {cfg.width} must equal them")
+            raise ValueError(
+                f"the HR encoder has stride {stride} and width {width}; model.ratio {cfg.ratio} and "
+                f"model.width {cfg.width} must equal them"
+            )
         modules["hr"] = SwinTransformerV2(
-            hr.embed_dims, hr.patch, tuple(hr.depths), per_stage(hr.num_heads, stages, "num_heads"),
-            per_stage(hr.window, stages, "window"), per_stage(hr.pretrained_windows, stages, "pretrained_windows"),
-            mlp_ratio=hr.mlp_ratio, extra_norm_every=hr.extra_norm_every, pad_small_map=hr.pad_small_map,
-            drop=hr.drop_path, before_norm=hr.drop_path_before_norm, branch_scale=hr.branch_scale,
-            outputs=tuple(range(stages)), eps=hr.eps,
-            remat=cfg.remat, dtype=dtype)
+            hr.embed_dims,
+            hr.patch,
+            tuple(hr.depths),
+            per_stage(hr.num_heads, stages, "num_heads"),
+            per_stage(hr.window, stages, "window"),
+            per_stage(hr.pretrained_windows, stages, "pretrained_windows"),
+            mlp_ratio=hr.mlp_ratio,
+            extra_norm_every=hr.extra_norm_every,
+            pad_small_map=hr.pad_small_map,
+            drop=hr.drop_path,
+            before_norm=hr.drop_path_before_norm,
+            branch_scale=hr.branch_scale,
+            outputs=tuple(range(stages)),
+            eps=hr.eps,
+            remat=cfg.remat,
+            dtype=dtype,
+        )
     for name in ("s2", "s1"):
         if name in sensors:
             vit = cfg[name]
             modules[name] = VisionTransformer(
-                vit.embed_dims, vit.patch, vit.depth, vit.num_heads, (vit.img_size // vit.patch,) * 2,
-                mlp_ratio=vit.mlp_ratio, eps=vit.eps, drop=vit.drop_path, cls_token=vit.cls_token,
-                remat=cfg.remat, dtype=dtype)
+                vit.embed_dims,
+                vit.patch,
+                vit.depth,
+                vit.num_heads,
+                (vit.img_size // vit.patch,) * 2,
+                mlp_ratio=vit.mlp_ratio,
+                eps=vit.eps,
+                drop=vit.drop_path,
+                cls_token=vit.cls_token,
+                remat=cfg.remat,
+                dtype=dtype,
+            )
         if HEADS.get(name) in names:
             modules[HEADS[name]] = UPHead(cfg.width, cfg[name].patch, dtype)
     if "fusion" in names:
         fusion = cfg.fusion
         modules["fusion"] = Fusion(
-            fusion.embed_dims, fusion.depth, fusion.num_heads, mlp_ratio=fusion.mlp_ratio, eps=fusion.eps,
-            drop=fusion.drop_path, remat=cfg.remat, dtype=dtype)
+            fusion.embed_dims,
+            fusion.depth,
+            fusion.num_heads,
+            mlp_ratio=fusion.mlp_ratio,
+            eps=fusion.eps,
+            drop=fusion.drop_path,
+            remat=cfg.remat,
+            dtype=dtype,
+        )
     if "geo" in names:
         modules["geo"] = GeoQuery(cfg.geo_context.width, dtype)
     return modules
@@ -138,8 +172,10 @@ def _has_bank(cfg: Any) -> bool:
     if geo.table not in TABLES:
         raise ValueError(f"model.geo_context.table must be one of {TABLES}, got {geo.table!r}")
     if geo.regions < 1 or geo.prototypes < 2 or geo.width < 1:
-        raise ValueError(f"model.geo_context: {geo.regions} regions of {geo.prototypes} prototypes of width "
-                         f"{geo.width}; at least 1, 2 and 1")
+        raise ValueError(
+            f"model.geo_context: {geo.regions} regions of {geo.prototypes} prototypes of width "
+            f"{geo.width}; at least 1, 2 and 1"
+        )
     if geo.table == "hashed" and (geo.regions < 4 or math.isqrt(geo.regions) ** 2 != geo.regions):
         raise ValueError(f"model.geo_context.regions={geo.regions}: table='hashed' needs a square number, 4 or more")
     return geo.bank != "none"
@@ -196,8 +232,11 @@ def has_calendar(cfg: Any, modules: Any) -> bool:
 
 
 def fusion_sequence(
-    maps: Mapping[str, jax.Array], masks: Mapping[str, jax.Array], dates: Mapping[str, jax.Array],
-    calendar: str, table: jax.Array | None,
+    maps: Mapping[str, jax.Array],
+    masks: Mapping[str, jax.Array],
+    dates: Mapping[str, jax.Array],
+    calendar: str,
+    table: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """The sequences of all cells: maps {sensor: [B,T,h,w,D]} in the order HR, S2, S1, dates inside -> ([B,h,w,n,D],
     mask [B,h,w,n]).
@@ -253,7 +292,7 @@ def make_model(cfg: Any, contract: Mapping[str, Any]) -> Model:
         return params
 
     def apply(
-        params: Params, inputs: Mapping[str, Any], *, train: bool = False, rng: jax.Array | None = None,
+        params: Params, inputs: Mapping[str, Any], *, train: bool = False, rng: jax.Array | None = None
     ) -> dict[str, Any]:
         h, w = check_inputs(inputs, contract)
         place, inputs = inputs.get(PLACE), {name: sensor for name, sensor in inputs.items() if name != PLACE}
@@ -301,8 +340,10 @@ def make_model(cfg: Any, contract: Mapping[str, Any]) -> Model:
         if bank is None or place is None:
             return jnp.zeros((*fused.shape[:-1], cfg.geo_context.width), fused.dtype)
         if bank["prototypes"].shape[-1] != cfg.geo_context.width:
-            raise ValueError(f"the bank has prototypes of width {bank['prototypes'].shape[-1]}, "
-                             f"model.geo_context.width is {cfg.geo_context.width}")
+            raise ValueError(
+                f"the bank has prototypes of width {bank['prototypes'].shape[-1]}, "
+                f"model.geo_context.width is {cfg.geo_context.width}"
+            )
         return geo_context(query(params, fused), *prototypes.at_places(bank, place, region_side(cfg.geo_context)))
 
     return Model(init, apply, query)
@@ -325,5 +366,5 @@ def _smallest(name: str, cfg: Any, contract: Mapping[str, Any]) -> tuple[int, ..
     if name in ("fusion", "geo"):
         return (1, 1, cfg.width if name == "fusion" else cfg.fusion.embed_dims)
     if name.startswith("head_"):
-        return (1, 1, 1, cfg[name[len("head_"):]].embed_dims)
+        return (1, 1, 1, cfg[name[len("head_") :]].embed_dims)
     return (1, cfg[name].patch, cfg[name].patch, len(contract["sensors"][name]["bands"]))

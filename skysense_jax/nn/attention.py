@@ -1,4 +1,5 @@
 """Attention and its small companions: masked softmax attention, float32 LayerNorm, the MLP, DropPath."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -53,7 +54,8 @@ def layer_norm(eps: float, name: str, remat: bool = False, **kwargs: Any) -> nn.
     there is nothing to gain.
     """
     return (nn.remat(nn.LayerNorm) if remat else nn.LayerNorm)(
-        epsilon=eps, dtype=None, param_dtype=jnp.float32, use_fast_variance=False, name=name, **kwargs)
+        epsilon=eps, dtype=None, param_dtype=jnp.float32, use_fast_variance=False, name=name, **kwargs
+    )
 
 
 def gelu(x: jax.Array) -> jax.Array:

@@ -1,4 +1,5 @@
 """The multi-modal temporal fusion transformer: the sequence of one grid cell in, the output at an extra token out."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -33,7 +34,11 @@ class Fusion(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, mask: jax.Array | None = None, train: bool = False, emit: bool = False,
+        self,
+        x: jax.Array,
+        mask: jax.Array | None = None,
+        train: bool = False,
+        emit: bool = False,
         token_only: bool = False,
     ) -> tuple[jax.Array, jax.Array | None]:
         x = dense(self.width, "proj", self.dtype)(x)
@@ -42,5 +47,5 @@ class Fusion(nn.Module):
         if mask is not None:
             mask = jnp.concatenate([jnp.ones_like(mask[:, :1]), mask], axis=1)
         return TransformerStack(
-            self.depth, self.heads, self.mlp_ratio, self.eps, self.drop, self.remat, self.dtype, name="blocks",
+            self.depth, self.heads, self.mlp_ratio, self.eps, self.drop, self.remat, self.dtype, name="blocks"
         )(x, mask, train, emit, token_only)

@@ -1,4 +1,5 @@
 """Geo-context: every cell of a fused map asks the prototypes of its place's region (SkySense paper: K = V = P_r)."""
+
 from __future__ import annotations
 
 from typing import Any

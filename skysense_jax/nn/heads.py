@@ -1,4 +1,5 @@
 """Heads on top of the encoders: the UP head that brings ViT maps to the common grid, and the DINO projection head."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -24,8 +25,9 @@ class UPHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = dense(self.width * self.scale**2, "proj", self.dtype, kernel_init=self.kernel_init,
-                  bias_init=self.bias_init)(x)
+        x = dense(
+            self.width * self.scale**2, "proj", self.dtype, kernel_init=self.kernel_init, bias_init=self.bias_init
+        )(x)
         return pixel_shuffle(x, self.scale)
 
 
@@ -68,5 +70,6 @@ class DINOHead(nn.Module):
         weight = unit_prototypes(v.astype(wide(self.dtype)))
         if self.gain:
             weight = weight * self.param("last_layer_g", nn.initializers.ones, (self.prototypes,), jnp.float32)
-        return jnp.einsum("...c,ck->...k", x.astype(self.dtype), weight.astype(self.dtype),
-                          preferred_element_type=wide(self.dtype))
+        return jnp.einsum(
+            "...c,ck->...k", x.astype(self.dtype), weight.astype(self.dtype), preferred_element_type=wide(self.dtype)
+        )

@@ -4,6 +4,7 @@ Tokens are routed in groups, which stand for what one device holds in the refere
 number of places, the tokens with the highest scores are served first, the others get nothing from the layer. Dispatch
 sorts the tokens by expert and gathers; nothing is ever as large as tokens x experts x places.
 """
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -130,8 +131,10 @@ class MixtureOfExperts(nn.Module):
         if self.aux not in AUX:
             raise ValueError(f"model.moe.aux must be one of {', '.join(AUX)}, got {self.aux!r}")
         if self.aux != "gshard" and (self.gate_noise <= 0 or self.experts < 2):
-            raise ValueError(f"model.moe.aux {self.aux!r} compares experts under noise: it needs model.moe.gate_noise "
-                             "> 0 and two experts or more")
+            raise ValueError(
+                f"model.moe.aux {self.aux!r} compares experts under noise: it needs model.moe.gate_noise "
+                "> 0 and two experts or more"
+            )
         if places < 1:
             raise ValueError(f"model.moe.capacity {self.capacity} leaves an expert no place")
         if batch % group:

@@ -1,4 +1,5 @@
 """Cutting a map into patches: corner padding, patch embedding, patch merging and its inverse, pixel shuffle."""
+
 from __future__ import annotations
 
 from typing import Any

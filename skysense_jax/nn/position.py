@@ -1,4 +1,5 @@
 """Where and when: the bicubic resize of a learned position table, and the calendar table's rows."""
+
 from __future__ import annotations
 
 import jax

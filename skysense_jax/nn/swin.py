@@ -1,10 +1,12 @@
 """Swin-V2 as the SkySense release builds it (mmcls 0.25 semantics): cosine window attention, residual post-norm, extra
 norms.
 """
+
 from __future__ import annotations
 
 import math
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -82,6 +84,7 @@ def shift_regions(height: int, width: int, window: int, shift: int) -> np.ndarra
     """[windows, w*w] int8 region of every position of the rolled, padded map; attention between regions is
     discouraged.
     """
+
     def axis(length: int) -> np.ndarray:
         at = np.arange(length)
         return (at >= length - window).astype(np.int8) + (at >= length - shift)
@@ -99,7 +102,7 @@ def region_bias(regions: np.ndarray) -> jax.Array:
 
 
 def in_windows(
-    x: jax.Array, window: int, shift: int, attention: Callable[[jax.Array, np.ndarray | None], jax.Array],
+    x: jax.Array, window: int, shift: int, attention: Callable[[jax.Array, np.ndarray | None], jax.Array]
 ) -> jax.Array:
     """Pad [B,H,W,C] with zeros to multiples of the window, roll by the shift, attend inside windows, undo both.
 
@@ -210,8 +213,9 @@ class SwinBlock(nn.Module):
         _, height, width, _ = x.shape
         window, smaller = self.window, min(height, width)
         if smaller < window and not self.pad_small_map:
-            raise ValueError(f"a {height}x{width} map is smaller than the window {window}: use a larger input, or "
-                             "pad_small_map")
+            raise ValueError(
+                f"a {height}x{width} map is smaller than the window {window}: use a larger input, or pad_small_map"
+            )
         shift = window // 2 if self.shifted and (smaller != window or self.pad_small_map) else 0
         attention = WindowAttention(self.heads, window, self.pretrained_window, self.dtype, name="attn")
         return in_windows(x, window, shift, attention)
@@ -252,10 +256,15 @@ class SwinStage(nn.Module):
         for kind, first, count in stage_plan(rates.shape[0], self.extra_norm_every):
             if kind == "pairs":
                 pairs = nn.scan(
-                    SwinPair, variable_axes={"params": 0}, split_rngs={"params": True, "drop_path": True},
-                    length=count, metadata_params={nn.PARTITION_NAME: "layers"})
+                    SwinPair,
+                    variable_axes={"params": 0},
+                    split_rngs={"params": True, "drop_path": True},
+                    length=count,
+                    metadata_params={nn.PARTITION_NAME: "layers"},
+                )
                 x, _ = pairs(self.block, self.remat, count > 1, name=f"pairs{first}")(
-                    x, rates[first:first + 2 * count].reshape(count, 2))
+                    x, rates[first : first + 2 * count].reshape(count, 2)
+                )
             elif kind == "block":
                 x = single(shifted=bool(first % 2), name=f"block{first}", **self.block)(x, rates[first])
             else:
@@ -296,15 +305,22 @@ class SwinTransformerV2(nn.Module):
         maps = []
         for stage, depth in enumerate(self.depths):
             block = {
-                "heads": self.heads[stage], "window": self.windows[stage], "mlp_ratio": self.mlp_ratio,
-                "pretrained_window": self.pretrained_windows[stage], "pad_small_map": self.pad_small_map,
-                "before_norm": self.before_norm, "branch_scale": self.branch_scale,
-                "stochastic": train and self.drop > 0, "eps": self.eps, "dtype": self.dtype,
+                "heads": self.heads[stage],
+                "window": self.windows[stage],
+                "mlp_ratio": self.mlp_ratio,
+                "pretrained_window": self.pretrained_windows[stage],
+                "pad_small_map": self.pad_small_map,
+                "before_norm": self.before_norm,
+                "branch_scale": self.branch_scale,
+                "stochastic": train and self.drop > 0,
+                "eps": self.eps,
+                "dtype": self.dtype,
             }
             done = sum(self.depths[:stage])
             layers = SwinStage(
-                block, stage > 0, self.extra_norm_every, self.eps, self.remat, self.dtype, name=f"stage{stage}")
-            x = layers(x, rates[done:done + depth])
+                block, stage > 0, self.extra_norm_every, self.eps, self.remat, self.dtype, name=f"stage{stage}"
+            )
+            x = layers(x, rates[done : done + depth])
             if stage in self.outputs:
                 maps.append(layer_norm(self.eps, f"norm{stage}", self.remat)(x).astype(self.dtype))
         return tuple(maps)

@@ -1,9 +1,11 @@
 """Swin-V1 as SimMIM and GFM use it: pre-norm blocks, scaled dot-product window attention with a table of relative
 biases, some MLPs replaced by mixtures of experts.
 """
+
 from __future__ import annotations
 
-from typing import Any, Mapping, NamedTuple, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -137,10 +139,15 @@ class Stage(nn.Module):
         for kind, first, count in stage_plan(rates.shape[0], 0):
             if kind == "pairs":
                 pairs = nn.scan(
-                    Pair, variable_axes={"params": 0}, split_rngs={"params": True, "drop_path": True, "gate": True},
-                    length=count, metadata_params={nn.PARTITION_NAME: "layers"})
+                    Pair,
+                    variable_axes={"params": 0},
+                    split_rngs={"params": True, "drop_path": True, "gate": True},
+                    length=count,
+                    metadata_params={nn.PARTITION_NAME: "layers"},
+                )
                 x, stats = pairs(self.block, self.moe, self.remat, name=f"pairs{first}")(
-                    x, rates[first:first + 2 * count].reshape(count, 2))
+                    x, rates[first : first + 2 * count].reshape(count, 2)
+                )
             else:  # the last block of an odd number: an even one, unshifted
                 single = nn.remat(Block) if self.remat else Block
                 x, _ = single(shifted=False, moe={}, name=f"block{first}", **self.block)(x, rates[first])
@@ -173,13 +180,17 @@ class SwinTransformerV1(nn.Module):
         reports: dict[str, Stats] = {}
         for stage, depth in enumerate(self.depths):
             block = {
-                "heads": self.heads[stage], "window": self.windows[stage], "mlp_ratio": self.mlp_ratio,
-                "stochastic": train and self.drop > 0, "eps": self.eps, "dtype": self.dtype,
+                "heads": self.heads[stage],
+                "window": self.windows[stage],
+                "mlp_ratio": self.mlp_ratio,
+                "stochastic": train and self.drop > 0,
+                "eps": self.eps,
+                "dtype": self.dtype,
             }
             moe = {**self.moe, "train": train} if stage in self.moe_stages else {}
             done = sum(self.depths[:stage])
             layers = Stage(block, moe, stage > 0, self.remat, name=f"stage{stage}")
-            x, merged, stats = layers(x, rates[done:done + depth])
+            x, merged, stats = layers(x, rates[done : done + depth])
             maps.append(x)
             if stats:
                 reports[f"stage{stage}"] = stats

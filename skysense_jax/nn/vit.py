@@ -1,16 +1,27 @@
 """Plain transformers: the pre-norm layer, a scanned stack of it, and the ViT of the S2 and S1 encoders."""
+
 from __future__ import annotations
 
 import functools
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from skysense_jax.core.sharding import gathered
-from skysense_jax.nn.attention import (SelfAttention, dense, drop_path, drop_rates, gelu, layer_norm, tiny_normal,
-                                       trunc_normal, wide)
+from skysense_jax.nn.attention import (
+    SelfAttention,
+    dense,
+    drop_path,
+    drop_rates,
+    gelu,
+    layer_norm,
+    tiny_normal,
+    trunc_normal,
+    wide,
+)
 from skysense_jax.nn.patch import PatchEmbed
 from skysense_jax.nn.position import positions_for
 
@@ -36,7 +47,7 @@ class TransformerLayer(nn.Module):
         rng = self.make_rng("drop_path") if self.stochastic else None
         h = layer_norm(self.eps, "ln1")(x).astype(self.dtype)
         branch = SelfAttention(self.heads, self.dtype, name="attn")(h, mask, self.first_only)
-        x = x[:, :branch.shape[1]] + branch
+        x = x[:, : branch.shape[1]] + branch
         h = layer_norm(self.eps, "ln2")(x).astype(self.dtype)
         h = gelu(dense(int(width * self.mlp_ratio), "fc1", self.dtype, bias_init=tiny_normal)(h))
         h = dense(width, "fc2", self.dtype, bias_init=tiny_normal)(h)
@@ -62,15 +73,24 @@ class TransformerStack(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, mask: jax.Array | None = None, train: bool = False, emit: bool = False,
+        self,
+        x: jax.Array,
+        mask: jax.Array | None = None,
+        train: bool = False,
+        emit: bool = False,
         first_only: bool = False,
     ) -> tuple[jax.Array, jax.Array | None]:
         if first_only and not self.is_initializing():
             return self.first_token(x, mask, train), None
         layer = nn.remat(TransformerLayer, prevent_cse=False) if self.remat else TransformerLayer
         scanned = nn.scan(
-            layer, variable_axes={"params": 0}, split_rngs={"params": True, "drop_path": True},
-            in_axes=(0, nn.broadcast), length=self.depth, metadata_params={nn.PARTITION_NAME: "layers"})
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "drop_path": True},
+            in_axes=(0, nn.broadcast),
+            length=self.depth,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
         stack = scanned(self.heads, self.mlp_ratio, self.eps, train and self.drop > 0, emit, self.dtype, name="layers")
         return stack(x, drop_rates(self.drop, self.depth), mask)
 
@@ -84,8 +104,9 @@ class TransformerStack(nn.Module):
 
         def run(x: jax.Array, step: Any, first_only: bool = False) -> tuple[jax.Array, None]:
             weights, rate, key = step
-            layer = TransformerLayer(self.heads, self.mlp_ratio, self.eps, stochastic, False, self.dtype, first_only,
-                                     parent=None)
+            layer = TransformerLayer(
+                self.heads, self.mlp_ratio, self.eps, stochastic, False, self.dtype, first_only, parent=None
+            )
             rngs = {"drop_path": key} if stochastic else {}
             return layer.apply({"params": weights}, x, rate, mask, rngs=rngs)
 
@@ -133,7 +154,7 @@ class VisionTransformer(nn.Module):
         wanted = [i % self.depth for i in self.outputs]
         emit = any(i != self.depth - 1 for i in wanted)
         x, every = TransformerStack(
-            self.depth, self.heads, self.mlp_ratio, self.eps, self.drop, self.remat, self.dtype, name="blocks",
+            self.depth, self.heads, self.mlp_ratio, self.eps, self.drop, self.remat, self.dtype, name="blocks"
         )(x, None, train, emit)
         maps = [every[i] if emit else x for i in wanted]
-        return tuple(m[:, int(self.cls_token):].reshape(b, h, w, c) for m in maps)
+        return tuple(m[:, int(self.cls_token) :].reshape(b, h, w, c) for m in maps)

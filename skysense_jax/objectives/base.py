@@ -9,7 +9,8 @@ The parameters an objective owns live in three trees, all nested dicts of arrays
 
 from __future__ import annotations
 
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 Tree = Any
 

@@ -7,7 +7,8 @@ side by side, because matching, clustering and means treat each date on its own;
 from __future__ import annotations
 
 import math
-from typing import Any, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,7 @@ def through_heads(
 
     With head.remat the hidden layers are computed again in the backward pass: 2.6 GiB a chip less at full size.
     """
+
     def bottleneck(weights: Tree, x: jax.Array) -> jax.Array:
         return head.apply({"params": weights}, x, bottleneck=True).astype(head.dtype)
 
@@ -116,13 +118,7 @@ def family_terms(
         mine_v = gathered(unit_prototypes(frozen * jax.lax.stop_gradient(v) + (1 - frozen) * v))
         their_v = gathered(unit_prototypes(teacher_heads[name]["last_layer_v"]))
         totals, usage = gr.distil_groups(
-            groups,
-            mine_v,
-            their_v,
-            centre[name],
-            o.student_temp,
-            schedule["teacher_temp"],
-            o.chunk,
+            groups, mine_v, their_v, centre[name], o.student_temp, schedule["teacher_temp"], o.chunk
         )
         weights = {"pixel": theirs.mask, "object": object_weight, "image": their_image.mask}
         losses = {kind: contrast.safe_mean(x.ce, x.weight) for kind, x in totals.items()}

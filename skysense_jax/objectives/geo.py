@@ -3,7 +3,8 @@ sharded."""
 
 from __future__ import annotations
 
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +33,14 @@ def observe(
     """
     features = jax.lax.stop_gradient(fused.features[:, :, 0, :, : cfg.model.fusion.embed_dims])
     seen, monitors = prototypes.observe(
-        bank, place, model.query(encoder, features), fused.mask[:, :, 0], cfg.objective.sinkhorn_eps,
-        cfg.objective.sinkhorn_iters, region_side(cfg.model.geo_context))
+        bank,
+        place,
+        model.query(encoder, features),
+        fused.mask[:, :, 0],
+        cfg.objective.sinkhorn_eps,
+        cfg.objective.sinkhorn_iters,
+        region_side(cfg.model.geo_context),
+    )
     return seen, {f"geo/{name}": value for name, value in monitors.items()}
 
 

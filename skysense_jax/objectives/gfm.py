@@ -3,9 +3,11 @@
 GFM, models/simmim.py and models/teacher.py: an ImageNet Swin-B sees the same image unmasked, at its own size; both
 networks are compared at the map after the third merging, averaged over its cells, the student's through a linear layer.
 """
+
 from __future__ import annotations
 
-from typing import Any, Callable, Mapping, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +36,10 @@ def make_teacher(cfg: Any, contract: Mapping[str, Any]) -> Teacher:
     ValueError where no batch has images it knows.
     """
     if TAUGHT not in contract["sensors"]:
-        raise ValueError(f"config.objective.distill.weight: the teacher knows images of {TAUGHT!r}, the model takes "
-                         f"{', '.join(contract['sensors'])}")
+        raise ValueError(
+            f"config.objective.distill.weight: the teacher knows images of {TAUGHT!r}, the model takes "
+            f"{', '.join(contract['sensors'])}"
+        )
     o, number = cfg.objective.distill, list(contract["sensors"]).index(TAUGHT)
     own = cfg.model.copy_and_resolve_references()
     own.unlock()
@@ -64,8 +68,10 @@ def make_teacher(cfg: Any, contract: Mapping[str, Any]) -> Teacher:
 def projector(rng: jax.Array, width: int) -> Tree:
     """Parameters of the student's linear layer, started as torch starts one."""
     kernel, bias = jax.random.split(rng)
-    return {"kernel": torch_linear(kernel, (width, width), jnp.float32),
-            "bias": conv_bias(width)(bias, (width,), jnp.float32)}
+    return {
+        "kernel": torch_linear(kernel, (width, width), jnp.float32),
+        "bias": conv_bias(width)(bias, (width,), jnp.float32),
+    }
 
 
 def stretched(image: jax.Array, side: int) -> jax.Array:

@@ -32,9 +32,11 @@ Metrics (float32 scalars; "nan" where this batch has none of it):
   moe/load_max               that of the most loaded expert, mean over mixtures
   distill/cosine             mean cosine with the teacher's features
 """
+
 from __future__ import annotations
 
-from typing import Any, Callable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,8 +64,10 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
     model, o, names = msgfm.make_model(cfg.model, contract), cfg.objective, tuple(contract["sensors"])
     cell, side = int(o.mask_cell), int(cfg.model.img_size)
     if side % cell or cell % cfg.model.patch:
-        raise ValueError(f"config.objective.mask_cell={cell} must divide model.img_size={side} and be a multiple of "
-                         f"model.patch={cfg.model.patch}")
+        raise ValueError(
+            f"config.objective.mask_cell={cell} must divide model.img_size={side} and be a multiple of "
+            f"model.patch={cfg.model.patch}"
+        )
     if cfg.model.moe.stages and int(cfg.data.batch) % cfg.model.moe.group:
         raise ValueError(f"config.model.moe.group={cfg.model.moe.group} does not divide data.batch={cfg.data.batch}")
     bands = {name: len(rule["bands"]) for name, rule in contract["sensors"].items()}
@@ -81,26 +85,31 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
     def embedding(name: str) -> Callable[..., jax.Array]:
         def branch(params: Tree, own: Tree, mask: jax.Array) -> jax.Array:
             return model.embed(params, name, normalised(contract, name, own)[0], mask)
+
         return branch
 
     def errors(name: str) -> Callable[..., jax.Array]:
         """[4]: summed error and pixels of the images that reconstruct themselves, and their partner."""
+
         def one(params: Tree, target: str, part: Tree, final: jax.Array, mask: jax.Array) -> tuple[jax.Array, ...]:
             image, measured = normalised(contract, target, part)
             return masked_sums(model.decode(params, target, final), image, measured * mask[..., None])
 
-        def branch(
-            params: Tree, batch: Tree, final: jax.Array, mask: jax.Array, crossing: jax.Array
-        ) -> jax.Array:
+        def branch(params: Tree, batch: Tree, final: jax.Array, mask: jax.Array, crossing: jax.Array) -> jax.Array:
             sums = one(params, name, batch["own"], final, mask * (1 - crossing)[:, None, None])
             across = (jnp.zeros(()), jnp.zeros(()))
             for pair in targets[name][1:]:
                 across = one(params, pair, batch["pair"], final, mask * crossing[:, None, None])
             return jnp.stack([*sums, *across]).astype(jnp.float32)
+
         return branch
 
     def loss(
-        params: Tree, teacher: Tree, memory: Tree, batch: Tree, keys: Mapping[str, jax.Array],
+        params: Tree,
+        teacher: Tree,
+        memory: Tree,
+        batch: Tree,
+        keys: Mapping[str, jax.Array],
         schedule: Mapping[str, jax.Array],
     ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Tree]]:
         encoder, sensor = params["encoder"], batch["sensor"][0]
@@ -108,11 +117,13 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
         cells = random_cells(keys["mask"], size, side // cell, o.mask_ratio)
         crossing = jax.random.bernoulli(keys["cross"], o.cross, (size,)) * batch["paired"]
         outer = {name: part for name, part in encoder.items() if name != msgfm.ENCODER}
-        tokens = jax.lax.switch(sensor, [embedding(name) for name in names], outer, batch["own"],
-                                pixel_mask(cells, cell // cfg.model.patch))
+        tokens = jax.lax.switch(
+            sensor, [embedding(name) for name in names], outer, batch["own"], pixel_mask(cells, cell // cfg.model.patch)
+        )
         encoded = model.encode(encoder, tokens, train=True, rng=keys["encoder"])
         sums = jax.lax.switch(
-            sensor, [errors(name) for name in names], outer, batch, encoded.final, pixel_mask(cells, cell), crossing)
+            sensor, [errors(name) for name in names], outer, batch, encoded.final, pixel_mask(cells, cell), crossing
+        )
         mim = (sums[0] + sums[2]) / (sums[1] + sums[3] + jnp.float32(1e-5))
         mixtures, metrics = moe_metrics(encoded.moe)
         total = mim + o.aux_weight * mixtures
@@ -147,11 +158,21 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
             module = name.removeprefix("encoder/").split("/")[0]
             numbers = [names.index(one) for one in users.get(module, names)]
             return jnp.any(batch["sensor"][0] == jnp.array(numbers))
+
         return trees.map_named(leaf, params)
 
     return Objective(
-        init, loss, settle, features, sharding_rules(cfg, teach is not None),
-        lambda spec: count.msgfm_step(cfg, bands, targets), ("mask", "cross", "encoder"), (), lr_scale, taking_part)
+        init,
+        loss,
+        settle,
+        features,
+        sharding_rules(cfg, teach is not None),
+        lambda spec: count.msgfm_step(cfg, bands, targets),
+        ("mask", "cross", "encoder"),
+        (),
+        lr_scale,
+        taking_part,
+    )
 
 
 def moe_metrics(moe: Mapping[str, Mapping[str, jax.Array]]) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -161,18 +182,27 @@ def moe_metrics(moe: Mapping[str, Mapping[str, jax.Array]]) -> tuple[jax.Array, 
     stats = {key: jnp.concatenate([stage[key] for stage in moe.values()]) for key in ("aux", "load", "dropped")}
     load, aux = stats["load"], stats["aux"].sum()
     entropy = -jnp.sum(jnp.where(load > 0, load * jnp.log(jnp.maximum(load, 1e-30)), 0), -1) / jnp.log(load.shape[-1])
-    return aux, {"moe/aux": aux, "moe/dropped": stats["dropped"].mean(), "moe/load_entropy": entropy.mean(),
-                 "moe/load_max": load.max(-1).mean(),
-                 **{f"moe/load/{mixture}-{expert}": share
-                    for mixture, row in enumerate(load) for expert, share in enumerate(row)}}
+    return aux, {
+        "moe/aux": aux,
+        "moe/dropped": stats["dropped"].mean(),
+        "moe/load_entropy": entropy.mean(),
+        "moe/load_max": load.max(-1).mean(),
+        **{
+            f"moe/load/{mixture}-{expert}": share
+            for mixture, row in enumerate(load)
+            for expert, share in enumerate(row)
+        },
+    }
 
 
 def sharding_rules(cfg: Any, distils: bool) -> tuple[tuple[str, str], ...]:
     """Rules over the joined tree {"params", "teacher", "memory"} (core.sharding has the tactics)."""
     experts = r"params/encoder/encoder/.+/moe/fc[12](_bias)?"
-    rules = [(r"(params|teacher)/encoder/(embed|decoder)_[^/]+/.+", "fsdp"),
-             ("params/encoder/mask_token", "replicate"),
-             (rf"(?!{experts}$)(params|teacher)/encoder/encoder/.+", "fsdp")]
+    rules = [
+        (r"(params|teacher)/encoder/(embed|decoder)_[^/]+/.+", "fsdp"),
+        ("params/encoder/mask_token", "replicate"),
+        (rf"(?!{experts}$)(params|teacher)/encoder/encoder/.+", "fsdp"),
+    ]
     if cfg.model.moe.stages:
         rules.append((experts, "expert"))
     if distils:

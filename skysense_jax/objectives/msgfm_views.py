@@ -1,7 +1,9 @@
 """What msGFM makes of images without training: normalised inputs, features of places, reconstructions to look at."""
+
 from __future__ import annotations
 
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +23,11 @@ def normalised(contract: Mapping[str, Any], name: str, part: Tree) -> tuple[jax.
     """
     rule = contract["sensors"][name]
     bands = len(rule["bands"])
-    given = {"image": part["image"][:, None, ..., :bands], "valid": part["valid"][:, None],
-             "bands": part["bands"][:, None, :bands]}
+    given = {
+        "image": part["image"][:, None, ..., :bands],
+        "valid": part["valid"][:, None],
+        "bands": part["bands"][:, None, :bands],
+    }
     image, valid = normalise(given, rule)
     return image[:, 0], valid[:, 0, ..., None] * part["bands"][:, None, None, :bands]
 
@@ -93,8 +98,13 @@ def reconstructions(
             made[target] = raw(contract, target, guess[0])
             sums = (masked_sums(one, truth, counts) for one in (guess, jnp.zeros_like(truth)))
             errors[target] = jnp.stack([error / pixels for error, pixels in sums])
-        found[name] = {"image": raw(contract, name, image[0]), "mask": mask[0].astype(jnp.float32),
-                       "measured": measured[name][0].max(-1), "made": made, "errors": errors}
+        found[name] = {
+            "image": raw(contract, name, image[0]),
+            "mask": mask[0].astype(jnp.float32),
+            "measured": measured[name][0].max(-1),
+            "made": made,
+            "errors": errors,
+        }
     return found
 
 

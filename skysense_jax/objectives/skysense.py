@@ -37,7 +37,8 @@ A head none of whose rows is valid in the batch reports 0 for all of its own.
 from __future__ import annotations
 
 import itertools
-from typing import Any, Callable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,8 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
     pairs = tuple(itertools.combinations(sensors, 2))
     dtype = jnp.dtype(cfg.model.dtype)
     head = DINOHead(
-        o.head.hidden, o.head.bottleneck, o.head.prototypes, o.head.layers, remat=cfg.model.remat, dtype=dtype)
+        o.head.hidden, o.head.bottleneck, o.head.prototypes, o.head.layers, remat=cfg.model.remat, dtype=dtype
+    )
     widths = {**{name: cfg.model.width for name in sensors}, FUSED: fused_width(cfg.model, contract)}
     has_bank = widths[FUSED] > cfg.model.fusion.embed_dims
     learns = has_bank and cfg.model.geo_context.bank == "on"
@@ -85,8 +87,10 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
     if o.microbatches < 1 or int(cfg.data.batch) % o.microbatches:
         raise ValueError(f"objective.microbatches={o.microbatches} does not divide data.batch={cfg.data.batch}")
     if o.sinkhorn_eps <= 0 or has_bank and not 0 <= o.prototype_momentum < 1:
-        raise ValueError(f"objective.sinkhorn_eps={o.sinkhorn_eps} must be above 0, objective.prototype_momentum="
-                         f"{o.get('prototype_momentum')} in 0..1 and below 1")
+        raise ValueError(
+            f"objective.sinkhorn_eps={o.sinkhorn_eps} must be above 0, objective.prototype_momentum="
+            f"{o.get('prototype_momentum')} in 0..1 and below 1"
+        )
     seeds = clusters.seed_cells(size, size, o.clusters)
 
     def init(rng: jax.Array, spec: Tree) -> tuple[Tree, Tree, Tree]:
@@ -128,8 +132,10 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
             maps = {**out["maps"], FUSED: out["fused"][:, None]}
             masks = {**out["mask"], FUSED: out["fused_mask"][:, None]}
             return {
-                name: gr.Cells(maps[name].reshape(-1, s, *maps[name].shape[1:2], h * w, widths[name]),
-                               masks[name].reshape(-1, s, *masks[name].shape[1:2], h * w))
+                name: gr.Cells(
+                    maps[name].reshape(-1, s, *maps[name].shape[1:2], h * w, widths[name]),
+                    masks[name].reshape(-1, s, *masks[name].shape[1:2], h * w),
+                )
                 for name in heads
             }
 
@@ -139,8 +145,9 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
         pooled = {name: pool_regions(cells[name], size, o.align_grid) for name in sensors}
         vectors = {
             name: contrast.normalise(
-                jnp.dot(x.astype(dtype), gathered(params[name]["kernel"].astype(dtype)),
-                        preferred_element_type=jnp.float32)
+                jnp.dot(
+                    x.astype(dtype), gathered(params[name]["kernel"].astype(dtype)), preferred_element_type=jnp.float32
+                )
             )
             for name, (x, _) in pooled.items()
         }
@@ -162,7 +169,8 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
         student_encoder, teacher_encoder = params["encoder"], teacher["encoder"]
         if has_bank:
             student_encoder, teacher_encoder = (
-                with_bank(encoder, memory["bank"]) for encoder in (student_encoder, teacher_encoder))
+                with_bank(encoder, memory["bank"]) for encoder in (student_encoder, teacher_encoder)
+            )
             views, local_views = (scope and geo.located(scope, batch["place"]) for scope in (views, local_views))
         rng = keys["drop_path"]
         mine = encode(student_encoder, views, True, jax.random.fold_in(rng, 0))
@@ -200,7 +208,8 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
             metrics |= {f"{key}/{name}": value for key, value in monitors.items()}
         if has_bank:
             settle_inputs["bank"], monitors = geo.observe(
-                cfg, model, params["encoder"], memory["bank"], batch["place"], mine[FUSED])
+                cfg, model, params["encoder"], memory["bank"], batch["place"], mine[FUSED]
+            )
             metrics |= monitors
         aligned = align(params["align"], mine)
         metrics |= {f"loss/align/{pair}": value for pair, value in aligned.items()}

@@ -1,4 +1,5 @@
 """Which cells of two views show the same ground: the geometric correspondence behind the pixel and object terms."""
+
 from __future__ import annotations
 
 import jax

@@ -1,4 +1,5 @@
 """Masked image modelling: which cells are hidden, which pixels a mask covers, and the error over them."""
+
 from __future__ import annotations
 
 import math

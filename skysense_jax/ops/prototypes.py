@@ -16,7 +16,8 @@ places, the devices they lie on and their number change rounding only.
 
 from __future__ import annotations
 
-from typing import Mapping, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,8 +56,10 @@ def empty_bank(
     """
     lon_edges, lat_edges = regions.grid_edges(cell)
     if side != regions.ALONE and side > len(lat_edges) + 1:
-        raise ValueError(f"model.geo_context: {side} rows of shared regions, a grid of {cell:g} m has "
-                         f"{len(lat_edges) + 1}; lower regions, or cell")
+        raise ValueError(
+            f"model.geo_context: {side} rows of shared regions, a grid of {cell:g} m has "
+            f"{len(lat_edges) + 1}; lower regions, or cell"
+        )
     cells = np.full(count, regions.NOWHERE) if side == regions.ALONE else regions.shared(side, len(lon_edges) + 1)
     return {
         "prototypes": normalise(jax.random.normal(rng, (count, prototypes, width), jnp.float32)),
@@ -73,9 +76,7 @@ def place_cells(bank: Bank, place: Mapping[str, jax.Array], side: int) -> jax.Ar
     return regions.cell_ids(place["lon"], place["lat"], bank["lon_edges"], bank["lat_edges"], side)
 
 
-def at_places(
-    bank: Bank, place: Mapping[str, jax.Array], side: int = regions.ALONE
-) -> tuple[jax.Array, jax.Array]:
+def at_places(bank: Bank, place: Mapping[str, jax.Array], side: int = regions.ALONE) -> tuple[jax.Array, jax.Array]:
     """The prototypes of the places' regions [B, P, D], and whether they may be used [B] bool: not where the location is
     missing, its cell is none of the bank's, or its region has never been visited. side: as in :func:`empty_bank`.
     """
@@ -94,7 +95,12 @@ def directions(rows: jax.Array) -> jax.Array:
 
 @jax.default_matmul_precision("highest")
 def observe(
-    bank: Bank, place: Mapping[str, jax.Array], queries: jax.Array, mask: jax.Array, epsilon: float, iterations: int,
+    bank: Bank,
+    place: Mapping[str, jax.Array],
+    queries: jax.Array,
+    mask: jax.Array,
+    epsilon: float,
+    iterations: int,
     side: int = regions.ALONE,
 ) -> tuple[Observed, dict[str, jax.Array]]:
     """Assigns the cells of every view to the prototypes of its place's region; new cells of the grid take free regions.

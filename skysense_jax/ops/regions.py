@@ -42,8 +42,10 @@ def grid_edges(cell: float) -> tuple[np.ndarray, np.ndarray]:
         n = int(np.ceil(half / cell)) - 1  # an edge on the boundary itself is none
         return np.arange(-n, n + 1) * cell / RADIUS
 
-    return (np.degrees(steps(np.pi * RADIUS)).astype(np.float32),
-            np.degrees(np.arcsin(steps(RADIUS))).astype(np.float32))
+    return (
+        np.degrees(steps(np.pi * RADIUS)).astype(np.float32),
+        np.degrees(np.arcsin(steps(RADIUS))).astype(np.float32),
+    )
 
 
 def cell_ids(
@@ -74,8 +76,10 @@ def occupied(ids: np.ndarray, capacity: int) -> np.ndarray:
     """
     cells = np.unique(ids[ids != NOWHERE])
     if len(cells) > capacity:
-        raise ValueError(f"the places lie in {len(cells)} cells of the grid, model.geo_context.regions={capacity} is "
-                         "the room for them; raise it, or model.geo_context.cell")
+        raise ValueError(
+            f"the places lie in {len(cells)} cells of the grid, model.geo_context.regions={capacity} is "
+            "the room for them; raise it, or model.geo_context.cell"
+        )
     return np.concatenate([cells, np.full(capacity - len(cells), NOWHERE)]).astype(np.int32)
 
 
@@ -112,9 +116,7 @@ def claim(cells: jax.Array, ids: jax.Array) -> jax.Array:
     return cells.at[row].set(new, mode="drop")
 
 
-def cell_bounds(
-    cell: int, lon_edges: np.ndarray, lat_edges: np.ndarray
-) -> tuple[float, float, float, float]:
+def cell_bounds(cell: int, lon_edges: np.ndarray, lat_edges: np.ndarray) -> tuple[float, float, float, float]:
     """(west, south, east, north) of a cell in degrees."""
     lon, lat = np.array([-180, *lon_edges, 180]), np.array([-90, *lat_edges, 90])
     row, column = divmod(int(cell), len(lon) - 1)

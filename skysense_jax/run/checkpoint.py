@@ -6,13 +6,15 @@ and what the caller adds). Orbax writes into a temporary folder and renames it w
 killed save leaves nothing that looks like a checkpoint; on an object store, where nothing can be renamed, it writes a
 mark last.
 """
+
 from __future__ import annotations
 
 import hashlib
 import json
 import pathlib
 import sys
-from typing import Any, Callable, Mapping, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -92,9 +94,12 @@ class Saver:
         self._folder = paths.absolute(workdir) / FOLDER
         self._step = -1  # of the save that was started last
         self._orbax = ocp.training.Checkpointer(
-            self._folder, context=_context(), cleanup_tmp_directories=True,
+            self._folder,
+            context=_context(),
+            cleanup_tmp_directories=True,
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1))
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+        )
 
     def save(self, state: TrainState, data: Mapping[str, Any], meta: Mapping[str, Any]) -> bool:
         """Start saving; returns once the state is copied (the caller may donate it). False: this step is already there.
@@ -125,8 +130,10 @@ class Saver:
         try:
             action()
         except (OSError, ValueError, RuntimeError) as error:
-            raise NotSaved(f"{self._folder}: a checkpoint could not be written after step {max(self._step, 0)}: "
-                           f"{_first_line(error)}. The complete ones stand: make room and start again") from error
+            raise NotSaved(
+                f"{self._folder}: a checkpoint could not be written after step {max(self._step, 0)}: "
+                f"{_first_line(error)}. The complete ones stand: make room and start again"
+            ) from error
 
 
 def save_part(folder: pathlib.Path | str, name: str, tree: trees.Tree) -> None:
@@ -136,7 +143,8 @@ def save_part(folder: pathlib.Path | str, name: str, tree: trees.Tree) -> None:
     tree = jax.tree.map(jax.device_put, tree)  # no copy on a CPU; Orbax copies numpy arrays once more before it writes
     with _context():
         ocp.save_checkpointables(
-            paths.absolute(folder) / name, {name: tree, "meta": {**body, "seal": _seal(body)}}, overwrite=True)
+            paths.absolute(folder) / name, {name: tree, "meta": {**body, "seal": _seal(body)}}, overwrite=True
+        )
 
 
 def load_part(folder: pathlib.Path | str, name: str) -> trees.Tree:
@@ -186,8 +194,10 @@ def _load(
         wrong = [leaf for leaf in stored if found.get(leaf) != stored[leaf]]
         if wrong:
             first = wrong[0]
-            raise Damaged(f"{len(wrong)} leaves do not have the digest they were saved with, first {name}/{first}: "
-                          f"saved {stored[first]}, read {found.get(first)}")
+            raise Damaged(
+                f"{len(wrong)} leaves do not have the digest they were saved with, first {name}/{first}: "
+                f"saved {stored[first]}, read {found.get(first)}"
+            )
     return loaded
 
 
@@ -206,8 +216,10 @@ def _check_structure(meta: Mapping[str, Any], parts: Mapping[str, Any], where: s
         wanted = {leaf: digest.describe(shape) for leaf, shape in trees.flatten(parts.get(name, {})).items()}
         for leaf in sorted(set(stored) | set(wanted)):
             if stored.get(leaf) != wanted.get(leaf):
-                differences.append(f"{name}/{leaf}: saved {stored.get(leaf, 'nothing')}, "
-                                   f"the configuration builds {wanted.get(leaf, 'nothing')}")
+                differences.append(
+                    f"{name}/{leaf}: saved {stored.get(leaf, 'nothing')}, "
+                    f"the configuration builds {wanted.get(leaf, 'nothing')}"
+                )
     if differences:
         some = "; ".join(differences[:5])
         raise ValueError(f"{where} holds another model ({len(differences)} leaves differ): {some}")
@@ -241,8 +253,9 @@ def restore_latest_valid(
         return Restored(TrainState(step=counters["step"], skipped=counters["skipped"], **trees_), data, meta, step)
     if rejected:
         reasons = "; ".join(f"{step}: {reason}" for step, reason in rejected.items())
-        raise Damaged(f"{folder} has checkpoints but none can be trusted ({reasons}). "
-                      "Move the folder away to start over.")
+        raise Damaged(
+            f"{folder} has checkpoints but none can be trusted ({reasons}). Move the folder away to start over."
+        )
     return None
 
 

@@ -7,9 +7,11 @@ wherever the shards lie, and is the same on any mesh. Weights are odd, so a chan
 Checkpoints are digested on the host (compiling a reduction for every shape costs far more than the sums); `leaf_digest`
 is the same sum inside a jitted step.
 """
+
 from __future__ import annotations
 
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp

@@ -1,6 +1,7 @@
 """What a run says about itself: the reports of its folder for people, the meta of its checkpoints, and whether a run
 may go on from what another start left.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -9,7 +10,8 @@ import os
 import pathlib
 import platform
 import sys
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 from etils import epath
@@ -23,7 +25,15 @@ COMPLETE = "TRAIN_COMPLETE"
 """The mark of a run that is done: a file in its folder."""
 
 MAY_CHANGE = (
-    "run.", "mesh.", "eval.", "data.dir", "data.also", "data.threads", "data.prefetch", "data.max_bad_records")
+    "run.",
+    "mesh.",
+    "eval.",
+    "data.dir",
+    "data.also",
+    "data.threads",
+    "data.prefetch",
+    "data.max_bad_records",
+)
 """Fields a resumed run may have otherwise: how it runs, not what it computes (a dataset is known by its id)."""
 
 
@@ -42,8 +52,12 @@ def run_meta(cfg: config_dict.ConfigDict, contract: Mapping[str, Any], dataset_i
     """What every checkpoint of the run says about itself."""
     package = pathlib.Path(skysense_jax.__file__).parent
     sources = b"".join(file.read_bytes() for file in sorted(package.rglob("*.py")))
-    code = {"skysense_jax": skysense_jax.__version__, "sources_sha256": hashlib.sha256(sources).hexdigest(),
-            "jax": jax.__version__, "python": platform.python_version()}
+    code = {
+        "skysense_jax": skysense_jax.__version__,
+        "sources_sha256": hashlib.sha256(sources).hexdigest(),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+    }
     return {"format": 1, "config": as_json(cfg), "contract": dict(contract), "dataset_id": dataset_id, "code": code}
 
 
@@ -53,17 +67,23 @@ def check_same_run(
     """A checkpoint may be continued only by the run that wrote it: ValueError naming the fields that differ."""
     now, before = fields.flatten(as_json(cfg)), fields.flatten(meta["config"])
     names = [name for name in sorted(set(now) | set(before)) if not name.startswith(MAY_CHANGE)]
-    differ = [f"config.{name} was {before.get(name)!r}, is {now.get(name)!r}"
-              for name in names if now.get(name) != before.get(name)]
+    differ = [
+        f"config.{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        for name in names
+        if now.get(name) != before.get(name)
+    ]
     if differ:
-        raise ValueError("this workdir was begun with another configuration: " + "; ".join(differ[:8])
-                         + ". Use another --workdir.")
+        raise ValueError(
+            "this workdir was begun with another configuration: " + "; ".join(differ[:8]) + ". Use another --workdir."
+        )
     if meta["dataset_id"] != dataset_id:
-        raise ValueError(f"this workdir was begun on dataset {meta['dataset_id']}, "
-                         f"config.data.dir={cfg.data.dir} is {dataset_id}")
+        raise ValueError(
+            f"this workdir was begun on dataset {meta['dataset_id']}, config.data.dir={cfg.data.dir} is {dataset_id}"
+        )
     if meta["contract"] != json.loads(json.dumps(contract)):
-        raise ValueError("this workdir was begun with another input contract (bands, statistics or ratio). "
-                         "Use another --workdir.")
+        raise ValueError(
+            "this workdir was begun with another input contract (bands, statistics or ratio). Use another --workdir."
+        )
 
 
 def write_reports(workdir: epath.Path, plan: Any, mesh: jax.sharding.Mesh, meta: Mapping[str, Any]) -> None:
@@ -76,14 +96,23 @@ def write_reports(workdir: epath.Path, plan: Any, mesh: jax.sharding.Mesh, meta:
         for name in checkpoint.TREES
     }
     for name, report in reports.items():
-        say(f"{name}: {report.total / 2**20:.1f} MiB, per device {report.per_device / 2**20:.1f} MiB, "
-            f"replicated {report.replicated / 2**20:.1f} MiB")
+        say(
+            f"{name}: {report.total / 2**20:.1f} MiB, per device {report.per_device / 2**20:.1f} MiB, "
+            f"replicated {report.replicated / 2**20:.1f} MiB"
+        )
     spec = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in trees.flatten(plan.batch).items()}
     files = {
-        "config.json": meta["config"], "contract.json": plan.contract, "element_spec.json": spec,
+        "config.json": meta["config"],
+        "contract.json": plan.contract,
+        "element_spec.json": spec,
         "sharding.json": {"mesh": dict(mesh.shape), **{name: report._asdict() for name, report in reports.items()}},
-        "versions.json": {**meta["code"], "device": jax.devices()[0].device_kind, "devices": jax.device_count(),
-                          "processes": jax.process_count(), "xla_flags": os.environ.get("XLA_FLAGS", "")},
+        "versions.json": {
+            **meta["code"],
+            "device": jax.devices()[0].device_kind,
+            "devices": jax.device_count(),
+            "processes": jax.process_count(),
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        },
     }
     if jax.process_index() == 0:
         for name, value in files.items():

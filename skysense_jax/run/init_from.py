@@ -1,11 +1,13 @@
 """What a new run begins with: the weights of another one (what is the same is taken, what is new is named, what
 contradicts is refused), and the regions of its training places.
 """
+
 from __future__ import annotations
 
 import json
 import pathlib
-from typing import Any, Callable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -62,8 +64,9 @@ def _source(path: pathlib.Path | str) -> tuple[dict[str, Any], Callable[[str], A
     path = paths.path(path)
     if not (path / IMPORTED).is_file():
         meta = checkpoint.load_meta(path)
-        return meta["contract"], lambda part: (
-            checkpoint.load_tree(path, part, meta["step"]) if part in meta["digests"] else {})
+        return meta[
+            "contract"
+        ], lambda part: checkpoint.load_tree(path, part, meta["step"]) if part in meta["digests"] else {}
     found = json.loads((path / IMPORTED).read_text())
     encoders = ("params", "teacher") if found["model_type"] == "skysense" else ("params",)
     return found["input_contract"], lambda part: {"encoder": imported_modules(path)} if part in encoders else {}
@@ -86,11 +89,15 @@ def _leaf(part: str, name: str, fresh: jax.Array, old: Mapping[str, np.ndarray],
         report["widened"].append(full)
         value = np.concatenate([value, np.zeros((fresh.shape[0] - value.shape[0], *value.shape[1:]), value.dtype)])
     elif full in GRID and not np.array_equal(value, jax.device_get(fresh)):
-        raise ValueError(f"--init_from: the regions of its bank are cells of another grid than this run's ({full}); "
-                         "take the config.model.geo_context.cell of the run it was learnt in")
+        raise ValueError(
+            f"--init_from: the regions of its bank are cells of another grid than this run's ({full}); "
+            "take the config.model.geo_context.cell of the run it was learnt in"
+        )
     elif full == TABLE and regions.is_shared(value) != regions.is_shared(jax.device_get(fresh)):
-        raise ValueError("--init_from: of its bank and this run's one has config.model.geo_context.table='hashed'; "
-                         "take the table of the run it was learnt in")
+        raise ValueError(
+            "--init_from: of its bank and this run's one has config.model.geo_context.table='hashed'; "
+            "take the table of the run it was learnt in"
+        )
     elif (value.shape, value.dtype) != (fresh.shape, fresh.dtype):
         there, here = (f"{x.dtype}{list(x.shape)}" for x in (value, fresh))
         raise ValueError(f"--init_from: {full} is {there} there, {here} here")

@@ -4,6 +4,7 @@ Metrics are read back one step late, so that the device never waits for the host
 exactly once: a resumed run first drops the records past the step it resumes from, and a record is on disk before the
 checkpoint that follows it (run.records).
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -12,7 +13,8 @@ import math
 import resource
 import sys
 import time
-from typing import Any, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -75,7 +77,14 @@ class Log:
     """
 
     def __init__(
-        self, workdir: epath.Path, start: int, total: int, every: int, places: int, images: int, flops: float,
+        self,
+        workdir: epath.Path,
+        start: int,
+        total: int,
+        every: int,
+        places: int,
+        images: int,
+        flops: float,
         timers: Timers,
     ) -> None:
         """places, images: of a global batch; an image is one date of one sensor of a place, however many views are cut
@@ -124,9 +133,14 @@ class Log:
         rate = steps * self._places / wall
         spent = max(sum(self._timers.seconds.values()), 1e-9)
         shares = {name: seconds / spent for name, seconds in self._timers.seconds.items()}
-        speed = {"places_per_s": rate, "imgs_per_s": rate * self._images / self._places,
-                 "goodput": shares.get("step", 0.0), "step_s": wall / steps,
-                 "input_wait": (data - self._mark_data) / wall, "peak_bytes": peak_memory()}
+        speed = {
+            "places_per_s": rate,
+            "imgs_per_s": rate * self._images / self._places,
+            "goodput": shares.get("step", 0.0),
+            "step_s": wall / steps,
+            "input_wait": (data - self._mark_data) / wall,
+            "peak_bytes": peak_memory(),
+        }
         if self._peak is not None:
             speed["mfu"] = self._flops * steps / wall / self._peak
         self._mark, self._mark_step, self._mark_data = now, step, data
@@ -134,8 +148,11 @@ class Log:
             return
         record = {"step": step, **values, "time": {**speed, "unix": time.time(), "seconds": dict(self._timers.seconds)}}
         self._records.add(json.dumps(record) + "\n")
-        curves = {**values, **{f"time/{name}": value for name, value in speed.items()},
-                  **{f"time/share_{name}": share for name, share in shares.items()}}
+        curves = {
+            **values,
+            **{f"time/{name}": value for name, value in speed.items()},
+            **{f"time/share_{name}": share for name, share in shares.items()},
+        }
         for name, value in curves.items():
             if isinstance(value, (int, float)):
                 self._board.add_scalar(name, value, step)
@@ -144,10 +161,14 @@ class Log:
         rest = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if name != "step" and share >= 0.005)
         loss = values["loss"] if isinstance(values["loss"], str) else f"{values['loss']:.4f}"
         skips = f" | skipped {values['skipped']}" if values["skipped"] else ""
-        print(f"step {step}/{self._total} | loss {loss}{skips} | {rate:.1f} places/s, "
-              f"{speed['imgs_per_s']:.0f} imgs/s{mfu} | input wait {speed['input_wait']:.0%} | "
-              f"{speed['peak_bytes'] / 2**30:.1f} GiB | goodput {speed['goodput']:.0%}{rest and f' ({rest})'} | "
-              f"ETA {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}", file=sys.stderr, flush=True)
+        print(
+            f"step {step}/{self._total} | loss {loss}{skips} | {rate:.1f} places/s, "
+            f"{speed['imgs_per_s']:.0f} imgs/s{mfu} | input wait {speed['input_wait']:.0%} | "
+            f"{speed['peak_bytes'] / 2**30:.1f} GiB | goodput {speed['goodput']:.0%}{rest and f' ({rest})'} | "
+            f"ETA {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def sync(self) -> int:
         """As flush, and everything written so far is in the files when it returns: called before a checkpoint is

@@ -3,9 +3,11 @@
 Schedules are pure functions of the step (an int or a traced int32), evaluated inside the jitted step; nothing of them
 is state.
 """
+
 from __future__ import annotations
 
-from typing import Any, Callable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,11 +55,13 @@ def _cosine(first: float, last: float, progress: jax.Array) -> jax.Array:
 
 def _warmed(after: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """A learning-rate rule: linear from warmup_lr to the peak, then `after(progress)` of the steps that remain."""
+
     def rule(step: Scalar, total: int, warmup: int, peak: float, warmup_lr: float, final: float) -> jax.Array:
         s = _float(step)
         ramp = warmup_lr + (peak - warmup_lr) * s / max(warmup, 1)
         progress = jnp.clip((s - warmup) / max(total - warmup, 1), 0.0, 1.0)
         return jnp.where(s < warmup, ramp, after(peak, final, progress))
+
     return rule
 
 
@@ -74,13 +78,12 @@ def lr_gfm(step: Scalar, total: int, warmup: int, peak: float, warmup_lr: float,
     return jnp.where(s < warmup, warmup_lr + s * (peak - warmup_lr) / max(warmup, 1), _cosine(peak, final, s / total))
 
 
-def lr_multistep(
-    step: Scalar, total: int, warmup: int, peak: float, warmup_lr: float, final: float
-) -> jax.Array:
+def lr_multistep(step: Scalar, total: int, warmup: int, peak: float, warmup_lr: float, final: float) -> jax.Array:
     """SimMIM's rule of 800 epochs: linear warm-up, the peak, and `final` (a tenth of it) for the last eighth."""
     s = _float(step)
-    return jnp.where(s < total * 7 / 8, _warmed(lambda peak, final, progress: peak)(
-        s, total, warmup, peak, warmup_lr, final), final)
+    return jnp.where(
+        s < total * 7 / 8, _warmed(lambda peak, final, progress: peak)(s, total, warmup, peak, warmup_lr, final), final
+    )
 
 
 LR_RULES = {"cosine": lr_cosine, "linear": lr_linear, "gfm": lr_gfm, "multistep": lr_multistep}
@@ -105,7 +108,8 @@ def make_schedule(cfg: Any, total: int, wanted: tuple[str, ...]) -> Callable[[Sc
         "weight_decay": lambda s: _cosine(cfg.weight_decay, cfg.final_weight_decay, _float(s) / total),
         "teacher_momentum": lambda s: _cosine(cfg.teacher_momentum, cfg.final_teacher_momentum, _float(s) / total),
         "teacher_temp": lambda s: teacher_temperature(
-            s, cfg.warmup_teacher_temp_steps, cfg.warmup_teacher_temp, cfg.teacher_temp),
+            s, cfg.warmup_teacher_temp_steps, cfg.warmup_teacher_temp, cfg.teacher_temp
+        ),
         "last_layer_frozen": lambda s: (_float(s) < cfg.freeze_last_layer_steps).astype(jnp.result_type(float)),
     }
     unknown = set(wanted) - set(functions)
@@ -132,7 +136,12 @@ def clip(grads: trees.Tree, limit: float) -> tuple[trees.Tree, jax.Array]:
 
 
 def update(
-    grads: trees.Tree, opt: Mapping[str, Any], params: trees.Tree, mask: trees.Tree, lr: Scalar, weight_decay: Scalar,
+    grads: trees.Tree,
+    opt: Mapping[str, Any],
+    params: trees.Tree,
+    mask: trees.Tree,
+    lr: Scalar,
+    weight_decay: Scalar,
     cfg: Any,
 ) -> tuple[trees.Tree, dict[str, Any]]:
     """One AdamW step: params - lr * (Adam(grads) + weight_decay * params where `mask`). cfg: config.optim {b1, b2,

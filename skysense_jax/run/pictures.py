@@ -1,9 +1,11 @@
 """Pictures of what msGFM reconstructs: of one place, during training and afterwards."""
+
 from __future__ import annotations
 
 import io
 import pathlib
-from typing import Any, Callable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np

@@ -1,6 +1,7 @@
 """SIGTERM: the scheduler wants the machine back. Inside the loop, save and leave; before it, leave at once (nothing to
 save).
 """
+
 from __future__ import annotations
 
 import os

@@ -1,4 +1,5 @@
 """A profiler window: the steps FIRST..LAST of a run, traced into the run's folder for TensorBoard's profile page."""
+
 from __future__ import annotations
 
 import pathlib

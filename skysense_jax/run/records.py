@@ -3,6 +3,7 @@
 Either way `sync` is called before a checkpoint is saved, and a start drops the records past the step it goes on from:
 after any kill the file holds every step of the newest checkpoint once.
 """
+
 from __future__ import annotations
 
 import json

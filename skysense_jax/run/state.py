@@ -1,4 +1,5 @@
 """Everything a run remembers, as one tree, and how that tree is made and spread over a mesh."""
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -36,8 +37,9 @@ def batch_shapes(spec: trees.Tree, mesh: Mesh) -> trees.Tree:
 
     def leaf(entry: Any) -> jax.ShapeDtypeStruct:
         if entry.shape[0] % placed.num_devices:
-            raise ValueError(f"config.data.batch={entry.shape[0]} does not divide by the {placed.num_devices} devices "
-                             "of the mesh")
+            raise ValueError(
+                f"config.data.batch={entry.shape[0]} does not divide by the {placed.num_devices} devices of the mesh"
+            )
         return jax.ShapeDtypeStruct(tuple(entry.shape), jax.dtypes.canonicalize_dtype(entry.dtype), sharding=placed)
 
     return jax.tree.map(leaf, spec, is_leaf=lambda entry: hasattr(entry, "shape") and hasattr(entry, "dtype"))
@@ -47,6 +49,7 @@ def put_batch(batch: trees.Tree, shapes: trees.Tree) -> trees.Tree:
     """A process's local batch (numpy) as its part of the global arrays `shapes`; 64-bit integers become jax's 32
     bits.
     """
+
     def leaf(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
         local = np.ascontiguousarray(array, dtype=like.dtype)
         return jax.make_array_from_process_local_data(like.sharding, local, like.shape)

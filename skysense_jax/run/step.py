@@ -4,9 +4,11 @@ memory.
 A step whose loss or gradient is not finite leaves parameters, optimiser, teacher and memory bit for bit as they were;
 the step and the data move on and `skipped` counts it.
 """
+
 from __future__ import annotations
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,12 +38,14 @@ def make_step(
         schedule = {**schedule, "lr": schedule["lr"] * objective.lr_scale(batch)}
         keys = rngs.keys(cfg.seed, objective.streams, state.step)
         (loss, (terms, settle_inputs)), grads = jax.value_and_grad(objective.loss, has_aux=True)(
-            state.params, state.teacher, state.memory, batch, keys, schedule)
+            state.params, state.teacher, state.memory, batch, keys, schedule
+        )
 
         grads, norm = optim.clip(grads, cfg.optim.clip)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         params, opt = optim.update(
-            grads, state.opt, state.params, mask, schedule["lr"], schedule["weight_decay"], cfg.optim)
+            grads, state.opt, state.params, mask, schedule["lr"], schedule["weight_decay"], cfg.optim
+        )
         if (part := objective.taking_part(batch, state.params)) is not None:
             params = jax.tree.map(jnp.where, part, params, state.params)
             opt |= {name: jax.tree.map(jnp.where, part, opt[name], state.opt[name]) for name in ("mu", "nu")}
@@ -51,8 +55,13 @@ def make_step(
         kept = jax.tree.map(lambda new, was: jnp.where(finite, new, was), (params, opt, teacher, memory), old)
         skipped = state.skipped + (1 - finite.astype(jnp.int32))
         metrics = {
-            **terms, **schedule, "loss": loss, "grad_norm": norm, "param_norm": optax.tree.norm(kept[0]),
-            "finite": finite.astype(jnp.float32), "skipped": skipped,
+            **terms,
+            **schedule,
+            "loss": loss,
+            "grad_norm": norm,
+            "param_norm": optax.tree.norm(kept[0]),
+            "finite": finite.astype(jnp.float32),
+            "skipped": skipped,
             PLACES: digest.leaf_digest(batch["place"]["index"]),
         }
         return TrainState(state.step + 1, *kept, skipped), metrics

@@ -1,6 +1,7 @@
 """A run that no longer moves is ended: all stacks are written and the process exits with 70, so that a scheduler
 restarts it.
 """
+
 from __future__ import annotations
 
 import faulthandler
@@ -47,8 +48,10 @@ class Watchdog:
         while not self._done.wait(min(1.0, self._seconds / 4)):
             silent = time.monotonic() - self._last
             if silent > self._seconds:
-                sys.stderr.write(f"\nwatchdog: no step for {silent:.0f} s (config.run.watchdog_s={self._seconds:g}); "
-                                 f"stacks in {self._stacks}\n")
+                sys.stderr.write(
+                    f"\nwatchdog: no step for {silent:.0f} s (config.run.watchdog_s={self._seconds:g}); "
+                    f"stacks in {self._stacks}\n"
+                )
                 faulthandler.dump_traceback(sys.stderr, all_threads=True)
                 sys.stderr.flush()
                 writing = threading.Thread(target=self._write, name="stacks", daemon=True)
