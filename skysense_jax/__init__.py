@@ -12,7 +12,7 @@ __all__ = ["__version__", "load"]
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        from skysense_jax.embed import load
+        from skysense_jax.networks import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,8 +15,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-EXIT_BAD_INPUT = 78  # EX_CONFIG: bad input, configuration or data; a scheduler must not restart it
-"""Exit code of everything refused at a door (see README, exit codes)."""
+from skysense_jax.core import exits
 
 COMMANDS = {
     "data": "build, check and look at datasets of places",
@@ -33,33 +32,33 @@ COMMANDS = {
 }
 _CONFIGURED = {  # commands with a configuration read absl's and ml_collections' flags themselves, --help included
     "train": "skysense_jax.train",
-    "compile-check": "skysense_jax.compile_check",
+    "compile-check": "skysense_jax.commands.compile_check",
 }
 _MODULES = {
-    "pods": "skysense_jax.pods",
-    "eval": "skysense_jax.evaluate",
-    "prototypes": "skysense_jax.prototypes",
-    "reconstruct": "skysense_jax.reconstruct",
-    "export-torch": "skysense_jax.export_torch",
-    "import-torch": "skysense_jax.import_torch",
-    "verify": "skysense_jax.verify",
-    "inspect": "skysense_jax.inspect_path",
+    "pods": "skysense_jax.commands.pods",
+    "eval": "skysense_jax.commands.evaluate",
+    "prototypes": "skysense_jax.commands.prototypes",
+    "reconstruct": "skysense_jax.commands.reconstruct",
+    "export-torch": "skysense_jax.commands.export_torch",
+    "import-torch": "skysense_jax.commands.import_torch",
+    "verify": "skysense_jax.commands.verify",
+    "inspect": "skysense_jax.commands.inspect",
 }
 _REGISTER = {  # data action -> (module, its function that registers the action)
-    **dict.fromkeys(("build", "check", "catalog", "stats"), ("skysense_jax.data.commands", "add_parsers")),
-    "synth": ("skysense_jax.data.synthetic", "add_parsers_synth"),
-    "preview": ("skysense_jax.data.preview", "add_parsers_preview"),
-    "bench": ("skysense_jax.data.bench", "add_parsers_bench"),
+    **dict.fromkeys(("build", "check", "catalog", "stats"), ("skysense_jax.commands.data", "add_parsers")),
+    "synth": ("skysense_jax.commands.data", "add_parsers_synth"),
+    "preview": ("skysense_jax.commands.data", "add_parsers_preview"),
+    "bench": ("skysense_jax.commands.data_bench", "add_parsers_bench"),
 }
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose usage errors leave with :data:`EXIT_BAD_INPUT` too (argparse's own 2 means nothing to a
+    """A parser whose usage errors leave with exits.BAD_INPUT too (argparse's own 2 means nothing to a
     scheduler)."""
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
-        self.exit(EXIT_BAD_INPUT, f"{self.prog}: {message}\n")
+        self.exit(exits.BAD_INPUT, f"{self.prog}: {message}\n")
 
 
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
@@ -107,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _refused_at_a_door(error):
             raise
         print(f"skysense-jax {' '.join(words[:1])}: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return exits.BAD_INPUT
 
 
 def _refused_at_a_door(error: Exception) -> bool:

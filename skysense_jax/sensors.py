@@ -17,6 +17,9 @@ UNITS = ("dn", "reflectance", "linear_power", "amplitude", "db", "m")
 NO_DATE = -1
 """Stored date of an acquisition whose date is unknown (allowed only for sensors with ``dated=False``)."""
 
+LAST_DAY = 364
+"""Last row of the calendar table; 31 December of a leap year is clamped to it."""
+
 UNLABELLED = 255
 """Value of a label-map pixel without a label."""
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import config_dict
 
-from skysense_jax.convert import keymap
+from skysense_jax.convert import layouts
 from skysense_jax.convert.torch_import import params_from_torch
 from skysense_jax.models.skysense import build_modules, fusion_sequence, make_model
 from tests.parity_modules import (
@@ -114,7 +114,7 @@ def model_config(case: Case) -> tuple[config_dict.ConfigDict, dict[str, Any]]:
 
 def factorised(case: Case) -> Arrays:
     cfg, contract = model_config(case)
-    model, entries = make_model(cfg, contract), keymap.model_entries(cfg, contract)
+    model, entries = make_model(cfg, contract), layouts.model_entries(cfg, contract)
     params = params_from_torch(case.weights, cfg, contract)
     images = {}
     for sensor in contract["sensors"]:  # (B,C,H,W) or (B,C,T,H,W) -> [B,T,H,W,C]

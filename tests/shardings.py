@@ -10,8 +10,8 @@ import runpy
 
 import jax
 
-from skysense_jax import train
 from skysense_jax.core import sharding, trees
+from skysense_jax.run import plan as plans
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDER = pathlib.Path(__file__).parent / "golden"
@@ -34,7 +34,7 @@ def table(name: str) -> str:
     sizes = CONFIGS[name]
     names = ("data", "fsdp", "expert")[: len(sizes)]
     mesh = jax.sharding.AbstractMesh(sizes, names, axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
-    plan = train.make_plan(cfg, train.make_contract(cfg), mesh)
+    plan = plans.make_plan(cfg, plans.make_contract(cfg), mesh)
     lines = [f"{name}, {' x '.join(names)} = {' x '.join(map(str, sizes))}; written by: python -m tests.shardings"]
     for part in ("params", "teacher", "memory"):
         shapes = getattr(plan.state, part)

@@ -26,10 +26,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from skysense_jax import evaluate
+from skysense_jax import evaluation as evaluate
 from skysense_jax.run import checkpoint
 from skysense_jax.run.folder import COMPLETE
-from tests import jobs, msgfm_places, tiny
+from tests.helpers import jobs, msgfm_places, noise_dataset
 
 STEPS, SAVE_EVERY = 12, 3
 KILLS_PER_RUN = 8  # then it may end, and is compared
@@ -73,7 +73,7 @@ class Outcome(NamedTuple):
 def make_job(model: str, folder: pathlib.Path) -> Job:
     """msgFM: places of which some lack a sensor, and unpaired pictures."""
     if model == "skysense":
-        return Job(model, tiny.write_dataset(folder / "places"))
+        return Job(model, noise_dataset.write_dataset(folder / "places"))
     pictures = msgfm_places.write_pictures(folder / "pictures")
     return Job(model, msgfm_places.write(folder / "places"), (f"--config.data.also=({pictures!r},)",))
 

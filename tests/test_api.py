@@ -14,11 +14,15 @@ import numpy as np
 import pytest
 
 import skysense_jax
-from skysense_jax import cli, embed, evaluate, export_torch, prepare, sensors
-from skysense_jax.data import spec
+from skysense_jax import cli, evaluation, recipes, sensors
+from skysense_jax.commands import export_torch
+from skysense_jax.core import exits
+from skysense_jax.core.config import read_config
+from skysense_jax.data.batches import spec
+from skysense_jax.models import prepare
 from skysense_jax.objectives.skysense import make_objective
 from skysense_jax.run import checkpoint, state
-from tests import tiny
+from tests.helpers import noise_dataset
 
 CONFIG = pathlib.Path(__file__).resolve().parents[1] / "configs" / "skysense_tiny.py"
 
@@ -192,8 +196,8 @@ def test_importing_the_package_is_light():
 def run(tmp_path_factory):
     """A workdir with one checkpoint of freshly drawn weights, its dataset, and the export of the same weights."""
     root = tmp_path_factory.mktemp("run")
-    cfg = embed.read_config(CONFIG)
-    cfg.data.dir = tiny.write_dataset(root / "data", 12)
+    cfg = read_config(CONFIG)
+    cfg.data.dir = noise_dataset.write_dataset(root / "data", 12)
     cfg.eval.batch, cfg.eval.bootstrap = 5, 20
     meta = json.loads((root / "data" / "places.json").read_text())
     (root / "data" / "places.json").write_text(
@@ -202,7 +206,7 @@ def run(tmp_path_factory):
     contract = sensors.input_contract(cfg.data.bands.to_dict(), cfg.model.ratio)
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
-        spec.batch_spec(cfg, contract),
+        recipes.recipe_of(cfg).batch_spec(cfg, contract),
         is_leaf=lambda node: isinstance(node, spec.Leaf),
     )
     made = jax.jit(lambda: state.init_state(make_objective(cfg, contract), shapes, cfg.seed + 1))()
@@ -218,7 +222,7 @@ def run(tmp_path_factory):
 
 
 def given_place() -> dict:
-    record = tiny.record(0)
+    record = noise_dataset.record(0)
     index = [sensors.SENSORS["s2"].bands.index(band) for band in sensors.SKYSENSE_BANDS["s2"]]
     return {
         "hr": {"image": record["hr_image"]},
@@ -286,15 +290,15 @@ def test_eval_scores_both_tasks_beside_both_baselines(run, capsys):
         assert {(r["method"], r["probe"]) for r in task["results"]} == {
             (method, probe) for method in ("trained", "untrained", "statistics") for probe in ("knn", "linear")
         }
-    again = evaluate.evaluate(run / "export", run / "data")  # the same weights: the same numbers
+    again = evaluation.evaluate(run / "export", run / "data")  # the same weights: the same numbers
     assert again["tasks"] == report["tasks"]
 
 
 def test_eval_of_one_sensor_scores_only_places_that_have_it(run):
-    report = evaluate.evaluate(run / "work", run / "data", task="scene", features="s1")
+    report = evaluation.evaluate(run / "work", run / "data", task="scene", features="s1")
     assert report["tasks"]["scene"]["n"] == {"train_rows": 10, "train_places": 10, "test_rows": 5, "test_places": 5}
     with pytest.raises(ValueError, match="--features dsm: the network gives fused, "):
-        evaluate.evaluate(run / "work", run / "data", features="dsm")
+        evaluation.evaluate(run / "work", run / "data", features="dsm")
 
 
 def test_eval_refuses_a_task_without_labels(run, tmp_path):
@@ -303,10 +307,10 @@ def test_eval_refuses_a_task_without_labels(run, tmp_path):
     meta = json.loads((bare / "places.json").read_text())
     (bare / "places.json").write_text(json.dumps({**meta, "label_map_classes": {}}))
     with pytest.raises(ValueError, match="--task patch: the dataset has no label map; it has scene"):
-        evaluate.evaluate(run / "work", bare, task="patch")
+        evaluation.evaluate(run / "work", bare, task="patch")
     (bare / "places.json").write_text(json.dumps({**meta, "label_map_classes": {}, "label_classes": []}))
     with pytest.raises(ValueError, match="neither scene labels nor a label map"):
-        evaluate.evaluate(run / "work", bare)
+        evaluation.evaluate(run / "work", bare)
 
 
 def test_inspect_says_what_a_folder_is_and_what_it_expects(run, capsys):
@@ -336,7 +340,7 @@ def test_inspect_says_what_a_folder_is_and_what_it_expects(run, capsys):
     assert "-18.2500" in text and "n 12,345" in text and "2026-01-02" in text
     text = printed("--config", str(CONFIG))
     assert "params" in text and "heads/fused" in text and "all of teacher" in text and "statistics: " in text
-    assert cli.main(["inspect"]) == cli.EXIT_BAD_INPUT
+    assert cli.main(["inspect"]) == exits.BAD_INPUT
     assert "give a path, or --config FILE" in capsys.readouterr().err
 
 

@@ -17,10 +17,11 @@ pytest.importorskip(
 )
 
 from skysense_jax import cli
-from skysense_jax.data import beam, builder, sources
-from skysense_jax.data.catalog import read_catalog
-from skysense_jax.data.processes import WorkerDied
-from tests.rasters import catalog, write
+from skysense_jax.data import records
+from skysense_jax.data.ingest import build, on_beam
+from skysense_jax.data.ingest.catalog import read_catalog
+from skysense_jax.data.ingest.on_processes import WorkerDied
+from tests.helpers.rasters import catalog, write
 from tests.test_build import OPTIONS, damaged_world, world
 
 DIRECT = ("--runner=DirectRunner", "--allow_unsafe_triggers")  # the second keeps Beam from downloading its Prism binary
@@ -74,8 +75,8 @@ def test_the_same_dataset_as_the_local_build(damaged, local, tmp_path, capfd, op
     assert "refused (5)" in capfd.readouterr().out
     assert sum(map(len, raw_records(local).values())) == 6
     same(local, tmp_path / "d")
-    meta = sources.read_metadata(tmp_path / "d")
-    places = [sources.open_places(tmp_path / "d", split) for split in meta["splits"]]
+    meta = records.read_metadata(tmp_path / "d")
+    places = [records.open_places(tmp_path / "d", split) for split in meta["splits"]]
     assert sorted(place[i]["place"] for place in places for i in range(len(place))) == [b"p%02d" % i for i in range(6)]
 
 
@@ -151,7 +152,7 @@ def test_killed_and_continued(tmp_path):
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert not (out / builder.META).exists(), "the build was over before it could be killed"
+    assert not (out / build.METADATA).exists(), "the build was over before it could be killed"
     (out / "parts" / ".train-00099.array_record.tmp-1").write_bytes(b"half a record")
     shutil.copytree(out, tmp_path / "local", ignore=shutil.ignore_patterns("*.tmp-*"))
     finished = {part.stat().st_ino for part in out.glob("parts/*.array_record") if part.with_suffix(".json").is_file()}
@@ -167,20 +168,20 @@ def test_killed_and_continued(tmp_path):
 def test_a_raster_only_the_building_machine_sees_is_no_refusal(tmp_path, options):
     """It stops the pipeline, names the raster and the worker, and the build goes on once it is there."""
     source = catalog(tmp_path, world(tmp_path, places=3))
-    settings, units = builder.plan(read_catalog(source), OPTIONS)
+    settings, units = build.plan(read_catalog(source), OPTIONS)
     raster, parts = tmp_path / "p01" / "hr.tif", tmp_path / "parts"
     parts.mkdir()
     raster.rename(tmp_path / "away.tif")
     with pytest.raises(WorkerDied, match=r"p01/hr\.tif is on the building machine but not on worker"):
-        list(beam.run_units(units, settings, parts, "key", options))
+        list(on_beam.run_units(units, settings, parts, "key", options))
     (tmp_path / "away.tif").rename(raster)
-    found = {unit.name: done for unit, done in beam.run_units(units, settings, parts, "key", options)}
+    found = {unit.name: done for unit, done in on_beam.run_units(units, settings, parts, "key", options)}
     assert found == {unit.name: json.loads((parts / f"{unit.name}.json").read_bytes()) for unit in units}
     before = {path.name: path.stat().st_ino for path in parts.iterdir()}
-    beam.ingest_line(beam.to_line(units[0]), settings, str(parts), "key")  # handed out twice
+    on_beam.ingest_line(on_beam.to_line(units[0]), settings, str(parts), "key")  # handed out twice
     assert {path.name: path.stat().st_ino for path in parts.iterdir()} == before
     with pytest.raises(RuntimeError, match=r"units\.jsonl is on the building machine but not on worker"):
-        list(beam.planned(str(tmp_path / "elsewhere")))
+        list(on_beam.planned(str(tmp_path / "elsewhere")))
 
 
 def test_a_unit_survives_its_line(tmp_path):
@@ -192,6 +193,6 @@ def test_a_unit_survives_its_line(tmp_path):
         {"sensor": "label", "classes": "Wald;Wasser"},
         {"sensor": "label_map", "path": "ü [1].tif", "classes": "1=water", "nodata": "none"},
     ]
-    _, units = builder.plan(read_catalog(catalog(tmp_path, rows)), OPTIONS)
+    _, units = build.plan(read_catalog(catalog(tmp_path, rows)), OPTIONS)
     assert [len(places) for _, places in units[0].places] == [4]
-    assert [repr(beam.from_line(beam.to_line(unit))) for unit in units] == [repr(unit) for unit in units]
+    assert [repr(on_beam.from_line(on_beam.to_line(unit))) for unit in units] == [repr(unit) for unit in units]

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from skysense_jax.data import builder, report, statistics
-from skysense_jax.data.catalog import read_catalog
+from skysense_jax.data import statistics
+from skysense_jax.data.ingest import build as dataset_build
+from skysense_jax.data.ingest import report
+from skysense_jax.data.ingest.catalog import read_catalog
 from skysense_jax.sensors import SENSORS
-from tests.rasters import catalog, run, s2, write
+from tests.helpers.rasters import catalog, run, s2, write
 
-OPTIONS = builder.Options(tile=8, ratio=2, shard_places=2)
+OPTIONS = dataset_build.Options(tile=8, ratio=2, shard_places=2)
 
 
 def world(root, places=6, seed=0):
@@ -76,7 +78,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def straight(source, tmp_path_factory):
     out = tmp_path_factory.mktemp("built") / "dataset"
-    builder.build(source, out, OPTIONS, progress=False)
+    dataset_build.build(source, out, OPTIONS, progress=False)
     return out
 
 
@@ -84,14 +86,14 @@ def test_tfds_reads_what_was_measured(source, straight):
     import rasterio
 
     found = records(straight)
-    meta = json.loads((straight / builder.META).read_text())
+    meta = json.loads((straight / dataset_build.METADATA).read_text())
     assert meta["splits"] == {name: len(part) for name, part in found.items()} and sum(meta["splits"].values()) == 6
     assert (
         meta["label_classes"] == ["even", "odd"]
         and meta["sensors"] == ["hr", "s2", "s1"]
         and meta["synthetic"] is False
     )
-    assert not (straight / builder.PARTS).exists()
+    assert not (straight / dataset_build.PARTS).exists()
     for record in (record for part in found.values() for record in part):
         place = record["place"].decode()
         index = int(place[1:])
@@ -105,49 +107,49 @@ def test_tfds_reads_what_was_measured(source, straight):
 
 
 def test_processes_change_nothing(source, straight, tmp_path):
-    meta, worked = builder.build(source, tmp_path / "d", OPTIONS, workers=2, progress=False)
-    assert worked and meta["dataset_id"] == json.loads((straight / builder.META).read_text())["dataset_id"]
+    meta, worked = dataset_build.build(source, tmp_path / "d", OPTIONS, workers=2, progress=False)
+    assert worked and meta["dataset_id"] == json.loads((straight / dataset_build.METADATA).read_text())["dataset_id"]
     same(straight, tmp_path / "d")
 
 
 def test_a_second_run_does_nothing_and_other_options_are_an_error(source, straight):
     before = {path.name: path.stat().st_mtime_ns for path in straight.iterdir()}
-    meta, worked = builder.build(source, straight, OPTIONS, progress=False)
+    meta, worked = dataset_build.build(source, straight, OPTIONS, progress=False)
     assert not worked and {path.name: path.stat().st_mtime_ns for path in straight.iterdir()} == before
-    with pytest.raises(builder.BuildError, match="gsd: 10.0 there, 20.0 now"):
-        builder.build(source, straight, OPTIONS._replace(gsd=20.0), progress=False)
+    with pytest.raises(dataset_build.BuildError, match="gsd: 10.0 there, 20.0 now"):
+        dataset_build.build(source, straight, OPTIONS._replace(gsd=20.0), progress=False)
 
 
 def test_a_folder_with_something_else_is_left_alone(source, tmp_path):
     (tmp_path / "thesis.doc").write_text("x")
-    with pytest.raises(builder.BuildError, match="neither empty nor an unfinished build"):
-        builder.build(source, tmp_path, OPTIONS, progress=False)
+    with pytest.raises(dataset_build.BuildError, match="neither empty nor an unfinished build"):
+        dataset_build.build(source, tmp_path, OPTIONS, progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.doc"]
 
 
 def test_an_unfinished_build_does_not_take_another_catalog(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(builder.tfds.folder_dataset, "write_metadata", lambda **_: 1 / 0)
+    monkeypatch.setattr(dataset_build.tfds.folder_dataset, "write_metadata", lambda **_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        builder.build(source, tmp_path / "d", OPTIONS, progress=False)
-    with pytest.raises(builder.BuildError, match="tile: 8 there, 4 now"):
-        builder.build(source, tmp_path / "d", OPTIONS._replace(tile=4), progress=False)
+        dataset_build.build(source, tmp_path / "d", OPTIONS, progress=False)
+    with pytest.raises(dataset_build.BuildError, match="tile: 8 there, 4 now"):
+        dataset_build.build(source, tmp_path / "d", OPTIONS._replace(tile=4), progress=False)
 
 
 def test_stopped_while_finishing(source, straight, tmp_path, monkeypatch):
     """Some parts already have their shard names: the next run goes on from there."""
-    moved, move = [], builder.move
+    moved, move = [], dataset_build.move
 
     def stop(*arguments):
         if len(moved) == 2:
             raise KeyboardInterrupt
         moved.append(move(*arguments))
 
-    monkeypatch.setattr(builder, "move", stop)
+    monkeypatch.setattr(dataset_build, "move", stop)
     with pytest.raises(KeyboardInterrupt):
-        builder.build(source, tmp_path / "d", OPTIONS, progress=False)
-    monkeypatch.setattr(builder, "move", move)
-    assert not (tmp_path / "d" / builder.META).exists()
-    builder.build(source, tmp_path / "d", OPTIONS, progress=False)
+        dataset_build.build(source, tmp_path / "d", OPTIONS, progress=False)
+    monkeypatch.setattr(dataset_build, "move", move)
+    assert not (tmp_path / "d" / dataset_build.METADATA).exists()
+    dataset_build.build(source, tmp_path / "d", OPTIONS, progress=False)
     same(straight, tmp_path / "d")
 
 
@@ -166,7 +168,7 @@ def test_killed_and_continued_gives_the_same_records(tmp_path, workers):
     root, out = tmp_path / "world", tmp_path / "d"
     root.mkdir()
     source = catalog(root, world(root, places=14))
-    builder.build(source, tmp_path / "straight", OPTIONS._replace(shard_places=1), progress=False)
+    dataset_build.build(source, tmp_path / "straight", OPTIONS._replace(shard_places=1), progress=False)
     (tmp_path / "build.py").write_text(PROGRAM)
     env = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).resolve().parents[1])}
 
@@ -186,7 +188,7 @@ def test_killed_and_continued_gives_the_same_records(tmp_path, workers):
             children += [int(pid) for pid in task.read_text().split()]
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert not (out / builder.META).exists(), "the build was over before it could be killed"
+        assert not (out / dataset_build.METADATA).exists(), "the build was over before it could be killed"
         deadline = time.monotonic() + 30
         while any(pathlib.Path(f"/proc/{pid}/environ").exists() for pid in children) and time.monotonic() < deadline:
             time.sleep(0.05)  # workers end with the build, they do not go on reading
@@ -196,7 +198,7 @@ def test_killed_and_continued_gives_the_same_records(tmp_path, workers):
     (out / "parts" / ".train-00099.tmp-1").write_bytes(b"half a record")
     assert start().wait() == 0
     same(tmp_path / "straight", out)
-    left, right = (json.loads((folder / builder.META).read_text()) for folder in (tmp_path / "straight", out))
+    left, right = (json.loads((folder / dataset_build.METADATA).read_text()) for folder in (tmp_path / "straight", out))
     assert left == right
     for shard in (tmp_path / "straight").glob("*.array_record*"):
         assert shard.read_bytes() == (out / shard.name).read_bytes()
@@ -208,8 +210,8 @@ def test_two_builds_of_one_folder_at_once(source, tmp_path):
     (tmp_path / "d" / "parts").mkdir(parents=True)
     with (tmp_path / "d" / "parts" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(builder.BuildError, match="another process is building"):
-            builder.build(source, tmp_path / "d", OPTIONS, progress=False)
+        with pytest.raises(dataset_build.BuildError, match="another process is building"):
+            dataset_build.build(source, tmp_path / "d", OPTIONS, progress=False)
 
 
 def damaged_world(tmp_path):
@@ -238,7 +240,7 @@ def damaged(tmp_path):
 
 
 def test_bad_files_never_lose_the_rest(damaged, straight, tmp_path, source):
-    meta, _ = builder.build(damaged, tmp_path / "d", OPTIONS, workers=2, progress=False)
+    meta, _ = dataset_build.build(damaged, tmp_path / "d", OPTIONS, workers=2, progress=False)
     reasons = {entry["path"]: entry["reason"] for entry in meta["report"]["refused"]}
     assert len(meta["report"]["refused"]) == 5 and meta["report"]["places_without_tiles"] == ["lost"]
     assert "pixels cannot be read" in reasons["p01/cut.tif"] and "GeoTIFF" in reasons["p02/hr.tif"]
@@ -252,7 +254,7 @@ def test_bad_files_never_lose_the_rest(damaged, straight, tmp_path, source):
                 np.testing.assert_array_equal(record[name], value)
             elif name == "hr_date":
                 assert len(record[name]) == 0
-    lines = [json.loads(line) for line in (tmp_path / "d" / builder.FILES).read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "d" / dataset_build.FILES).read_text().splitlines()]
     labels = sum(row.kind == "label" for rows in read_catalog(damaged).places.values() for row in rows)
     assert [line["row"] for line in lines] == sorted(line["row"] for line in lines)
     assert len(lines) == len(damaged.read_text().splitlines()) - 1 - labels
@@ -262,43 +264,43 @@ def test_bad_files_never_lose_the_rest(damaged, straight, tmp_path, source):
 
 def test_check_says_what_a_build_says_and_writes_nothing(damaged, tmp_path):
     before = sorted(path for path in tmp_path.rglob("*"))
-    found = builder.check(damaged, OPTIONS, progress=False)
+    found = dataset_build.check(damaged, OPTIONS, progress=False)
     assert sorted(path for path in tmp_path.rglob("*")) == before
-    meta, _ = builder.build(damaged, tmp_path / "d", OPTIONS, progress=False)
+    meta, _ = dataset_build.build(damaged, tmp_path / "d", OPTIONS, progress=False)
     assert found == meta["report"]
 
 
 def test_splits(source, tmp_path):
-    meta, _ = builder.build(source, tmp_path / "none", OPTIONS._replace(holdout=0.0), progress=False)
+    meta, _ = dataset_build.build(source, tmp_path / "none", OPTIONS._replace(holdout=0.0), progress=False)
     assert meta["splits"] == {"train": 6}
     rows = [row | {"split": "test" if row["place"] in ("p01", "p04") else "train"} for row in world(tmp_path, places=6)]
-    builder.build(catalog(tmp_path, rows), tmp_path / "d", OPTIONS, progress=False)
+    dataset_build.build(catalog(tmp_path, rows), tmp_path / "d", OPTIONS, progress=False)
     assert sorted(record["place"] for record in records(tmp_path / "d")["test"]) == [b"p01", b"p04"]
     undecided = read_catalog(source).places["p00"]
-    shares = [builder.split_of(f"place {i}", undecided, 0.2) == "test" for i in range(2000)]
+    shares = [dataset_build.split_of(f"place {i}", undecided, 0.2) == "test" for i in range(2000)]
     assert 0.17 < np.mean(shares) < 0.23
 
 
 def test_sensors_can_be_left_out(source, tmp_path):
-    meta, _ = builder.build(source, tmp_path / "d", OPTIONS._replace(sensors=("s1",)), progress=False)
+    meta, _ = dataset_build.build(source, tmp_path / "d", OPTIONS._replace(sensors=("s1",)), progress=False)
     assert meta["sensors"] == ["s1"] and sum(meta["splits"].values()) == 4
     assert meta["report"]["places_without_tiles"] == ["p00", "p03"]
-    with pytest.raises(builder.BuildError, match="no such images"):
-        builder.build(source, tmp_path / "e", OPTIONS._replace(sensors=("dsm",)), progress=False)
+    with pytest.raises(dataset_build.BuildError, match="no such images"):
+        dataset_build.build(source, tmp_path / "e", OPTIONS._replace(sensors=("dsm",)), progress=False)
 
 
 def test_nothing_usable_is_an_error_that_says_why(tmp_path):
     (tmp_path / "a.tif").write_text("x")
-    with pytest.raises(builder.BuildError, match="neither a GeoTIFF"):
-        builder.build(catalog(tmp_path, [s2("a.tif", bands="B04")]), tmp_path / "d", OPTIONS, progress=False)
-    with pytest.raises(builder.BuildError, match="no usable image row"):
-        builder.build(catalog(tmp_path, [s2("b.tif", bands="B04")]), tmp_path / "d", OPTIONS, progress=False)
+    with pytest.raises(dataset_build.BuildError, match="neither a GeoTIFF"):
+        dataset_build.build(catalog(tmp_path, [s2("a.tif", bands="B04")]), tmp_path / "d", OPTIONS, progress=False)
+    with pytest.raises(dataset_build.BuildError, match="no usable image row"):
+        dataset_build.build(catalog(tmp_path, [s2("b.tif", bands="B04")]), tmp_path / "d", OPTIONS, progress=False)
 
 
 def test_statistics(straight, tmp_path):
     shutil.copytree(straight, tmp_path / "d")
     found = statistics.compute(tmp_path / "d", progress=False)
-    assert json.loads((tmp_path / "d" / builder.META).read_text())["statistics"] == found
+    assert json.loads((tmp_path / "d" / dataset_build.METADATA).read_text())["statistics"] == found
     train = records(tmp_path / "d")["train"]
     values = np.concatenate([record["s2_image"][record["s2_valid"] > 0][:, 3] for record in train]).astype(np.float64)
     entry = found["s2"]
@@ -308,7 +310,7 @@ def test_statistics(straight, tmp_path):
     np.testing.assert_allclose([entry["mean"][3], entry["std"][3]], [values.mean(), values.std()], rtol=1e-12)
     assert "B10" in entry["unmeasured"] and entry["mean"][10] == SENSORS["s2"].mean[10] and entry["n"][10] == 0
     assert statistics.compute(tmp_path / "d", progress=False) == found
-    with pytest.raises(builder.BuildError, match="not a complete dataset"):
+    with pytest.raises(dataset_build.BuildError, match="not a complete dataset"):
         statistics.compute(tmp_path, progress=False)
 
 
@@ -321,7 +323,7 @@ def test_statistics_ignore_nodata_and_clouds(tmp_path):
         s2("a.tif", bands="B04", split="train"),
         {"sensor": "mask:s2", "datetime": "2021-06-01", "path": "m.tif", "classes": "1"},
     ]
-    builder.build(catalog(tmp_path, rows), tmp_path / "d", OPTIONS, progress=False)
+    dataset_build.build(catalog(tmp_path, rows), tmp_path / "d", OPTIONS, progress=False)
     assert statistics.compute(tmp_path / "d", progress=False)["s2"]["mean"][3] == 5000
     entry = statistics.compute(tmp_path / "d", clear_only=True, progress=False)["s2"]
     assert entry["n"][3] == 16 and "B04" in entry["unmeasured"]  # it never varies: nothing to normalise with
@@ -333,7 +335,7 @@ def test_statistics_of_heights_do_not_know_the_datum(tmp_path):
     for place, datum in (("low", 0.0), ("high", 512.0)):
         write(tmp_path / f"{place}.tif", relief + datum, step=5)
         rows.append({"place": place, "sensor": "dsm", "path": f"{place}.tif", "units": "m", "split": "train"})
-    builder.build(catalog(tmp_path, rows), tmp_path / "d", OPTIONS, progress=False)
+    dataset_build.build(catalog(tmp_path, rows), tmp_path / "d", OPTIONS, progress=False)
     found = statistics.compute(tmp_path / "d", progress=False)["dsm"]
     np.testing.assert_allclose([found["mean"][0], found["std"][0]], [0.5, relief.std()], rtol=1e-6)
 

@@ -7,9 +7,9 @@ import os
 import numpy as np
 import pytest
 
-from skysense_jax.data import draft
-from skysense_jax.data.catalog import CatalogError, parse_date, read_catalog
-from tests.rasters import catalog, s2, write
+from skysense_jax.data.drafting import rasters
+from skysense_jax.data.ingest.catalog import CatalogError, parse_date, read_catalog
+from tests.helpers.rasters import catalog, s2, write
 
 LOOK = {"sensor": "hr", "datetime": "", "path": "a.tif"}
 
@@ -170,7 +170,7 @@ def test_draft_fills_what_is_written_and_asks_for_the_rest(tmp_path):
         tmp_path / "stack_20200101.tif", np.repeat(dn, 3, 0), bands=("B4", "B3", "B2"), tags={"BOA_ADD_OFFSET": "-1000"}
     )
     (tmp_path / "text.tif").write_text("not a raster")
-    found = draft.draft(tmp_path)
+    found = rasters.draft(tmp_path)
     rows = {row["path"].split("/")[-1]: row for row in found.rows}
     scene = "S2A_MSIL2A_20170613T101031"
     assert rows[f"{scene}_B8A.tif"] | {"offset": ""} == dict.fromkeys(rows[f"{scene}_B8A.tif"], "") | {
@@ -192,8 +192,8 @@ def test_draft_fills_what_is_written_and_asks_for_the_rest(tmp_path):
     assert asked[f"{scene}_B02.tif"].startswith("offset") and asked["S1A_IW_GRDH_1SDV_2017-06-14_VV.tif"].startswith(
         "units"
     )
-    (tmp_path / "places.csv").write_text(draft.to_csv([row for row in found.rows if row["sensor"]]))
+    (tmp_path / "places.csv").write_text(rasters.to_csv([row for row in found.rows if row["sensor"]]))
     read_catalog(tmp_path / "places.csv")
     write(tmp_path / "site1" / "photo2.tif", np.ones((3, 8, 8), np.uint8), photometric="RGB")
-    assert ("site1/photo2.tif", "place") in [(path, text[:5]) for path, text in draft.draft(tmp_path).questions]
-    assert {"photo", "what", "stack"} <= {row["place"] for row in draft.draft(tmp_path, "stem").rows}
+    assert ("site1/photo2.tif", "place") in [(path, text[:5]) for path, text in rasters.draft(tmp_path).questions]
+    assert {"photo", "what", "stack"} <= {row["place"] for row in rasters.draft(tmp_path, "stem").rows}

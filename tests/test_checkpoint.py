@@ -16,19 +16,19 @@ import pytest
 
 from skysense_jax.core import mesh as meshes
 from skysense_jax.run import checkpoint, digest
-from tests import tiny, toy
-from tests.jobs import flip, largest
-from tests.toy import same, small_state
+from tests.helpers import noise_dataset, toy_objective
+from tests.helpers.jobs import flip, largest
+from tests.helpers.toy_objective import same, small_state
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> str:
-    return tiny.write_dataset(tmp_path_factory.mktemp("places"))
+    return noise_dataset.write_dataset(tmp_path_factory.mktemp("places"))
 
 
 @pytest.fixture()
 def cfg(dataset):
-    return toy.config(dataset)
+    return toy_objective.config(dataset)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])

@@ -15,7 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skysense_jax.core import fields, mesh, rngs, sharding, trees, xla_flags
+from skysense_jax import recipes
+from skysense_jax.core import mesh, rngs, sharding, trees, xla_flags
+from skysense_jax.models import systems
 
 TREE = {"a": {"kernel": jnp.zeros((4, 8)), "bias": jnp.zeros(8)}, "b": [jnp.zeros(3), jnp.zeros(())]}
 
@@ -187,7 +189,7 @@ CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_our_configurations_have_the_right_fields(path):
-    fields.check(runpy.run_path(str(path))["get_config"]())
+    recipes.check_config(runpy.run_path(str(path))["get_config"]())
 
 
 def test_a_field_that_nothing_reads_is_refused_with_the_nearest_one():
@@ -197,19 +199,21 @@ def test_a_field_that_nothing_reads_is_refused_with_the_nearest_one():
         config.data.dates.dsm = 1
         del config.optim.clip
     with pytest.raises(ValueError) as error:
-        fields.check(config)
+        recipes.check_config(config)
     said = str(error.value)
     assert "nothing reads config.schedule.warmup_step; did you mean config.schedule.warmup_steps?" in said
     assert "nothing reads config.data.dates.dsm" in said and "config.optim.clip is missing" in said
 
 
 def test_every_known_field_is_read_somewhere():
-    package = pathlib.Path(fields.__file__).parents[1]
-    text = "\n".join(file.read_text() for file in package.rglob("*.py") if file.name != "fields.py")
+    package = pathlib.Path(recipes.__file__).parent
+    text = "\n".join(
+        file.read_text() for file in package.rglob("*.py") if file.name not in ("recipes.py", "systems.py")
+    )
     unread = [
         f"{section}.{name}"
-        for known in (fields.FIELDS, fields.MSGFM_FIELDS)
-        for section, names in known.items()
+        for row in (*recipes.RECIPES.values(), *systems.SYSTEMS.values())
+        for section, names in row.fields.items()
         for name in names
         if name != "<sensor>" and not re.search(rf"""\.{name}\b|["']{name}["']""", text)
     ]

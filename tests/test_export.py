@@ -14,10 +14,10 @@ import pytest
 import safetensors.numpy
 
 from skysense_jax import sensors
-from skysense_jax.convert import keymap, tensor_files, torch_export, torch_import
+from skysense_jax.convert import keymap, layouts, tensor_files, torch_export, torch_import
 from skysense_jax.core import trees
 from skysense_jax.models.skysense import param_shapes
-from tests import tiny_model as tiny
+from tests.helpers import tiny_model as tiny
 
 CONTRACT = tiny.contract()
 NEEDS_TORCH = "needs torch (the extra `torch`): the exported folder is run by plain PyTorch"
@@ -101,7 +101,7 @@ def test_the_folder_is_a_hugging_face_model(tmp_path, per_module):
 
 def test_torch_state_to_ours_and_back_is_bitwise():
     cfg, contract = unusual()
-    entries = keymap.model_entries(cfg, contract)
+    entries = layouts.model_entries(cfg, contract)
     state = torch_export.state_from_params(tiny.params(cfg, contract), entries)
     assert all(v.flags["C_CONTIGUOUS"] for v in state.values())
     again = torch_export.state_from_params(torch_import.params_from_torch(state, cfg, contract), entries)
@@ -111,7 +111,7 @@ def test_torch_state_to_ours_and_back_is_bitwise():
 def test_official_names():
     """Names and shapes as the SkySense release has them (a few of each module)."""
     cfg, contract = tiny.config(), CONTRACT
-    state = torch_export.state_from_params(tiny.params(cfg, contract), keymap.model_entries(cfg, contract))
+    state = torch_export.state_from_params(tiny.params(cfg, contract), layouts.model_entries(cfg, contract))
     expected = {
         "backbone_hr.patch_embed.projection.weight": (8, 3, 2, 2),
         "backbone_hr.patch_embed.norm.bias": (8,),
@@ -133,7 +133,7 @@ def test_official_names():
 
 def test_strict_import_names_everything_wrong_at_once():
     cfg, contract = tiny.config(), CONTRACT
-    state = torch_export.state_from_params(tiny.params(cfg, contract), keymap.model_entries(cfg, contract))
+    state = torch_export.state_from_params(tiny.params(cfg, contract), layouts.model_entries(cfg, contract))
     state["backbone_hr.stages.0.blocks.0.attn.w_msa.relative_coords_table"] = np.zeros((1, 7, 7, 2), np.float32)
     torch_import.params_from_torch(state, cfg, contract)
     del state["fusion.cls_token"]
@@ -184,7 +184,7 @@ def test_the_key_table_covers_the_full_size_model():
     """435 + 292 + 292 + 291 + 2 + 2 + 1 tensors of the release, with the parameter count of the whole."""
     cfg = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "configs" / "skysense_full.py"))["get_config"]()
     contract = sensors.input_contract(cfg.data.bands, cfg.model.ratio)
-    entries, shapes = keymap.model_entries(cfg.model, contract), trees.flatten(param_shapes(cfg.model, contract))
+    entries, shapes = layouts.model_entries(cfg.model, contract), trees.flatten(param_shapes(cfg.model, contract))
     counts = {p: sum(e.torch.startswith(p) for e in entries) for p in (*keymap.PREFIXES.values(), "ctpe")}
     assert list(counts.values()) == [435, 292, 292, 2, 2, 291, 8, 1] and len({e.torch for e in entries}) == len(entries)
     sizes = {e.torch: int(np.prod(keymap.torch_shape(e, shapes[e.name].shape))) for e in entries}
@@ -197,7 +197,7 @@ def test_names_and_shapes_are_the_release_s(shared):
     """Every tensor of the lists of the released files, name and shape; recomputed buffers aside."""
     cfg = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "configs" / "skysense_full.py"))["get_config"]()
     contract = sensors.input_contract(cfg.data.bands, cfg.model.ratio)
-    entries, shapes = keymap.model_entries(cfg.model, contract), trees.flatten(param_shapes(cfg.model, contract))
+    entries, shapes = layouts.model_entries(cfg.model, contract), trees.flatten(param_shapes(cfg.model, contract))
     ours = {e.torch: keymap.torch_shape(e, shapes[e.name].shape) for e in entries if not e.name.startswith("geo/")}
     released = {}
     for name in ("hr", "s2", "s1", "fusion"):

@@ -1,4 +1,4 @@
-"""A run whose records, checkpoints and folder lie in a bucket (an emulator on this machine: tests/buckets.py)."""
+"""A run whose records, checkpoints and folder lie in a bucket (an emulator on this machine: tests/helpers/gcs_emulator.py)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from skysense_jax import cli, embed, train
+from skysense_jax import cli, networks, train
 from skysense_jax.core import paths, trees
-from skysense_jax.data import sources
-from skysense_jax.run import checkpoint, metrics, pictures, profiler, records
+from skysense_jax.data import records as dataset_records
+from skysense_jax.draw import reconstructions
+from skysense_jax.run import checkpoint, metrics, profiler, records
 from skysense_jax.run.folder import COMPLETE
-from tests import buckets, jobs, tiny, toy
+from tests.helpers import gcs_emulator, jobs, noise_dataset, toy_objective
 
 needs_gcsfs = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("gcsfs", "gcp_storage_emulator")),
@@ -30,29 +31,20 @@ STEPS = ("--config.steps=6", "--config.run.save_every=2", "--config.run.log_ever
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory) -> pathlib.Path:
-    return pathlib.Path(tiny.write_dataset(tmp_path_factory.mktemp("places")))
+    return pathlib.Path(noise_dataset.write_dataset(tmp_path_factory.mktemp("places")))
 
 
 @pytest.fixture(scope="module")
 def bucket(local):
     """A bucket with the dataset of `local` under data/."""
-    with buckets.emulated() as address:
+    with gcs_emulator.emulated() as address:
         for file in local.iterdir():
             (paths.path(address) / "data" / file.name).write_bytes(file.read_bytes())
         yield address
 
 
 def arguments(data: str, workdir: str) -> list[str]:
-    return [
-        "--config",
-        jobs.TINY,
-        "--workdir",
-        workdir,
-        f"--config.data.dir={data}",
-        "--config.model.name=toy",
-        "--config.data.batch=8",
-        *STEPS,
-    ]
+    return ["--config", jobs.TOY, "--workdir", workdir, f"--config.data.dir={data}", "--config.data.batch=8", *STEPS]
 
 
 @pytest.fixture(scope="module")
@@ -61,17 +53,19 @@ def killed(bucket, local, tmp_path_factory):
     said)."""
     straight, workdir = tmp_path_factory.mktemp("straight"), paths.path(f"{bucket}/run")
     remote = arguments(f"{bucket}/data", str(workdir))
-    jobs.finish(jobs.start(arguments(str(local), str(straight)), module="tests.jobs"))
-    code, _ = jobs.interrupt(jobs.start(remote, module="tests.jobs"), lambda: (workdir / "checkpoints" / "4").exists())
+    jobs.finish(jobs.start(arguments(str(local), str(straight)), module="tests.helpers.jobs"))
+    code, _ = jobs.interrupt(
+        jobs.start(remote, module="tests.helpers.jobs"), lambda: (workdir / "checkpoints" / "4").exists()
+    )
     assert code == -9 and not (workdir / COMPLETE).exists()
-    return workdir, straight, jobs.finish(jobs.start(remote, module="tests.jobs"))
+    return workdir, straight, jobs.finish(jobs.start(remote, module="tests.helpers.jobs"))
 
 
 @needs_gcsfs
 def test_pictures_are_written_into_a_bucket(bucket, tmp_path):
     image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
     for folder in (paths.path(f"{bucket}/pictures"), tmp_path):
-        pictures.write(image, folder / "step.png")
+        reconstructions.write(image, folder / "step.png")
         assert np.array_equal(Image.open(io.BytesIO((folder / "step.png").read_bytes())), image)
 
 
@@ -92,10 +86,10 @@ def test_a_run_in_a_bucket_that_was_killed_ends_as_the_straight_one_on_a_disk(ki
 @needs_gcsfs
 def test_commands_that_read_a_run_read_it_from_the_bucket(killed):
     workdir, straight, _ = killed
-    found, wanted = embed.read_description(str(workdir)), embed.read_description(straight)
+    found, wanted = networks.read_description(str(workdir)), networks.read_description(straight)
     assert found.kind == "workdir" and found.step == wanted.step == 6 and found.contract == wanted.contract
     one = workdir / "checkpoints" / "6"
-    assert embed.identify(str(one)) == "checkpoint"
+    assert networks.identify(str(one)) == "checkpoint"
     there, here = (checkpoint.load_tree(path, "params") for path in (str(one), straight))
     jobs.assert_same(trees.flatten(there), trees.flatten(here))
 
@@ -103,8 +97,8 @@ def test_commands_that_read_a_run_read_it_from_the_bucket(killed):
 @needs_gcsfs
 def test_a_step_without_its_mark_or_with_a_flipped_byte_is_not_taken(bucket, local, capfd):
     """Unmarked: a save that was killed. Flipped: Orbax would load it without an error."""
-    cfg = toy.config(str(local))
-    _, _, shapes, state = toy.small_state(cfg)
+    cfg = toy_objective.config(str(local))
+    _, _, shapes, state = toy_objective.small_state(cfg)
     workdir = paths.path(f"{bucket}/damaged")
     saver = checkpoint.Saver(workdir, 5)
     folder = workdir / checkpoint.FOLDER
@@ -124,7 +118,7 @@ def test_a_step_without_its_mark_or_with_a_flipped_byte_is_not_taken(bucket, loc
     part.write_bytes(bytes(body))
     saver.close()
     found = checkpoint.restore_latest_valid(workdir, shapes)
-    assert found.step == 1 and toy.same(found.state.params, state.params)
+    assert found.step == 1 and toy_objective.same(found.state.params, state.params)
     assert "checkpoint 2 rejected" in capfd.readouterr().err
     aside = workdir / checkpoint.REJECTED / "2-0"
     assert "params" in (aside / "REASON.txt").read_text() and (aside / "params").is_dir()
@@ -140,15 +134,17 @@ def test_a_step_without_its_mark_or_with_a_flipped_byte_is_not_taken(bucket, loc
 
 @needs_gcsfs
 def test_records_in_a_bucket_are_the_same_as_on_a_disk(bucket, local):
-    there, here = sources.open_places(f"{bucket}/data", "train"), sources.open_places(local, "train")
+    there, here = dataset_records.open_places(f"{bucket}/data", "train"), dataset_records.open_places(local, "train")
     assert len(there) == len(here) > 0
     for number in range(len(here)):
         for name, value in here[number].items():
             assert np.array_equal(there[number][name], value), (number, name)
-    for ours, theirs in zip(sources.locations(f"{bucket}/data", "train"), sources.locations(local, "train")):
+    for ours, theirs in zip(
+        dataset_records.locations(f"{bucket}/data", "train"), dataset_records.locations(local, "train")
+    ):
         assert np.array_equal(ours, theirs)
     with pytest.raises(ValueError, match="gs://bucket/none is not a dataset of places: places.json is missing"):
-        sources.read_metadata(f"{bucket}/none")
+        dataset_records.read_metadata(f"{bucket}/none")
 
 
 @needs_gcsfs

@@ -8,9 +8,9 @@ import rasterio
 from affine import Affine
 from rasterio.transform import from_origin
 
-from skysense_jax.data import raster
+from skysense_jax.data.ingest import raster
 from skysense_jax.sensors import SENSORS
-from tests.rasters import HR, NORTH, SMALL, UTM, WEST, dn, ingest, one, refusals, refused, s2, write
+from tests.helpers.rasters import HR, NORTH, SMALL, UTM, WEST, dn, ingest, one, refusals, refused, s2, write
 
 
 def test_missing_crs_or_georeferencing(tmp_path):

@@ -18,12 +18,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from skysense_jax.data import builder, layouts, pictures, preview, sources, statistics
-from skysense_jax.data.draft import to_csv
-from skysense_jax.data.raster import Header, RasterRefused
-from tests.rasters import HR, catalog, run, write
+from skysense_jax.data import records as dataset_records
+from skysense_jax.data import statistics
+from skysense_jax.data.drafting import layouts
+from skysense_jax.data.drafting.rasters import to_csv
+from skysense_jax.data.ingest import build, plain_images
+from skysense_jax.data.ingest.raster import Header, RasterRefused
+from skysense_jax.draw import places
+from tests.helpers.rasters import HR, catalog, run, write
 
-OPTIONS = builder.Options(tile=16, ratio=2, shard_places=2, holdout=0.0, georeferenced=False)
+OPTIONS = build.Options(tile=16, ratio=2, shard_places=2, holdout=0.0, georeferenced=False)
 SIDE = 32  # pixels of an hr tile with OPTIONS
 
 
@@ -47,7 +51,7 @@ def drafted(root, sensor="hr", name="places.csv", **options):
 
 def built(root, out, options=OPTIONS, **draft):
     """Place -> record, and the metadata."""
-    meta, _ = builder.build(drafted(root, **draft), out, options, progress=False)
+    meta, _ = build.build(drafted(root, **draft), out, options, progress=False)
     return records(out), meta
 
 
@@ -80,23 +84,23 @@ def test_images_become_records_and_stay_as_they_were(tmp_path):
         assert np.isnan([one["lon"], one["lat"], *one["footprint"]]).all() and one["crs"] == b""
         assert one["hr_date"].tolist() == [-1] and one["hr_valid"].all() and one["hr_measured"].tolist() == [[1, 1, 1]]
         assert (one["label_map"] == 255).all()
-    lon, lat = sources.locations(tmp_path / "d", "train")
+    lon, lat = dataset_records.locations(tmp_path / "d", "train")
     assert np.isnan(lon).all() and np.isnan(lat).all() and len(lon) == 4
     assert statistics.compute(tmp_path / "d", progress=False)["hr"]["n"] == [4 * SIDE * SIDE] * 3
-    preview.preview(tmp_path / "d", "d.jpeg", tmp_path / "p.png")
+    places.preview(tmp_path / "d", "d.jpeg", tmp_path / "p.png")
 
 
 def test_a_georeferenced_dataset_says_so_and_keeps_the_key_it_always_had(tmp_path):
     write(tmp_path / "hr.tif", np.ones((3, 32, 32), np.uint8), step=5)
     options = OPTIONS._replace(georeferenced=True)
-    meta, _ = builder.build(catalog(tmp_path, [HR]), tmp_path / "d", options, progress=False)
+    meta, _ = build.build(catalog(tmp_path, [HR]), tmp_path / "d", options, progress=False)
     assert meta["georeferenced"] is True and meta["gsd"] == 10.0
     asked = {name: value for name, value in options._asdict().items() if name != "georeferenced"}
     described = {"build": {"format": 1, "catalog_sha256": meta["catalog_sha256"]} | asked}
     text = json.dumps(json.loads(json.dumps(described)), indent=1, sort_keys=True) + "\n"
     assert meta["build_key"] == hashlib.sha256(text.encode()).hexdigest()
-    with pytest.raises(builder.BuildError, match="georeferenced"):
-        builder.build(tmp_path / "places.csv", tmp_path / "d", OPTIONS, progress=False)
+    with pytest.raises(build.BuildError, match="georeferenced"):
+        build.build(tmp_path / "places.csv", tmp_path / "d", OPTIONS, progress=False)
 
 
 @settings(max_examples=60, deadline=None)
@@ -105,9 +109,9 @@ def test_cuts_fill_the_picture_as_far_as_whole_tiles_can(width, height, size):
     head = Header(pathlib.Path("x"), width, height, 3, np.dtype("uint8"), None, None, (None,) * 3, 0, "")
     if min(width, height) < size:
         with pytest.raises(RasterRefused, match="smaller than one tile"):
-            list(pictures.cuts_of("x", head, size))
+            list(plain_images.cuts_of("x", head, size))
         return
-    cuts = list(pictures.cuts_of("x", head, size))
+    cuts = list(plain_images.cuts_of("x", head, size))
     covered = np.zeros((height, width), int)
     for cut in cuts:
         assert cut.column >= 0 and cut.row >= 0
@@ -256,7 +260,7 @@ def test_damage_is_a_picture_or_a_refusal_and_nothing_else(tmp_path, kind, kept,
         data[int(where * (len(data) - 1))] = value
     path.write_bytes(data[: max(1, int(len(data) * min(1.0, 2 * kept)))])
     try:
-        with pictures.open_picture(path) as file:
+        with plain_images.open_picture(path) as file:
             assert file.count in (1, 2, 3, 4) and file.read().size
     except RasterRefused as error:
         assert str(error)
@@ -274,7 +278,7 @@ def test_bands_of_multi_band_files(tmp_path):
     assert sorted({text.split(":")[0] for text in asked}) == ["datetime", "offset", "units"]
     rows = list(csv.DictReader(source.open()))
     source.write_text(to_csv([row | {"units": "dn", "offset": "0"} for row in rows]))
-    meta, _ = builder.build(source, tmp_path / "d", OPTIONS, progress=False)
+    meta, _ = build.build(source, tmp_path / "d", OPTIONS, progress=False)
     [one] = records(tmp_path / "d").values()
     np.testing.assert_array_equal(one["s2_image"][0], np.moveaxis(image[::-1], 0, -1))
     assert "has 12 bands, the catalog names 13" in reasons(meta)["20200601_b.tif"]
@@ -285,7 +289,7 @@ def test_a_place_is_one_image_and_a_crs_is_not_used(tmp_path):
     for name in ("a.tif", "b.tif", "m.tif"):
         write(tmp_path / name, np.full((3, SIDE, SIDE), 7, np.uint8), step=5)
     rows = [HR | {"path": "a.tif"}, {"sensor": "dsm", "path": "b.tif"}, {"sensor": "label_map", "path": "m.tif"}]
-    meta, _ = builder.build(catalog(tmp_path, rows), tmp_path / "d", OPTIONS, progress=False)
+    meta, _ = build.build(catalog(tmp_path, rows), tmp_path / "d", OPTIONS, progress=False)
     assert [entry["path"] for entry in meta["report"]["refused"]] == ["b.tif", "m.tif"]
     assert all("a place is one image" in entry["reason"] for entry in meta["report"]["refused"])
     assert meta["report"]["notes"] == {"hr: it has a CRS, which is not used": 1}
@@ -318,7 +322,7 @@ def test_killed_and_continued_gives_the_same_bytes_also_with_processes(tmp_path)
         save(tmp_path / "world" / f"{i}.png", pixels(100, 100, seed=i))
     source, out = drafted(tmp_path / "world"), tmp_path / "d"
     options = OPTIONS._replace(shard_places=1, holdout=0.3)
-    builder.build(source, tmp_path / "straight", options, workers=2, progress=False)
+    build.build(source, tmp_path / "straight", options, workers=2, progress=False)
     (tmp_path / "build.py").write_text(PROGRAM)
     command = [sys.executable, tmp_path / "build.py", source, out]
     env = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).resolve().parents[1])}
@@ -328,7 +332,7 @@ def test_killed_and_continued_gives_the_same_bytes_also_with_processes(tmp_path)
     process.send_signal(signal.SIGKILL)
     process.wait()
     finished = {path: path.stat().st_mtime_ns for path in out.glob("parts/*.array_record")}
-    assert finished and not (out / builder.META).exists(), "the build was over before it could be killed"
+    assert finished and not (out / build.METADATA).exists(), "the build was over before it could be killed"
     assert subprocess.run(command, env=env, timeout=120).returncode == 0
     names = sorted(path.name for path in out.iterdir())
     assert names == sorted(path.name for path in (tmp_path / "straight").iterdir()) and len(names) > 12
@@ -366,7 +370,7 @@ def test_without_a_split_file_the_hash_of_the_name_decides(tmp_path):
     for i in range(30):
         save(tmp_path / "world" / f"{i}.png", pixels(SIDE, 2 * SIDE, seed=i))
     options = OPTIONS._replace(holdout=0.3)
-    builder.build(drafted(tmp_path / "world"), tmp_path / "d", options, progress=False)
+    build.build(drafted(tmp_path / "world"), tmp_path / "d", options, progress=False)
     dataset = tfds.builder_from_directory(str(tmp_path / "d"))
     found = {
         name: {one["place"].decode().split("@")[0] for one in dataset.as_data_source(split=name)}

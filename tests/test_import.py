@@ -11,9 +11,10 @@ import pytest
 import safetensors.numpy
 
 import skysense_jax
-from skysense_jax import cli, embed, sensors
-from skysense_jax.convert import keymap, released, tensor_files, torch_export, torch_import
-from tests import tiny_model as tiny
+from skysense_jax import cli, networks, sensors
+from skysense_jax.convert import keymap, layouts, released, tensor_files, torch_export, torch_import
+from skysense_jax.run import imported
+from tests.helpers import tiny_model as tiny
 
 NEEDS_TORCH = "needs torch (the extra `torch`) to write .pth files"
 BANDS = sensors.SKYSENSE_BANDS
@@ -92,19 +93,19 @@ def test_released_files_come_in_bit_for_bit_and_go_out_again(model, config, tmp_
     assert cli.main(command) == 0
     said = capsys.readouterr().out
     assert "GiB free" in said and "mask_token left out" in said and "1 buffers are recomputed" in said
-    network = embed.open_network(tmp_path / "in")
+    network = networks.open_network(tmp_path / "in")
     equal(network.encoder, params)
     assert cli.main(command) == 78 and "already holds" in capsys.readouterr().err
     assert cli.main(["inspect", str(tmp_path / "in")]) == 0 and "imported weights" in capsys.readouterr().out
     assert cli.main(["export-torch", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 0
     stored = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
-    assert stored.keys() == {e.torch for e in keymap.model_entries(cfg, CONTRACT)}
+    assert stored.keys() == {e.torch for e in layouts.model_entries(cfg, CONTRACT)}
     for module, path in paths.items():
         for name, value in tensor_files.open_tensors(path).items():
             short = name.removeprefix("backbone.")
             if short not in ("mask_token", "ctpe") and "relative" not in short:
                 np.testing.assert_array_equal(stored[keymap.PREFIXES[module] + short], value)
-    equal(embed.open_network(tmp_path / "out").encoder, params)
+    equal(networks.open_network(tmp_path / "out").encoder, params)
     capsys.readouterr()
     assert cli.main(["verify", str(tmp_path / "out")]) == 0
     table = capsys.readouterr().out
@@ -135,13 +136,13 @@ def test_a_whole_checkpoint_in_a_pytorch_file(model, config, tmp_path, capsys):
     torch.save(whole, file)
     assert cli.main(["import-torch", file, "--out", str(tmp_path / "in"), "--config", str(config)]) == 0
     assert "1 tensors of the file that fit head_gep* left out" in capsys.readouterr().out
-    equal(embed.open_network(tmp_path / "in").encoder, params)
+    equal(networks.open_network(tmp_path / "in").encoder, params)
     whole["state_dict"]["decoder.weight"] = torch.zeros(2)
     torch.save(whole, file)
     command = ["import-torch", file, "--out", str(tmp_path / "in2"), "--config", str(config)]
     assert cli.main(command) == 78 and "decoder.weight" in capsys.readouterr().err
     assert cli.main([*command, "--leave-out", "decoder.weight", "--licence", "CC-BY-4.0"]) == 0
-    assert json.loads((tmp_path / "in2" / embed.MODEL_FILE).read_text())["provenance"]["licence"] == "CC-BY-4.0"
+    assert json.loads((tmp_path / "in2" / imported.DESCRIPTION).read_text())["provenance"]["licence"] == "CC-BY-4.0"
 
 
 @pytest.mark.parametrize("modules", [("hr",), ("s2",), ("s1", "head_s1"), ("s2", "head_s2", "fusion")])
@@ -150,7 +151,7 @@ def test_any_part_loads_alone_in_both_directions(model, config, tmp_path, module
     paths = write(tmp_path, cfg, params, modules)
     assert cli.main(["import-torch", *paths.values(), "--out", str(tmp_path / "in"), "--config", str(config)]) == 0
     equal(
-        embed.open_network(tmp_path / "in").encoder,
+        networks.open_network(tmp_path / "in").encoder,
         {name: params[name] for name in (*modules, "ctpe") if name != "ctpe" or "fusion" in modules},
     )
     part = skysense_jax.load(tmp_path / "in")
@@ -232,7 +233,7 @@ def test_skysense_pp_files(model, config, tmp_path, capsys):
     command += ["--leave-out", "attn1*", "--leave-out", "norm_attn*", "--leave-out", "vocabulary_*"]
     assert cli.main(command) == 0
     assert "no row for the class token" in capsys.readouterr().out
-    encoder = embed.open_network(tmp_path / "in").encoder
+    encoder = networks.open_network(tmp_path / "in").encoder
     equal(encoder["hr"], params["hr"])
     assert (encoder["s2"]["pos_embed"][:, 0] == 0).all()
     np.testing.assert_array_equal(encoder["s2"]["pos_embed"][:, 1:], params["s2"]["pos_embed"][:, 1:])
@@ -260,7 +261,7 @@ def test_kernels_for_other_bands(model, config, tmp_path):
     )
     loaded = skysense_jax.load(tmp_path / "in")
     assert loaded.contract["sensors"]["hr"]["bands"] == ["R", "G", "B", "NIR"]
-    encoder = embed.open_network(tmp_path / "in").encoder
+    encoder = networks.open_network(tmp_path / "in").encoder
     red_again = params["hr"]["patch_embed"]["kernel"][:, :, [0, 1, 2, 0]]
     np.testing.assert_array_equal(encoder["hr"]["patch_embed"]["kernel"], red_again)
     scaled = params["s2"]["patch_embed"]["kernel"][:, :, [0, 1, 2, 6]] * np.float32(2.5)
@@ -279,11 +280,11 @@ def test_one_file_per_module_and_a_folder_that_changed(model, config, tmp_path, 
     folder = torch_export.export(params, CONTRACT, cfg, tmp_path / "out", {}, per_module=True)
     names = {path.name for path in torch_export.weight_files(folder)}
     assert names == {f"{name}.safetensors" for name in FILES.values()}
-    equal(embed.open_network(folder).encoder, params)
+    equal(networks.open_network(folder).encoder, params)
     assert cli.main(["verify", str(folder)]) == 0
     files = [str(folder / name) for name in sorted(names)]
     assert cli.main(["import-torch", *files, "--out", str(tmp_path / "in"), "--config", str(config)]) == 0
-    equal(embed.open_network(tmp_path / "in").encoder, params)
+    equal(networks.open_network(tmp_path / "in").encoder, params)
     state = safetensors.numpy.load_file(folder / "skysense_model_fusion.safetensors")
     state["fusion.cls_token"] += 0.01
     safetensors.numpy.save_file(state, folder / "skysense_model_fusion.safetensors")

@@ -5,7 +5,7 @@ import pytest
 import rasterio
 from rasterio.warp import transform, transform_bounds
 
-from tests.rasters import GOOD, HR, NORTH, SMALL, UTM, WEST, dn, ingest, one, refusals, refused, s2, write
+from tests.helpers.rasters import GOOD, HR, NORTH, SMALL, UTM, WEST, dn, ingest, one, refusals, refused, s2, write
 
 RNG = np.random.default_rng(0)
 

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import yaml
 
-from tests.fake_cluster import LAUNCH, ROOT, Cluster, clean_env, launch
+from tests.helpers.fake_cluster import LAUNCH, ROOT, Cluster, clean_env, launch
 
 GOLDEN = pathlib.Path(__file__).parent / "golden_launch"
 TRAIN = ["--", "--config", "configs/skysense_full.py", "--workdir", "gs://bucket/a run"]

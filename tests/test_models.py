@@ -17,7 +17,7 @@ from skysense_jax.nn.fusion import Fusion
 from skysense_jax.nn.position import calendar_rows
 from skysense_jax.nn.swin import SwinBlock, SwinTransformerV2, stage_plan
 from skysense_jax.nn.vit import TransformerLayer, TransformerStack
-from tests import tiny_model as tiny
+from tests.helpers import tiny_model as tiny
 
 CONTRACT = tiny.contract()
 

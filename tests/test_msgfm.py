@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ml_collections import config_dict
 
-from skysense_jax import cli, sensors, train
+from skysense_jax import cli, recipes, sensors
 from skysense_jax.convert import keymap
 from skysense_jax.models import msgfm
 from skysense_jax.nn.swin import OTHER_REGION, relative_index, shift_regions
@@ -98,7 +98,7 @@ def test_a_configuration_takes_the_sensors_it_is_given(name):
     read = runpy.run_path(str(ROOT / "configs" / f"msgfm_{name}.py"))["get_config"]
     for given, wanted in (("", list(sensors.SENSORS)), ("s2,s1", ["s2", "s1"]), ("dsm", ["dsm"])):
         config = read(given)
-        train.check_config(config)
+        recipes.check_config(config)
         assert sorted(config.data.bands) == sorted(wanted)
     with pytest.raises(ValueError, match="unknown sensors .'sar'.: hr, s2, s1, dsm"):
         read("s2,sar")

@@ -19,19 +19,13 @@ import safetensors.numpy
 
 import skysense_jax
 from skysense_jax import cli, sensors
-from skysense_jax.convert import (
-    bias_tables,
-    expert_shards,
-    keymap,
-    swin_files,
-    tensor_files,
-    torch_export,
-    torch_import,
-)
+from skysense_jax.convert import keymap, tensor_files, torch_export, torch_import
+from skysense_jax.convert.swin import bias_tables, expert_shards
+from skysense_jax.convert.swin import files as swin_files
 from skysense_jax.core import trees
 from skysense_jax.models import msgfm
 from skysense_jax.run import checkpoint, init_from, state
-from tests import swin_layouts as layouts
+from tests.helpers import swin_layouts as layouts
 from tests.test_msgfm import DENSE, config, random_params
 
 NEEDS_TORCH = "needs torch (the extra `torch`) to write .pth files and to run the exported folder"

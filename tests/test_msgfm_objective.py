@@ -15,15 +15,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skysense_jax import sensors, train
+from skysense_jax import recipes, sensors
 from skysense_jax.core import flops, trees, xla_flags
 from skysense_jax.core import mesh as meshes
-from skysense_jax.data import spec
+from skysense_jax.data.batches import spec
 from skysense_jax.models import msgfm
 from skysense_jax.objectives import gfm
+from skysense_jax.objectives import msgfm as msgfm_objective
 from skysense_jax.run import checkpoint, init_from, metrics, optim, state, step
-from tests import msgfm_places
-from tests.toy import same
+from skysense_jax.run import plan as plans
+from tests.helpers import msgfm_places
+from tests.helpers.toy_objective import same
 
 NAMES = msgfm_places.SENSORS
 PAIRS = {"hr": "dsm", "dsm": "hr", "s2": "s1", "s1": "s2"}
@@ -38,8 +40,8 @@ def config(**objective: Any) -> Any:
 
 def batch_of(c: Any, sensor: str, seed: int = 0, paired: Any = None) -> dict[str, Any]:
     """A batch of noise in raw units; some pixels and one band are not measured."""
-    contract, rng = train.make_contract(c), np.random.default_rng(seed)
-    shapes = spec.batch_spec(c, contract)
+    contract, rng = plans.make_contract(c), np.random.default_rng(seed)
+    shapes = recipes.recipe_of(c).batch_spec(c, contract)
     zeros = lambda leaf: np.zeros(leaf.shape, leaf.dtype)
     batch = jax.tree.map(zeros, shapes, is_leaf=lambda leaf: isinstance(leaf, spec.Leaf))
     batch["sensor"][:] = list(contract["sensors"]).index(sensor)
@@ -62,7 +64,7 @@ jit = functools.partial(jax.jit, compiler_options=xla_flags.ONCE["cpu"])
 
 def objective_of(c: Any) -> tuple[Any, Any, Any, Any]:
     """(objective, params, teacher, jitted loss(params, teacher, batch, keys))."""
-    objective = train.OBJECTIVES["msgfm"](c, train.make_contract(c))
+    objective = msgfm_objective.make_objective(c, plans.make_contract(c))
     params, teacher, memory = jit(lambda: objective.init(jax.random.key(1), None))()
     assert memory == {}
     return (
@@ -110,7 +112,7 @@ def np_mask(c: Any, drawn: Any) -> np.ndarray:
 
 def np_loss(c: Any, params: Any, batch: Any, drawn: Any) -> dict[str, float]:
     """The pseudo-code of objectives.msgfm in numpy, the network itself from the model."""
-    contract, o = train.make_contract(c), c.objective
+    contract, o = plans.make_contract(c), c.objective
     name = list(contract["sensors"])[batch["sensor"][0]]
     model, mask = msgfm.make_model(c.model, contract), np_mask(c, drawn)
     coins = np.asarray(jax.random.bernoulli(drawn["cross"], o.cross, (c.data.batch,)))
@@ -234,7 +236,7 @@ def test_a_batch_moves_the_parts_of_its_sensor_and_its_pair_and_what_all_share()
 def test_distillation_is_that_of_numpy_and_only_for_the_sensor_the_teacher_knows():
     c = config()
     c.objective.distill.weight, c.objective.distill.img_size = 0.5, 20
-    contract = train.make_contract(c)
+    contract = plans.make_contract(c)
     objective, params, teacher, loss = objective_of(c)
     batch, drawn = batch_of(c, "hr"), keys()
     value, (measured, _) = loss(params, teacher, batch, drawn)
@@ -309,10 +311,12 @@ def test_the_teacher_is_the_network_at_the_given_path(tmp_path):
     c = config()
     dense = config()
     dense.model.moe.stages = ()
-    theirs = saved(tmp_path / "dense", train.OBJECTIVES["msgfm"](dense, train.make_contract(c)), {"sensors": {}}, 5)
-    saved(tmp_path / "mixed", train.OBJECTIVES["msgfm"](c, train.make_contract(c)), {"sensors": {}}, 5)
+    theirs = saved(
+        tmp_path / "dense", msgfm_objective.make_objective(dense, plans.make_contract(c)), {"sensors": {}}, 5
+    )
+    saved(tmp_path / "mixed", msgfm_objective.make_objective(c, plans.make_contract(c)), {"sensors": {}}, 5)
     c.objective.distill.weight = 1.0
-    fresh = fresh_state(train.OBJECTIVES["msgfm"](c, train.make_contract(c)))
+    fresh = fresh_state(msgfm_objective.make_objective(c, plans.make_contract(c)))
     with pytest.raises(ValueError, match="give config.objective.distill.path"):
         init_from.with_teacher(c, fresh)
     c.objective.distill.path = str(tmp_path / "dense")
@@ -329,15 +333,15 @@ def test_the_teacher_is_the_network_at_the_given_path(tmp_path):
 
 def test_a_new_row_of_the_table_goes_on_from_old_weights(tmp_path, monkeypatch):
     c = config()
-    old = train.make_contract(c)
-    before = saved(tmp_path, train.OBJECTIVES["msgfm"](c, old), old, 5)
+    old = plans.make_contract(c)
+    before = saved(tmp_path, msgfm_objective.make_objective(c, old), old, 5)
     row = sensors.SENSORS["s1"]._replace(name="tir_L8", bands=("T10",), aliases={}, mean=(290.0,), std=(10.0,), pair="")
     monkeypatch.setitem(sensors.SENSORS, row.name, row)
     more = config()  # takes what the table has
-    train.check_config(more)
-    contract = train.make_contract(more)
+    recipes.check_config(more)
+    contract = plans.make_contract(more)
     mesh = meshes.make_mesh({"data": 1, "fsdp": 1, "expert": 1}, jax.devices()[:1])
-    objective = train.make_plan(more, contract, mesh).objective  # its leaves have sharding and decay rules
+    objective = plans.make_plan(more, contract, mesh).objective  # its leaves have sharding and decay rules
     begun, report = init_from.init_from(tmp_path, fresh_state(objective), contract)
     assert {name.split("/")[2] for name in report["new"]} == {"embed_tir_L8", "decoder_tir_L8"}
     assert len(report["new"]) == 6 and not report["left"] and not report["widened"]
@@ -356,10 +360,10 @@ MESHES = ((1, 8, 1), (2, 1, 4), (2, 2, 2), (1, 4, 2))
 def on_mesh(shape: tuple[int, int, int]) -> tuple[Any, Any, Any]:
     """(state, metrics, names of leaves that are split over each axis) after one step of a batch of s2."""
     c = config()
-    contract = train.make_contract(c)
-    objective = train.OBJECTIVES["msgfm"](c, contract)
+    contract = plans.make_contract(c)
+    objective = msgfm_objective.make_objective(c, contract)
     mesh = meshes.make_mesh(dict(zip(("data", "fsdp", "expert"), shape)), jax.devices()[: math.prod(shape)])
-    batch = state.batch_shapes(spec.batch_spec(c, contract), mesh)
+    batch = state.batch_shapes(recipes.recipe_of(c).batch_spec(c, contract), mesh)
     shapes = state.state_shapes(objective, batch, c.seed, mesh, 256)
     advance = step.make_step(objective, c, optim.decay_mask(shapes.params))
     placed = jax.tree.map(lambda leaf: leaf.sharding, shapes)
@@ -400,7 +404,7 @@ def test_experts_that_do_not_divide_are_named():
     mesh = meshes.make_mesh({"data": 1, "fsdp": 1, "expert": 8})
     c.model.moe.experts = 6
     with pytest.raises(ValueError, match="shifted/moe/fc1: 6 experts do not divide by the expert axis of 8"):
-        train.make_plan(c, train.make_contract(c), mesh)
+        plans.make_plan(c, plans.make_contract(c), mesh)
 
 
 # ---------------------------------------------------------------- FLOPs, learning
@@ -409,11 +413,11 @@ def test_experts_that_do_not_divide_are_named():
 def test_flops_are_those_of_the_traced_step():
     """The trace has all sensors' branches, and no gradient of the input images."""
     c = config()
-    contract = train.make_contract(c)
+    contract = plans.make_contract(c)
     mesh = meshes.make_mesh({"data": 1, "fsdp": 1, "expert": 1}, jax.devices()[:1])
-    plan = train.make_plan(c, contract, mesh)
+    plan = plans.make_plan(c, contract, mesh)
     with jax.set_mesh(mesh):
-        traced = train.jit_step(plan, mesh).trace(plan.state, plan.batch)
+        traced = plans.jit_step(plan, mesh).trace(plan.state, plan.batch)
     bands = {name: len(rule["bands"]) for name, rule in contract["sensors"].items()}
     targets = {name: (name, PAIRS[name]) for name in bands}
     images = sum(flops.linear(8 * 64, 4 * count, c.model.embed_dims) for count in bands.values())
@@ -427,10 +431,10 @@ def test_it_learns_what_can_be_learnt():
     c = config()
     c.schedule.rule, c.schedule.lr, c.schedule.warmup_steps, c.steps = "multistep", 0.03, 5, 60
     c.optim.lr_scale.s1 = 1.0
-    objective = train.OBJECTIVES["msgfm"](c, train.make_contract(c))
+    objective = msgfm_objective.make_objective(c, plans.make_contract(c))
     params, batch = crossing(0.5)[2], batch_of(c, "s1", paired=1.0)
     for part, name, level in (("own", "s1", 1.0), ("pair", "s2", -1.0)):
-        rule = train.make_contract(c)["sensors"][name]
+        rule = plans.make_contract(c)["sensors"][name]
         for band, (mean, std) in enumerate(zip(rule["mean"], rule["std"])):
             batch[part]["image"][..., band] = mean + std * level
         batch[part]["valid"][:], batch[part]["bands"][:, : len(rule["bands"])] = 1, 1
@@ -457,4 +461,4 @@ def test_fields_that_contradict_each_other(change, message):
     c = config()
     change(c)
     with pytest.raises(ValueError, match=message):
-        train.OBJECTIVES["msgfm"](c, train.make_contract(c))
+        msgfm_objective.make_objective(c, plans.make_contract(c))

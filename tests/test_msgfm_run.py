@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from skysense_jax import cli, embed
-from tests import jobs, msgfm_places
+from skysense_jax import cli, networks
+from tests.helpers import jobs, msgfm_places
 
 CONFIG = str(jobs.ROOT / "configs" / "msgfm_tiny.py")
 STEPS = 12  # as in test_resume: one compiled step serves both
@@ -66,7 +66,7 @@ def test_it_is_evaluated_as_any_other(dataset, run, tmp_path, capsys):
 
 
 def test_features_are_means_over_dates_and_sensors(run):
-    network = embed.load(run)
+    network = networks.load(run)
     rng, sides = np.random.default_rng(0), {"hr": 32, "s2": 8, "s1": 8, "dsm": 32}
     given = {}
     for name, rule in network.contract["sensors"].items():

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from skysense_jax import sensors, train
-from skysense_jax.data import panels
+from skysense_jax.draw import panels, reconstructions
 from skysense_jax.models import msgfm
-from skysense_jax.run import pictures
-from tests import jobs
+from tests.helpers import jobs
 from tests.test_msgfm_objective import np_normalised
 
 SIDE = 8
@@ -98,7 +97,7 @@ def test_errors_are_those_of_hidden_measured_pixels():
         image = rng.uniform(1, 200, (1, 1, side, side, bands)).astype(np.float32)
         inputs[name] = {"image": image, "valid": valid, "bands": np.ones((1, 1, bands), np.float32)}
     encoder = msgfm.make_model(config.model, contract).init(jax.random.key(0))
-    found = jax.tree.map(np.asarray, pictures.reconstructor(config, contract, 3)(encoder, inputs))
+    found = jax.tree.map(np.asarray, reconstructions.reconstructor(config, contract, 3)(encoder, inputs))
     for name, one in found.items():
         np.testing.assert_array_equal(one["measured"], inputs[name]["valid"][0, 0])
         assert 0.5 < one["mask"].mean() < 0.7

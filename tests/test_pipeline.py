@@ -16,10 +16,14 @@ from hypothesis import strategies as st
 from ml_collections import config_dict
 
 from configs import skysense_smoke
-from skysense_jax import sensors
-from skysense_jax.data import augment, bench, pipeline, radiometry, sources, spec
+from skysense_jax import recipes, sensors
+from skysense_jax.commands import data_bench
+from skysense_jax.data import records
+from skysense_jax.data import records as dataset_records
+from skysense_jax.data.batches import geometry, radiometry, spec
+from skysense_jax.data.batches import views as view_batches
 from skysense_jax.ops import crops
-from tests import tiny
+from tests.helpers import noise_dataset
 
 TILE, RATIO, PLACES, CLASSES = 12, 4, 7, 3
 DATES = {"hr": 1, "s2": 6, "s1": 2}
@@ -62,9 +66,9 @@ def make_record(number: int, names=("hr", "s2", "s1")) -> dict:
 
 
 def write_dataset(folder: pathlib.Path, splits: dict[str, list[dict]]) -> str:
-    features = spec.record_features(("hr", "s2", "s1"), TILE, RATIO, CLASSES)
+    features = records.record_features(("hr", "s2", "s1"), TILE, RATIO, CLASSES)
     meta = {"format": 1, "tile": TILE, "ratio": RATIO, "gsd": 10.0, "sensors": ["hr", "s2", "s1"]}
-    return tiny.write_records(folder, features, splits, meta)
+    return noise_dataset.write_records(folder, features, splits, meta)
 
 
 @pytest.fixture(scope="module")
@@ -115,36 +119,38 @@ def take(iterator, count: int) -> list:
 
 
 def test_batch_is_exactly_the_spec(cfg, contract):
-    want = spec.batch_spec(cfg, contract)
-    got = jax.tree.map(lambda x: spec.Leaf(x.shape, x.dtype), pipeline.train_batch(cfg, contract, 0, 0))
+    want = recipes.recipe_of(cfg).batch_spec(cfg, contract)
+    got = jax.tree.map(lambda x: spec.Leaf(x.shape, x.dtype), view_batches.train_batch(cfg, contract, 0, 0))
     assert got == want
     cfg.data.n_local = 0
-    got = jax.tree.map(lambda x: spec.Leaf(x.shape, x.dtype), pipeline.train_batch(cfg, contract, 0, 0))
-    assert got == spec.batch_spec(cfg, contract) and "local" not in got
+    got = jax.tree.map(lambda x: spec.Leaf(x.shape, x.dtype), view_batches.train_batch(cfg, contract, 0, 0))
+    assert got == recipes.recipe_of(cfg).batch_spec(cfg, contract) and "local" not in got
 
 
 def test_batch_depends_on_seed_and_step_only(cfg, contract):
-    straight = take(pipeline.make_train_iterator(cfg, contract, 5), 6)
+    straight = take(view_batches.make_train_iterator(cfg, contract, 5), 6)
     for step in (0, 3, 5):
-        assert_same(pipeline.train_batch(cfg, contract, 5, step), straight[step])
+        assert_same(view_batches.train_batch(cfg, contract, 5, step), straight[step])
     cfg.data.threads, cfg.data.prefetch = 1, 1
-    for a, b in zip(take(pipeline.make_train_iterator(cfg, contract, 5, start_step=3), 3), straight[3:]):
+    for a, b in zip(take(view_batches.make_train_iterator(cfg, contract, 5, start_step=3), 3), straight[3:]):
         assert_same(a, b)
-    other = pipeline.train_batch(cfg, contract, 6, 0)
+    other = view_batches.train_batch(cfg, contract, 6, 0)
     assert not np.array_equal(other["global"]["coords"], straight[0]["global"]["coords"])
 
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_share_the_same_batch_in_order(cfg, contract, processes):
-    parts = [take(pipeline.make_train_iterator(cfg, contract, 1, 2, rank, processes), 2) for rank in range(processes)]
+    parts = [
+        take(view_batches.make_train_iterator(cfg, contract, 1, 2, rank, processes), 2) for rank in range(processes)
+    ]
     for number in range(2):
         joined = jax.tree.map(lambda *xs: np.concatenate(xs), *[part[number] for part in parts])
-        assert_same(joined, pipeline.train_batch(cfg, contract, 1, 2 + number))
+        assert_same(joined, view_batches.train_batch(cfg, contract, 1, 2 + number))
 
 
 def test_an_epoch_covers_each_place_once_and_the_next_is_shuffled_anew(cfg, contract):
     cfg.data.batch = 1
-    batches = take(pipeline.make_train_iterator(cfg, contract, 0), 3 * PLACES)
+    batches = take(view_batches.make_train_iterator(cfg, contract, 0), 3 * PLACES)
     order = [int(batch["place"]["index"][0]) for batch in batches]
     epochs = [order[i : i + PLACES] for i in range(0, 3 * PLACES, PLACES)]
     assert all(sorted(epoch) == list(range(PLACES)) for epoch in epochs)
@@ -155,7 +161,7 @@ def test_every_sensor_of_a_view_shows_the_ground_its_coords_say(cfg, contract):
     calm(cfg)
     turned = set()
     for step in range(6):
-        batch = pipeline.train_batch(cfg, contract, 2, step)
+        batch = view_batches.train_batch(cfg, contract, 2, step)
         for scope in ("global", "local"):
             views = batch[scope]
             coords, cell = views["coords"], views["cell"][:, :, None, None]
@@ -178,13 +184,13 @@ def test_every_sensor_of_a_view_shows_the_ground_its_coords_say(cfg, contract):
 
 
 def test_views_have_their_own_sorted_dates_and_missing_ones_are_padding(cfg, contract, dataset):
-    places = sources.open_places(dataset, "train")
+    places = dataset_records.open_places(dataset, "train")
     cfg.data.date_jitter_days = 0
-    plan = pipeline.make_plan(cfg, contract, TILE)
+    plan = view_batches.make_plan(cfg, contract, TILE)
     differ = 0
     for number in range(PLACES):
         record = places[number]
-        one = pipeline.sample_place(record, np.random.default_rng(number), plan)
+        one = view_batches.sample_place(record, np.random.default_rng(number), plan)
         for scope, name in itertools.product(("global", "local"), ("hr", "s2", "s1")):
             given = record[f"{name}_date"]
             count = min(len(given), cfg.data.dates[name])
@@ -193,7 +199,7 @@ def test_views_have_their_own_sorted_dates_and_missing_ones_are_padding(cfg, con
             assert (part["image"][:, count:] == 0).all() and (part["bands"][:, count:] == 0).all()
             assert (part["dates"][:, count:] == -1).all()
             assert (part["bands"][:, :count] == 1).all()
-            allowed = augment.day_of_year(given).tolist()
+            allowed = geometry.day_of_year(given).tolist()
             for drawn in part["dates"][:, :count].tolist():
                 where = [allowed.index(day) for day in drawn]
                 assert where == sorted(where) and (len(set(where)) == len(where) or name == "hr")
@@ -205,14 +211,14 @@ def test_views_have_their_own_sorted_dates_and_missing_ones_are_padding(cfg, con
 def test_empty_acquisitions_are_not_drawn(cfg, contract):
     record = {**make_record(0), "index": 0}
     record["s2_valid"][:4] = 0
-    one = pipeline.sample_place(record, np.random.default_rng(0), pipeline.make_plan(cfg, contract, TILE))
+    one = view_batches.sample_place(record, np.random.default_rng(0), view_batches.make_plan(cfg, contract, TILE))
     assert (one["global"]["sensors"]["s2"]["valid"].any((2, 3)) == [True, True, False, False]).all()
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 40), st.lists(st.integers(-1, 30000), min_size=1, max_size=8))
 def test_jitter_stays_within_its_bounds(seed, days, dates):
     dates = np.array(dates, np.int32)
-    moved = augment.jitter_days(np.random.default_rng(seed), dates, days)
+    moved = geometry.jitter_days(np.random.default_rng(seed), dates, days)
     assert (moved[dates < 0] == -1).all()
     known = dates >= 0
     assert (np.abs(moved[known] - dates[known]) <= days).all() and (moved[known] >= 0).all()
@@ -221,7 +227,7 @@ def test_jitter_stays_within_its_bounds(seed, days, dates):
 @given(st.dates(min_value=datetime.date(1970, 1, 1), max_value=datetime.date(2100, 12, 31)))
 def test_day_of_year(date):
     number = (date - datetime.date(1970, 1, 1)).days
-    day = augment.day_of_year(np.array([number, -1]))
+    day = geometry.day_of_year(np.array([number, -1]))
     assert day.tolist() == [min(date.timetuple().tm_yday - 1, 364), -1] and day.dtype == np.int32
 
 
@@ -235,7 +241,7 @@ def test_day_of_year(date):
 )
 def test_boxes_lie_in_the_tile_and_keep_area_and_aspect(seed, tile, low, more, narrow, wide):
     scale = (low, min(low + more, 1.0))
-    box = augment.sample_box(np.random.default_rng(seed), tile, scale, (narrow, wide))
+    box = geometry.sample_box(np.random.default_rng(seed), tile, scale, (narrow, wide))
     eps = 1e-9 * tile
     assert -eps <= box.left and box.left + box.width <= tile + eps
     assert -eps <= box.top and box.top + box.height <= tile + eps
@@ -244,7 +250,7 @@ def test_boxes_lie_in_the_tile_and_keep_area_and_aspect(seed, tile, low, more, n
     assert whole or scale[0] - 1e-6 <= box.width * box.height / tile**2 <= scale[1] + 1e-6
 
 
-def dense(band: augment.Band, n_in: int) -> np.ndarray:
+def dense(band: geometry.Band, n_in: int) -> np.ndarray:
     full = np.zeros((band[-1][0].stop, n_in), np.float32)
     for out, src, weights in band:
         full[out, src] = weights
@@ -256,7 +262,7 @@ def dense(band: augment.Band, n_in: int) -> np.ndarray:
 def test_resampling_weights_average_around_the_cell(n_out, n_in, where, part):
     extent = part * n_in
     start = where * (n_in - extent)
-    full = dense(augment.axis_weights(start, extent, n_out, n_in), n_in)
+    full = dense(geometry.axis_weights(start, extent, n_out, n_in), n_in)
     assert full.shape == (n_out, n_in) and (full >= 0).all()
     np.testing.assert_allclose(full.sum(1), 1, atol=1e-5)
     centres, pixels = start + (np.arange(n_out) + 0.5) * extent / n_out, np.arange(n_in) + 0.5
@@ -269,13 +275,13 @@ def test_whole_tile_at_its_own_size_is_untouched_and_blocks_equal_one_matrix():
     rng = np.random.default_rng(0)
     image = rng.integers(0, 255, (2, 40, 40, 3)).astype(np.uint8)
     valid = np.ones((2, 40, 40), np.uint8)
-    planes, mask = augment.resample(image, valid, None, augment.make_window(augment.Box(0, 0, 10, 10), 40, 4, 40))
+    planes, mask = geometry.resample(image, valid, None, geometry.make_window(geometry.Box(0, 0, 10, 10), 40, 4, 40))
     assert mask is None
     np.testing.assert_array_equal(planes, np.moveaxis(image, -1, 1))
-    box = augment.Box(1.3, 0.4, 7.1, 8.8)
-    planes, _ = augment.resample(image, valid, np.array([2, 0]), augment.make_window(box, 24, 4, 40))
-    rows = dense(augment.axis_weights(box.top * 4, box.height * 4, 24, 40), 40)
-    cols = dense(augment.axis_weights(box.left * 4, box.width * 4, 24, 40), 40)
+    box = geometry.Box(1.3, 0.4, 7.1, 8.8)
+    planes, _ = geometry.resample(image, valid, np.array([2, 0]), geometry.make_window(box, 24, 4, 40))
+    rows = dense(geometry.axis_weights(box.top * 4, box.height * 4, 24, 40), 40)
+    cols = dense(geometry.axis_weights(box.left * 4, box.width * 4, 24, 40), 40)
     want = np.einsum("yi,tijc,xj->tcyx", rows, image[..., [2, 0]].astype(np.float64), cols)
     np.testing.assert_allclose(planes, want, rtol=1e-5, atol=1e-3)
 
@@ -286,8 +292,8 @@ def test_values_under_invalid_pixels_do_not_bleed(seed, share):
     rng = np.random.default_rng(seed)
     valid = (rng.random((2, 20, 20)) > share).astype(np.uint8)
     image = np.where(valid[..., None], 100.0, 1e6).astype(np.float32) * np.ones(2, np.float32)
-    window = augment.make_window(augment.sample_box(rng, 20, (0.2, 1.0), (0.75, 1.33)), 16, 1, 20)
-    planes, mask = augment.resample(image, valid, None, window)
+    window = geometry.make_window(geometry.sample_box(rng, 20, (0.2, 1.0), (0.75, 1.33)), 16, 1, 20)
+    planes, mask = geometry.resample(image, valid, None, window)
     mask = np.ones((2, 16, 16)) if mask is None else mask
     np.testing.assert_allclose(planes, np.broadcast_to(100.0 * mask[:, None], planes.shape), rtol=1e-5)
     cfg = {
@@ -307,7 +313,7 @@ def test_orientation_is_flips_then_turns(seed, flip_x, flip_y, turns):
     array = np.random.default_rng(seed).random((2, 3, 3))
     want = np.flip(array, 2) if flip_x else array
     want = np.rot90(np.flip(want, 1) if flip_y else want, turns, axes=(1, 2))
-    np.testing.assert_array_equal(augment.orient(array, augment.Orientation(flip_x, flip_y, turns)), want)
+    np.testing.assert_array_equal(geometry.orient(array, geometry.Orientation(flip_x, flip_y, turns)), want)
 
 
 @given(st.integers(1, 30), st.integers(1, 12), st.integers(0, 2**32 - 1))
@@ -315,7 +321,7 @@ def test_dates_are_drawn_or_spread_in_order_without_repetition(given_, count, se
     rng = np.random.default_rng(seed)
     usable = np.sort(rng.choice(100, given_, replace=False))
     clear = rng.random(given_)
-    for chosen in (augment.draw_dates(rng, usable, count), augment.spread_dates(usable, clear, count)):
+    for chosen in (geometry.draw_dates(rng, usable, count), geometry.spread_dates(usable, clear, count)):
         assert len(chosen) == min(count, given_) and (np.diff(chosen) > 0).all() and np.isin(chosen, usable).all()
     if count == 1:
         assert chosen[0] == usable[clear.argmax()]
@@ -379,15 +385,15 @@ def test_unmeasured_bands_stay_zero(cfg, contract):
     record = {**make_record(0), "index": 0}
     record["s1_measured"][0, 1] = 0
     record["s1_image"][0, ..., 1] = 0
-    one = pipeline.sample_place(record, np.random.default_rng(0), pipeline.make_plan(cfg, contract, TILE))
+    one = view_batches.sample_place(record, np.random.default_rng(0), view_batches.make_plan(cfg, contract, TILE))
     one = one["global"]["sensors"]["s1"]
     assert one["bands"][0].tolist() == [[1, 0], [1, 1], [0, 0]]
     assert (one["image"][:, 0, ..., 1] == 0).all() and (one["image"][:, 1, ..., 1] != 0).any()
 
 
 def test_evaluation_reads_every_place_once_and_whole(cfg, contract, dataset):
-    places = sources.open_places(dataset, "test")
-    batches = list(pipeline.eval_batches(cfg, contract, "test", 3))
+    places = dataset_records.open_places(dataset, "test")
+    batches = list(view_batches.eval_batches(cfg, contract, "test", 3))
     assert [batch["weight"].tolist() for batch in batches] == [[1, 1, 1], [1, 1, 0]]
     index = np.concatenate([batch["place"]["index"][batch["weight"] > 0] for batch in batches])
     assert index.tolist() == list(range(5))
@@ -401,52 +407,52 @@ def test_evaluation_reads_every_place_once_and_whole(cfg, contract, dataset):
     assert first["sensors"]["s2"]["image"].shape[1] == 4
     np.testing.assert_array_equal(first["sensors"]["s2"]["image"][1, 0], record["s2_image"][0][..., order])
     assert (first["sensors"]["s2"]["valid"][1] == 1).all() and (first["sensors"]["s1"]["valid"][1, 2] == 0).all()
-    again = list(pipeline.eval_batches(cfg, contract, "test", 3))
+    again = list(view_batches.eval_batches(cfg, contract, "test", 3))
     for a, b in zip(batches, again):
         assert_same(a, b)
 
 
 def test_places_can_be_pickled(dataset):
-    places = pickle.loads(pickle.dumps(sources.open_places(dataset, "test")))
+    places = pickle.loads(pickle.dumps(dataset_records.open_places(dataset, "test")))
     assert len(places) == 5 and places[4]["index"] == 4
 
 
 def test_errors_name_the_file_and_the_fix(cfg, contract, dataset, tmp_path):
     with pytest.raises(ValueError, match="not a dataset of places.*data build"):
-        sources.open_places(tmp_path, "train")
+        dataset_records.open_places(tmp_path, "train")
     with pytest.raises(ValueError, match="config.data.dir"):
-        sources.read_metadata("")
-    (tmp_path / sources.METADATA).write_text("{")
+        dataset_records.read_metadata("")
+    (tmp_path / dataset_records.METADATA).write_text("{")
     with pytest.raises(ValueError, match="not readable JSON"):
-        sources.read_metadata(tmp_path)
-    (tmp_path / sources.METADATA).write_text('{"format": 1, "tile": 4}')
+        dataset_records.read_metadata(tmp_path)
+    (tmp_path / dataset_records.METADATA).write_text('{"format": 1, "tile": 4}')
     with pytest.raises(ValueError, match="lacks ratio, sensors"):
-        sources.read_metadata(tmp_path)
-    (tmp_path / sources.METADATA).write_text('{"format": 2, "tile": 4, "ratio": 1, "sensors": []}')
+        dataset_records.read_metadata(tmp_path)
+    (tmp_path / dataset_records.METADATA).write_text('{"format": 2, "tile": 4, "ratio": 1, "sensors": []}')
     with pytest.raises(ValueError, match="format 2"):
-        sources.read_metadata(tmp_path)
+        dataset_records.read_metadata(tmp_path)
     with pytest.raises(ValueError, match="no split 'validation'; it has test, train"):
-        sources.open_places(dataset, "validation")
-    meta = sources.read_metadata(dataset)
-    sources.check_dataset(meta, contract, cfg)
+        dataset_records.open_places(dataset, "validation")
+    meta = dataset_records.read_metadata(dataset)
+    dataset_records.check_dataset(meta, contract, cfg)
     with pytest.raises(ValueError, match="takes 's1', the dataset in .* holds hr, s2"):
-        sources.check_dataset({**meta, "sensors": ["hr", "s2"]}, contract, cfg)
+        dataset_records.check_dataset({**meta, "sensors": ["hr", "s2"]}, contract, cfg)
     with pytest.raises(ValueError, match="has 8 HR pixels along a base pixel, the model 4"):
-        sources.check_dataset({**meta, "ratio": 8}, contract, cfg)
+        dataset_records.check_dataset({**meta, "ratio": 8}, contract, cfg)
     with pytest.raises(ValueError, match="global_size=6 must lie in 1..5"):
-        sources.check_dataset({**meta, "tile": 5}, contract, cfg)
+        dataset_records.check_dataset({**meta, "tile": 5}, contract, cfg)
     with pytest.raises(ValueError, match="config.data.batch=4 cannot be shared evenly by 3"):
-        pipeline.train_dataset(cfg, contract, 0, 0, 3)
+        view_batches.train_dataset(cfg, contract, 0, 0, 3)
     other = sensors.input_contract({**cfg.data.bands.to_dict(), "s1": ("VH", "VV")}, RATIO)
     with pytest.raises(ValueError, match="config.data.bands has .*'s1'"):
-        sources.check_dataset(meta, other, cfg)
+        dataset_records.check_dataset(meta, other, cfg)
     cfg.model.ratio = 8
     with pytest.raises(ValueError, match="config.model.ratio is 8"):
-        sources.check_dataset(meta, contract, cfg)
+        dataset_records.check_dataset(meta, contract, cfg)
     cfg.model.ratio = RATIO
     del cfg.data.dates["s1"]
     with pytest.raises(ValueError, match="config.data.dates needs"):
-        sources.check_dataset(meta, contract, cfg)
+        dataset_records.check_dataset(meta, contract, cfg)
 
 
 def match_cells_numpy(a, b, cell_a, cell_b):
@@ -459,12 +465,14 @@ def match_cells_numpy(a, b, cell_a, cell_b):
 @given(st.integers(0, 2**32 - 1))
 def test_matched_cells_show_the_same_ground(seed):
     rng = np.random.default_rng(seed)
-    boxes = [[augment.sample_box(rng, 16, scale, (0.75, 1.33)) for scale in ((0.4, 1.0), (0.1, 0.4))] for _ in range(3)]
-    turns = [[augment.sample_orientation(rng, 0.5, 0.5) for _ in range(2)] for _ in range(3)]
-    a = np.stack([augment.cell_centres(box[0], 8, turn[0]) for box, turn in zip(boxes, turns)])
-    b = np.stack([augment.cell_centres(box[1], 4, turn[1]) for box, turn in zip(boxes, turns)])
-    cell_a = np.array([augment.cell_side(box[0], 8) for box in boxes], np.float32)
-    cell_b = np.array([augment.cell_side(box[1], 4) for box in boxes], np.float32)
+    boxes = [
+        [geometry.sample_box(rng, 16, scale, (0.75, 1.33)) for scale in ((0.4, 1.0), (0.1, 0.4))] for _ in range(3)
+    ]
+    turns = [[geometry.sample_orientation(rng, 0.5, 0.5) for _ in range(2)] for _ in range(3)]
+    a = np.stack([geometry.cell_centres(box[0], 8, turn[0]) for box, turn in zip(boxes, turns)])
+    b = np.stack([geometry.cell_centres(box[1], 4, turn[1]) for box, turn in zip(boxes, turns)])
+    cell_a = np.array([geometry.cell_side(box[0], 8) for box in boxes], np.float32)
+    cell_b = np.array([geometry.cell_side(box[1], 4) for box in boxes], np.float32)
     index, mask = jax.jit(crops.match_cells)(jnp.array(a), jnp.array(b), jnp.array(cell_a), jnp.array(cell_b))
     assert index.shape == mask.shape == (3, 64) and index.dtype == jnp.int32 and mask.dtype == jnp.float32
     for i in range(3):
@@ -477,7 +485,7 @@ def test_matched_cells_show_the_same_ground(seed):
 
 
 def test_a_view_matches_itself_cell_by_cell():
-    coords = augment.cell_centres(augment.Box(0, 0, 8, 8), 5, augment.Orientation(True, False, 3))
+    coords = geometry.cell_centres(geometry.Box(0, 0, 8, 8), 5, geometry.Orientation(True, False, 3))
     index, mask = crops.match_cells(coords, coords, np.float32(1.6), np.float32(1.6))
     assert index.tolist() == list(range(25)) and (np.asarray(mask) == 1).all()
     _, mask = crops.match_cells(coords, coords + 100, np.float32(1.6), np.float32(1.6))
@@ -485,5 +493,5 @@ def test_a_view_matches_itself_cell_by_cell():
 
 
 def test_bench_measures_the_three_stages(cfg):
-    rates = bench.bench(cfg, 0.1)
+    rates = data_bench.bench(cfg, 0.1)
     assert set(rates) == {"read", "place", "batches"} and all(min(rate) > 0 for rate in rates.values())

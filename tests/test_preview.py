@@ -5,7 +5,9 @@ import pytest
 from PIL import Image
 
 from skysense_jax import cli
-from skysense_jax.data import preview, sources, synthetic
+from skysense_jax.data import records
+from skysense_jax.data.synthetic import rasters
+from skysense_jax.draw import places
 from skysense_jax.sensors import NO_DATE, SENSORS
 
 BADGE = (200, 30, 30)
@@ -14,18 +16,18 @@ BADGE = (200, 30, 30)
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     root = tmp_path_factory.mktemp("preview")
-    catalog = synthetic.synthesise(root / "rasters", 6, seed=1, tile=8, ratio=8, test_fraction=0.5, workers=1)
+    catalog = rasters.synthesise(root / "rasters", 6, seed=1, tile=8, ratio=8, test_fraction=0.5, workers=1)
     sizes = ["--tile", "8", "--ratio", "8", "--workers", "1"]
     assert cli.main(["data", "build", "--catalog", str(catalog), "--out", str(root / "data"), *sizes]) == 0
     return root / "data"
 
 
 def test_synthetic_rasters_pass_the_ingest_whole(dataset):
-    meta = sources.read_metadata(dataset)
+    meta = records.read_metadata(dataset)
     assert meta["synthetic"] is True and meta["sensors"] == ["hr", "s2", "s1", "dsm"]
     assert set(meta["label_map_classes"].values()) == {"water", "forest", "grassland", "cropland", "built-up", "bare"}
     assert meta["report"]["tiles"] == 6 and meta["report"]["files"]["refused"] == 0
-    record = sources.open_places(dataset, "train")[0]
+    record = records.open_places(dataset, "train")[0]
     assert record["s2_image"].shape[1:] == (8, 8, 13) and record["hr_image"].shape[1:] == (64, 64, 3)
     inside = record["s2_image"][record["s2_valid"] > 0]
     assert 100 < np.median(inside[:, SENSORS["s2"].bands.index("B04")]) < 6000, "the +1000 offset is gone"
@@ -42,21 +44,21 @@ def test_command_writes_a_png_that_says_synthetic(dataset, tmp_path, capsys):
 
 
 def test_number_and_name_mean_the_same_place(dataset):
-    record, _ = preview.read_place(dataset, "0")
-    again, _ = preview.read_place(
+    record, _ = places.read_place(dataset, "0")
+    again, _ = places.read_place(
         dataset, record["place"].decode() if isinstance(record["place"], bytes) else record["place"]
     )
     assert np.array_equal(record["label_map"], again["label_map"]) and record["lon"] == again["lon"]
     for wrong in ("6", "nowhere"):
         with pytest.raises(ValueError, match="has no place"):
-            preview.read_place(dataset, wrong)
+            places.read_place(dataset, wrong)
 
 
 def test_refuses_a_folder_that_is_no_dataset_and_other_formats(dataset, tmp_path):
     with pytest.raises(ValueError, match="not a dataset"):
-        preview.read_place(tmp_path, "0")
+        places.read_place(tmp_path, "0")
     with pytest.raises(ValueError, match="PNG"):
-        preview.preview(dataset, "0", tmp_path / "x.jpg")
+        places.preview(dataset, "0", tmp_path / "x.jpg")
 
 
 def _record(**changes):
@@ -82,7 +84,7 @@ META = {"tile": 8, "ratio": 8, "gsd": 10.0, "synthetic": False, "label_classes":
 
 
 def test_a_place_without_anything_still_draws_and_real_data_has_no_badge():
-    image = np.asarray(preview.draw(_record(), META))
+    image = np.asarray(places.draw(_record(), META))
     assert not (image == np.array(BADGE)).all(-1).any()
 
 
@@ -90,13 +92,13 @@ def test_invalid_pixels_are_hatched_not_black():
     colour = np.full((1, 8, 8, 13), 800, np.uint16)
     valid = np.ones((1, 8, 8), np.uint8)
     valid[:, :, :4] = 0
-    shown = preview.hatch(preview.true_colour(colour[0]), valid[0] > 0)
+    shown = places.hatch(places.true_colour(colour[0]), valid[0] > 0)
     assert set(np.unique(shown[:, :4])) == {90, 130} and (shown[:, 4:] == shown[0, 7]).all()
-    preview.draw(_record(s2_image=colour, s2_valid=valid, s2_clear=valid, s2_date=np.array([19000], np.int32)), META)
+    places.draw(_record(s2_image=colour, s2_valid=valid, s2_clear=valid, s2_date=np.array([19000], np.int32)), META)
 
 
 def test_a_sensor_without_dates_is_drawn_too(monkeypatch):
-    plain = preview.draw(_record(), META)
+    plain = places.draw(_record(), META)
     monkeypatch.setitem(SENSORS, "thermal", SENSORS["dsm"]._replace(name="thermal", grid="s2", heights=False))
     seen = {
         "thermal_image": np.ones((1, 8, 8, 1), np.float32),
@@ -104,18 +106,18 @@ def test_a_sensor_without_dates_is_drawn_too(monkeypatch):
         "thermal_clear": np.ones((1, 8, 8), np.uint8),
         "thermal_date": np.array([NO_DATE], np.int32),
     }
-    assert preview.draw(_record(**seen), META).height > plain.height
+    assert places.draw(_record(**seen), META).height > plain.height
 
 
 def test_stretches_are_fixed_and_relief_is_lit_from_the_north_west():
-    dark, bright = (preview.true_colour(np.full((2, 2, 13), dn, np.uint16)) for dn in (300, 2600))
+    dark, bright = (places.true_colour(np.full((2, 2, 13), dn, np.uint16)) for dn in (300, 2600))
     assert dark.max() < 100 and (bright == 255).all()
-    small, large = (preview.radar_colour(np.full((side, side, 2), -10.0, np.float32)) for side in (2, 3))
+    small, large = (places.radar_colour(np.full((side, side, 2), -10.0, np.float32)) for side in (2, 3))
     assert (small == large[0, 0]).all()
     y, x = np.mgrid[0:16, 0:16].astype(np.float32)
-    facing, turned = preview.hillshade(x + y, 1.0)[8, 8], preview.hillshade(-(x + y), 1.0)[8, 8]
+    facing, turned = places.hillshade(x + y, 1.0)[8, 8], places.hillshade(-(x + y), 1.0)[8, 8]
     assert facing.sum() > turned.sum(), "ground that rises to the south-east faces the north-west sun"
 
 
 def test_date_text():
-    assert preview.date_text(0) == "1970-01-01" and preview.date_text(NO_DATE) == "no date"
+    assert places.date_text(0) == "1970-01-01" and places.date_text(NO_DATE) == "no date"

@@ -14,11 +14,11 @@ import time
 import numpy as np
 import pytest
 
-from skysense_jax import train
+from skysense_jax import recipes, train
 from skysense_jax.core import mesh, rendezvous
-from skysense_jax.data import feed
 from skysense_jax.run import checkpoint
-from tests import jobs, msgfm_places, tiny, toy
+from skysense_jax.run import plan as plans
+from tests.helpers import jobs, msgfm_places, noise_dataset, toy_objective
 
 STEPS, BATCH, PLACES = 12, 8, 40
 MSGFM = [
@@ -32,7 +32,7 @@ MSGFM = [
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> str:
-    return tiny.write_dataset(tmp_path_factory.mktemp("places"), PLACES)
+    return noise_dataset.write_dataset(tmp_path_factory.mktemp("places"), PLACES)
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +49,7 @@ def mixed(tmp_path_factory) -> list[str]:
 
 def arguments(dataset: str | list[str], workdir: pathlib.Path, *more: str) -> list[str]:
     """dataset: of the toy, or all that another run is started with."""
-    given = (
-        dataset
-        if isinstance(dataset, list)
-        else ["--config", jobs.TINY, f"--config.data.dir={dataset}", "--config.model.name=toy"]
-    )
+    given = dataset if isinstance(dataset, list) else ["--config", jobs.TOY, f"--config.data.dir={dataset}"]
     return [
         *given,
         "--workdir",
@@ -69,7 +65,7 @@ def arguments(dataset: str | list[str], workdir: pathlib.Path, *more: str) -> li
 def shares(given: list[str], processes: int, index: int, steps: range) -> list[int]:
     """The records that process `index` of `processes` needs in `steps`, by their number in their dataset."""
     cfg = train.parse(given).config
-    batches = feed.of(cfg).train_dataset(cfg, train.make_contract(cfg), cfg.seed)
+    batches = recipes.recipe_of(cfg).batches.train_dataset(cfg, plans.make_contract(cfg), cfg.seed)
     part = slice(index * BATCH // processes, (index + 1) * BATCH // processes)
     return [int(n) % PLACES for step in steps for n in batches[step]["place"]["index"][part]]
 
@@ -86,7 +82,7 @@ def test_two_processes_stop_together_and_four_go_on_as_one_would(
     records that every process looks into first, for the sensors they have.
     """
     given = request.getfixturevalue(data)
-    monkeypatch.setitem(train.OBJECTIVES, "toy", lambda c, k: toy.make_objective(c, k, width=jobs.TOY_WIDTH))
+    monkeypatch.setitem(recipes.RECIPES, "toy", toy_objective.recipe(width=jobs.TOY_WIDTH))
     one, many = tmp_path / "one", tmp_path / "many"
     assert train.main(arguments(given, one)) == 0  # one process, eight devices
 
@@ -95,7 +91,7 @@ def test_two_processes_stop_together_and_four_go_on_as_one_would(
             count,
             arguments(given, many, *more),
             devices,
-            "tests.jobs",
+            "tests.helpers.jobs",
             lambda index: {"READS": str(tmp_path / f"reads-{count}-{index}")},
             READ_S="0.1" if count == 2 else "0",  # time for the signal to reach the other one
             XLA_FLAGS="--xla_backend_optimization_level=0",
@@ -146,7 +142,7 @@ def test_two_processes_stop_together_and_four_go_on_as_one_would(
 def test_a_process_that_stands_still_ends_the_others_with_70_and_their_stacks(dataset, tmp_path):
     """SIGSTOP: the other one hangs in a collective, in C++, and only its watchdog can tell."""
     hung, still = jobs.start_together(
-        2, arguments(dataset, tmp_path, "--config.steps=100000", "--config.run.watchdog_s=3"), 1, "tests.jobs"
+        2, arguments(dataset, tmp_path, "--config.steps=100000", "--config.run.watchdog_s=3"), 1, "tests.helpers.jobs"
     )
     try:
         jobs.await_moment(hung, jobs.reached(tmp_path, 3))

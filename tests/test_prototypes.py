@@ -12,19 +12,22 @@ import safetensors.numpy
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from skysense_jax import embed, import_torch, sensors, train, verify
-from skysense_jax.convert import tensor_files, torch_export
-from skysense_jax.core import fields, flops, rngs
+from skysense_jax import networks, recipes, sensors
+from skysense_jax.convert import tensor_files, torch_export, verify
+from skysense_jax.core import flops, rngs
 from skysense_jax.core import mesh as meshes
-from skysense_jax.data import sources, spec
+from skysense_jax.data import records
 from skysense_jax.models.skysense import empty_bank, make_model, module_names, region_side, with_bank, without_bank
 from skysense_jax.objectives.skysense import make_objective
 from skysense_jax.ops import prototypes, regions
-from skysense_jax.run import checkpoint, init_from, optim, state
+from skysense_jax.run import checkpoint, imported, init_from, optim, state
+from skysense_jax.run import plan as plans
+from skysense_jax.run import start as starts
 from skysense_jax.run import step as run_step
-from tests import test_objective, toy
-from tests import tiny as tiny_data
-from tests import tiny_model as tiny
+from tests import test_objective
+from tests.helpers import noise_dataset as tiny_data
+from tests.helpers import tiny_model as tiny
+from tests.helpers import toy_objective
 from tests.test_ops import np_sinkhorn
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -351,7 +354,7 @@ def test_modules_with_and_without_geo():
 def test_the_bank_goes_to_pytorch_and_back(width, per_module, table, tmp_path):
     cfg, params = geo_model(width, 9 if table == "hashed" else 3, table=table)
     out = torch_export.export(params, CONTRACT, cfg, tmp_path / "out", {}, per_module)
-    network = embed.open_network(out)
+    network = networks.open_network(out)
     assert jax.tree.structure(network.encoder) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, network.encoder, params)
     assert network.encoder["geo"]["bank"]["cells"].dtype == np.int32
@@ -359,16 +362,16 @@ def test_the_bank_goes_to_pytorch_and_back(width, per_module, table, tmp_path):
     assert np.abs(frozen["output.fused"][0, 8:]).min() > 0 and (frozen["output.fused"][1, 8:] == 0).all()
     assert max(verify.in_jax(out).values()) == 0
 
-    bare = embed.open_network(out, "none")
+    bare = networks.open_network(out, "none")
     assert [one.description.model.geo_context.bank for one in (network, bare)] == ["frozen", "none"]
     mild = {name: 0.7 * np.float32(rule["mean"]) for name, rule in CONTRACT["sensors"].items()}
     given = {
         name: {"image": mild[name] + 0.3 * one["image"][0], "dates": one["dates"][0]}
         for name, one in tiny.inputs(CONTRACT).items()
     }
-    assert embed.load(out, "none").features(given)["pixel"].shape[-1] == 8 and "geo" not in bare.encoder
+    assert networks.load(out, "none").features(given)["pixel"].shape[-1] == 8 and "geo" not in bare.encoder
     with pytest.raises(ValueError, match="uses geo-context: give"):
-        embed.load(out).features(given)
+        networks.load(out).features(given)
     for wrong, words in (
         ({"lon": 3.0}, "give .*lat"),
         ({"lon": [3.0, 4.0], "lat": [48.0, 48.0]}, "lon has shape"),
@@ -376,13 +379,13 @@ def test_the_bank_goes_to_pytorch_and_back(width, per_module, table, tmp_path):
         ({"lon": np.inf, "lat": 3.0}, "lon must lie within -360..360"),
     ):
         with pytest.raises(ValueError, match=f"place: {words}"):
-            embed.load(out).features({**given, "place": wrong})
-    here = embed.load(out).features({**given, "place": {"lon": 3.0, "lat": 48.0}})["pixel"]
+            networks.load(out).features({**given, "place": wrong})
+    here = networks.load(out).features({**given, "place": {"lon": 3.0, "lat": 48.0}})["pixel"]
     assert here.shape[-1] == 8 + width and np.abs(here[..., 8:]).max() > 0
 
     other = geo_model(width, regions_=7, seed=5)
     torch_export.export(other[1], CONTRACT, other[0], tmp_path / "other", {})
-    swapped = embed.open_network(out, tmp_path / "other")
+    swapped = networks.open_network(out, tmp_path / "other")
     np.testing.assert_array_equal(swapped.encoder["geo"]["bank"]["prototypes"], other[1]["geo"]["bank"]["prototypes"])
     again = torch_export.export(swapped.encoder, CONTRACT, swapped.description.model, tmp_path / "again", {})
     if not tensor_files.torch_is_there():
@@ -430,25 +433,25 @@ def test_partial_weights_with_and_without_the_bank(tmp_path):
     out = torch_export.export(params, CONTRACT, cfg, tmp_path / "out", {}, per_module=True)
     files = {path.stem.removeprefix("skysense_model_"): str(path) for path in out.glob("skysense_model_*")}
     plain = tiny.config(geo_context=cfg.geo_context.to_dict() | {"bank": "none", "regions": 1})
-    import_torch.import_files(list(files.values()), plain, BANDS, tmp_path / "all")
-    jax.tree.map(np.testing.assert_array_equal, embed.open_network(tmp_path / "all").encoder, params)
+    imported.import_files(list(files.values()), plain, BANDS, tmp_path / "all")
+    jax.tree.map(np.testing.assert_array_equal, networks.open_network(tmp_path / "all").encoder, params)
     some = [path for name, path in files.items() if name != "glbank"]
-    import_torch.import_files(some, cfg, BANDS, tmp_path / "plain")
-    without = embed.open_network(tmp_path / "plain")
+    imported.import_files(some, cfg, BANDS, tmp_path / "plain")
+    without = networks.open_network(tmp_path / "plain")
     assert "geo" not in without.encoder and without.description.model.geo_context.bank == "none"
     out = torch_export.export(without.encoder, CONTRACT, without.description.model, tmp_path / "out2", {})
     assert max(verify.in_jax(out).values()) == 0
     narrow = geo_model(8)
     torch_export.export(narrow[1], CONTRACT, narrow[0], tmp_path / "narrow", {})
     with pytest.raises(ValueError, match="narrow has prototypes of width 8, this network needs 12"):
-        embed.open_network(tmp_path / "all", tmp_path / "narrow")
+        networks.open_network(tmp_path / "all", tmp_path / "narrow")
     with pytest.raises(ValueError, match="plain has no prototype bank: its model has no geo-context"):
-        embed.open_network(tmp_path / "all", tmp_path / "plain")
+        networks.open_network(tmp_path / "all", tmp_path / "plain")
     near = tiny.config(geo_context=cfg.geo_context.to_dict() | {"cell": 65_537.0})  # as many edges
     with pytest.raises(ValueError, match=r"lon_edges.*model.geo_context.cell=65537 metres"):
-        import_torch.import_files(list(files.values()), near, BANDS, tmp_path / "near")
+        imported.import_files(list(files.values()), near, BANDS, tmp_path / "near")
     with pytest.raises(ValueError, match="geo needs the fusion"):
-        import_torch.import_files([files["glbank"], files["backbone_s2"]], cfg, BANDS, tmp_path / "bad")
+        imported.import_files([files["glbank"], files["backbone_s2"]], cfg, BANDS, tmp_path / "bad")
 
 
 # -------------------------------------------------------------------------------- pretraining
@@ -485,11 +488,11 @@ def test_a_step_moves_the_bank_and_one_that_is_not_finite_does_not():
     c = runpy.run_path(str(ROOT / "configs" / "skysense_tiny.py"))["get_config"]("series")
     c.data.batch, c.data.n_local, c.schedule.warmup_steps = 8, 0, 0
     c.model.geo_context.update({"bank": "on", "regions": 32, "prototypes": 4, "width": 16})
-    fields.check(c)
+    recipes.check_config(c)
     contract = sensors.input_contract(c.data.bands.to_dict(), c.model.ratio)
     mesh = meshes.make_mesh({"data": 1, "fsdp": 8})
     objective = make_objective(c, contract)
-    shapes = state.batch_shapes(spec.batch_spec(c, contract), mesh)
+    shapes = state.batch_shapes(recipes.recipe_of(c).batch_spec(c, contract), mesh)
     placed = state.state_shapes(objective, shapes, 0, mesh, small=256)
     assert placed.memory["bank"]["prototypes"].sharding.spec == jax.P("fsdp")
     assert placed.params["encoder"]["geo"].keys() == placed.teacher["encoder"]["geo"].keys() == {"query"}
@@ -521,7 +524,7 @@ def test_a_step_moves_the_bank_and_one_that_is_not_finite_does_not():
 
 def test_the_table_of_a_fresh_bank_holds_the_training_places(tmp_path):
     dataset = tiny_data.write_dataset(tmp_path / "data", places=4)
-    lon, lat = sources.locations(dataset, "train")
+    lon, lat = records.locations(dataset, "train")
     assert lon.tolist() == [3, 4, 5, 6] and lat.dtype == np.float32 and (lat == 48).all()
     c = runpy.run_path(str(ROOT / "configs" / "skysense_tiny.py"))["get_config"]("series")
     c.data.dir, c.model.geo_context.cell = dataset, 65_536.0
@@ -593,19 +596,19 @@ def test_a_second_stage_starts_from_a_run_without_a_bank(tmp_path):
 
 def test_a_frozen_bank_has_learnt_something(tmp_path):
     """Where a run begins, with the objective of the tests beside a bank."""
-    c = toy.config("unread")
+    c = toy_objective.config("unread")
     c.model.geo_context.bank = "frozen"
     contract = sensors.input_contract(c.data.bands.to_dict(), c.model.ratio)
     mesh = meshes.make_mesh({"data": 1, "fsdp": 8})
-    plain = toy.make_objective(c, contract)
+    plain = toy_objective.make_objective(c, contract)
 
     def init(rng, spec):
         params, teacher, memory = plain.init(rng, spec)
         return params, teacher, {**memory, "bank": prototypes.empty_bank(rng, 2, 2, 4, 65_536.0)}
 
     geo = plain._replace(init=init, rules=(*plain.rules, ("memory/bank/.+", "replicate")))
-    batch = state.batch_shapes(spec.batch_spec(c, contract), mesh)
-    plan = train.Plan(contract, {}, geo, state.state_shapes(geo, batch, 0, mesh), batch, lambda: None, 0.0)
+    batch = state.batch_shapes(recipes.recipe_of(c).batch_spec(c, contract), mesh)
+    plan = plans.Plan(contract, {}, geo, state.state_shapes(geo, batch, 0, mesh), batch, lambda: None, 0.0)
     now = state.create(geo, batch, 1, plan.state)
     bank = now.memory["bank"]
     learnt = {**bank, "visits": bank["visits"].at[1].set(3)}
@@ -619,7 +622,7 @@ def test_a_frozen_bank_has_learnt_something(tmp_path):
         saver.close()
 
     def start(given):
-        return train.where_to_start(c, tmp_path / "new", plan, {"dataset_id": "", "code": {}}, given)
+        return starts.where_to_start(c, tmp_path / "new", plan, {"dataset_id": "", "code": {}}, given)
 
     for begin, words in (
         (None, "nothing has learnt; start from"),

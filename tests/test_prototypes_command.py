@@ -13,14 +13,17 @@ from PIL import Image
 from rasterio import warp
 from rasterio.crs import CRS
 
-from skysense_jax import cli, embed, evaluate, prototypes, sensors
-from skysense_jax.data import pipeline, prototype_map, spec
-from skysense_jax.evals import assignment
+from skysense_jax import cli, evaluation, networks, recipes, sensors
+from skysense_jax.core.config import read_config
+from skysense_jax.data import records
+from skysense_jax.data.batches import spec, views
+from skysense_jax.draw import prototype_map
+from skysense_jax.evals import assignment, region
 from skysense_jax.objectives.skysense import make_objective
 from skysense_jax.ops import regions
-from skysense_jax.ops.prototypes import empty_bank
+from skysense_jax.ops.prototypes import NO_PROTOTYPE, empty_bank
 from skysense_jax.run import checkpoint, state
-from tests import tiny
+from tests.helpers import noise_dataset
 from tests.test_api import CONFIG
 
 CELL, COUNT = 1e6, 4
@@ -30,11 +33,11 @@ WHERE = {"train": [(3.0, 48.0), (4.0, 47.0), (5.0, 46.0), (-60.5, -20.0)], "test
 
 def record(number, lon, lat):
     """A place of noise where it says it is, classes in all cells but one; nothing was measured in its lower left."""
-    made = tiny.record(number)
+    made = noise_dataset.record(number)
     crs = "EPSG:32631" if number % 2 == 0 else WKT
     (x,), (y,) = warp.transform("EPSG:4326", CRS.from_user_input(crs), [lon], [lat])
     x, y = 10 * round(x / 10), 10 * round(y / 10)
-    classes = np.random.default_rng(number).integers(0, 3, (tiny.TILE, tiny.TILE)).astype(np.uint8)
+    classes = np.random.default_rng(number).integers(0, 3, (noise_dataset.TILE, noise_dataset.TILE)).astype(np.uint8)
     classes[0, 0] = sensors.UNLABELLED
     made.update(
         {
@@ -46,8 +49,8 @@ def record(number, lon, lat):
             "footprint": np.array([x - 40, y - 40, x + 40, y + 40], float),
         }
     )
-    for name in tiny.DATES:
-        cells = made[f"{name}_valid"].shape[1] // tiny.TILE
+    for name in noise_dataset.DATES:
+        cells = made[f"{name}_valid"].shape[1] // noise_dataset.TILE
         made[f"{name}_valid"][:, -2 * cells :, : 2 * cells] = 0
     return made
 
@@ -63,30 +66,35 @@ def write_dataset(folder, relabel=None):
             one["label_map"] = relabel[one["place"]]
     meta = {
         "format": 1,
-        "tile": tiny.TILE,
-        "ratio": tiny.RATIO,
+        "tile": noise_dataset.TILE,
+        "ratio": noise_dataset.RATIO,
         "gsd": 10.0,
-        "sensors": list(tiny.DATES),
+        "sensors": list(noise_dataset.DATES),
         "label_classes": [],
         "label_map_classes": {"0": "water", "1": "trees", "2": "crops"},
         "synthetic": True,
         "dataset_id": "regions",
     }
-    return tiny.write_records(folder, spec.record_features(tuple(tiny.DATES), tiny.TILE, tiny.RATIO, 1), made, meta)
+    return noise_dataset.write_records(
+        folder,
+        records.record_features(tuple(noise_dataset.DATES), noise_dataset.TILE, noise_dataset.RATIO, 1),
+        made,
+        meta,
+    )
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """A checkpoint of fresh weights (series) whose bank has visited two of its three regions, its dataset."""
     root = tmp_path_factory.mktemp("prototypes")
-    cfg = embed.read_config(str(CONFIG))
+    cfg = read_config(str(CONFIG))
     del cfg.data.bands.hr, cfg.data.dates.hr, cfg.data.eval_dates.hr, cfg.model.hr
     cfg.data.dir, cfg.eval.batch = write_dataset(root / "data"), 3
     cfg.model.geo_context.update({"bank": "on", "regions": 5, "prototypes": COUNT, "width": 16, "cell": CELL})
     contract = sensors.input_contract(cfg.data.bands.to_dict(), cfg.model.ratio)
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
-        spec.batch_spec(cfg, contract),
+        recipes.recipe_of(cfg).batch_spec(cfg, contract),
         is_leaf=lambda node: isinstance(node, spec.Leaf),
     )
     made = jax.jit(lambda: state.init_state(make_objective(cfg, contract), shapes, 1))()
@@ -98,8 +106,8 @@ def root(tmp_path_factory):
     # Mean features of the region tell nothing apart: prototypes are the features of some of its cells.
     made = made._replace(memory={**made.memory, "bank": bank})
     save(root / "first", made, cfg, contract)
-    network = embed.open_network(root / "first")
-    seen = prototypes.places_of(network, bank, evaluate.settings(network.description, None, cfg.data.dir), 2)
+    network = networks.open_network(root / "first")
+    seen = evaluation.places_in_region(network, bank, evaluation.settings(network.description, None, cfg.data.dir), 2)
     picked = seen.features[[0, 1, 2, 3], [3, 17, 30, 44]]
     bank["prototypes"] = bank["prototypes"].at[2].set(3 * picked)  # their length means nothing
     save(root / "run", made._replace(memory={**made.memory, "bank": bank}), cfg, contract)
@@ -131,13 +139,13 @@ def mapped(root):
 @pytest.fixture(scope="module")
 def by_hand(root):
     """{name: (lon, lat, cosine [64, P] float64, valid [64], label [64])} of the region's places."""
-    network = embed.open_network(root / "run")
-    cfg = evaluate.settings(network.description, None, str(root / "data"))
+    network = networks.open_network(root / "run")
+    cfg = evaluation.settings(network.description, None, str(root / "data"))
     geo, found = network.encoder["geo"], {}
     own = np.asarray(geo["bank"]["prototypes"][2], np.float64)
     own /= np.linalg.norm(own, axis=1, keepdims=True)
     for split, places in WHERE.items():
-        for batch in pipeline.eval_batches(cfg, network.description.contract, split, len(places)):
+        for batch in views.eval_batches(cfg, network.description.contract, split, len(places)):
             fused = np.asarray(network.features(network.encoder, batch["sensors"])["pixel"], np.float64)[..., :32]
             query = fused @ np.asarray(geo["query"]["kernel"], float) + np.asarray(geo["query"]["bias"], float)
             query /= np.linalg.norm(query, axis=-1, keepdims=True)
@@ -212,17 +220,17 @@ def test_an_unknown_region_names_the_known_ones(root, capsys):
     }.items():
         assert cli.main(["prototypes", str(root / "run"), "--region", where]) == 78
         assert message in (error := capsys.readouterr().err), error
-    bank = prototypes.bank_of(embed.open_network(root / "run"))
+    bank = networks.bank_of(networks.open_network(root / "run"))
     with pytest.raises(ValueError) as error:
-        prototypes.region_at(bank, 8.5, 64.0)
+        region.region_at(bank, 8.5, 64.0)
     centre = regions.cell_centre(bank["cells"][2], bank["lon_edges"], bank["lat_edges"])
     assert f"nearest: {centre[0]:.4f},{centre[1]:.4f} (" in str(error.value)
-    assert prototypes.region_at(bank, *centre) == 2  # what the message says can be typed
+    assert region.region_at(bank, *centre) == 2  # what the message says can be typed
     shared = jax.device_get(empty_bank(jax.random.key(0), 9, 2, 4, CELL, 3)) | {"visits": np.ones(9, np.int32)}
-    shared["visits"][prototypes.region_at(shared, 8.5, 64.0, 3)] = 0
+    shared["visits"][region.region_at(shared, 8.5, 64.0, 3)] = 0
     with pytest.raises(ValueError, match="shares with other squares .* has never been visited; 8 of 9 have"):
-        prototypes.region_at(shared, 8.5, 64.0, 3)
-    lengths = prototypes._distance(0.0, 0.0, np.array([90.0, 180, 0]), np.array([0.0, 0, 45]))
+        region.region_at(shared, 8.5, 64.0, 3)
+    lengths = region._distance(0.0, 0.0, np.array([90.0, 180, 0]), np.array([0.0, 0, 45]))
     np.testing.assert_allclose(lengths, np.pi * regions.RADIUS / 1000 * np.array([0.5, 1, 0.25]))
 
 
@@ -235,13 +243,15 @@ def test_refuses_what_has_no_bank_or_no_place(root, tmp_path, capsys):
         assert cli.main(["prototypes", str(root / "run"), *words]) == 78
         assert message in capsys.readouterr().err
     with pytest.raises(ValueError, match="has no prototype bank"):
-        prototypes.bank_of(embed.open_network(root / "run", embed.NO_BANK))
-    network = embed.open_network(root / "run")
-    bank = prototypes.bank_of(network)
+        networks.bank_of(networks.open_network(root / "run", networks.NO_BANK))
+    network = networks.open_network(root / "run")
+    bank = networks.bank_of(network)
     with pytest.raises(ValueError, match="no region of the bank has ever been visited"):
-        prototypes.region_at(bank | {"visits": np.zeros(5, np.int32)}, 4.0, 47.0)
+        region.region_at(bank | {"visits": np.zeros(5, np.int32)}, 4.0, 47.0)
     with pytest.raises(ValueError, match="has no place in this region"):
-        prototypes.places_of(network, bank, evaluate.settings(network.description, None, str(root / "data")), 0)
+        evaluation.places_in_region(
+            network, bank, evaluation.settings(network.description, None, str(root / "data")), 0
+        )
 
 
 # ------------------------------------------------------------------------------------ the maps
@@ -265,7 +275,7 @@ def test_the_geotiff_lands_where_the_place_is(root, mapped, by_hand, name):
         assert next(file.sample([(left + 35, top - 5)]))[0] == written[0, 3]
         centre = warp.transform(file.crs, "EPSG:4326", [(left + right) / 2], [(bottom + top) / 2])
         np.testing.assert_allclose(np.ravel(centre), WHERE["train"][number], atol=2e-4)
-    assert nodata == prototype_map.NODATA and (written[-2:, :2] == nodata).all()
+    assert nodata == NO_PROTOTYPE and (written[-2:, :2] == nodata).all()
     np.testing.assert_array_equal(written.ravel()[valid], cosine.argmax(-1)[valid])
     assert (written == nodata).sum() == 4
 
@@ -274,13 +284,13 @@ def test_the_picture_shows_the_assignment_and_the_label_map(root, mapped):
     image = np.asarray(Image.open(mapped / "place-0.png"))
     with rasterio.open(mapped / "place-0.tif") as file:
         own = file.read(1)
-    side, gap, top, step = 224, 10, 34 + 18, 224 // tiny.TILE
+    side, gap, top, step = 224, 10, 34 + 18, 224 // noise_dataset.TILE
     shown = {}
     for panel in range(4):
         left = gap + panel * (side + gap)
         shown[panel] = image[top + step // 2 : top + side : step, left + step // 2 : left + side : step]
     palette = prototype_map.colours(COUNT)
-    valid = own != prototype_map.NODATA
+    valid = own != NO_PROTOTYPE
     np.testing.assert_array_equal(shown[1][valid], palette[own[valid]])
     assert (shown[1][~valid] == 235).all() and (shown[2][~valid] == 235).all()
     assert {tuple(x) for x in shown[2][valid]} <= {tuple(x) for x in palette}
@@ -291,20 +301,20 @@ def test_the_picture_shows_the_assignment_and_the_label_map(root, mapped):
 
 
 def test_a_label_map_that_is_the_assignment_agrees_wholly(root, tmp_path):
-    network = embed.open_network(root / "run")
-    cfg = evaluate.settings(network.description, None, str(root / "data"))
-    bank = prototypes.bank_of(network)
-    seen = prototypes.places_of(network, bank, cfg, 2)
-    own, clusters = prototypes.assigned(seen, bank["prototypes"][2], 0)
+    network = networks.open_network(root / "run")
+    cfg = evaluation.settings(network.description, None, str(root / "data"))
+    bank = networks.bank_of(network)
+    seen = evaluation.places_in_region(network, bank, cfg, 2)
+    own, clusters = region.assigned(seen, bank["prototypes"][2], 0)
     relabel = {f"place-{k}": np.full((8, 8), 255, np.uint8) for k in (3, 101)}
     for name, one in zip(seen.names, own):  # other numbers than the prototypes', unlabelled where nothing is valid
-        relabel[name] = np.where(one == prototype_map.NODATA, 255, 9 - one).reshape(8, 8).astype(np.uint8)
+        relabel[name] = np.where(one == NO_PROTOTYPE, 255, 9 - one).reshape(8, 8).astype(np.uint8)
     folder = write_dataset(tmp_path / "data", relabel)
     command(root, "--data", folder, "--map", "place-100", "--out", tmp_path)
     scores = json.loads((tmp_path / "place-100.json").read_text())["agreement"]
     assert scores["region"]["prototypes"] == pytest.approx(1) and scores["region"]["cells"] == 240
     assert scores["place"]["prototypes"] == pytest.approx(1) and 0 < scores["region"]["kmeans"] < 0.99
-    again = prototypes.assigned(seen, bank["prototypes"][2], 0)
+    again = region.assigned(seen, bank["prototypes"][2], 0)
     np.testing.assert_array_equal(again[1], clusters)
 
 
@@ -316,13 +326,13 @@ def test_a_place_whose_record_does_not_say_where_it_is(tmp_path):
 
 
 def test_chosen_places_come_in_their_order(root):
-    network = embed.open_network(root / "run")
-    cfg = evaluate.settings(network.description, None, str(root / "data"))
-    batches = list(pipeline.eval_batches(cfg, network.description.contract, "train", 2, np.array([3, 0, 1])))
+    network = networks.open_network(root / "run")
+    cfg = evaluation.settings(network.description, None, str(root / "data"))
+    batches = list(views.eval_batches(cfg, network.description.contract, "train", 2, np.array([3, 0, 1])))
     names = [str(name) for batch in batches for name in batch["place"]["name"]]
     assert names == ["place-3", "place-0", "place-1", "place-1"]
     assert np.concatenate([batch["weight"] for batch in batches]).tolist() == [1, 1, 1, 0]
-    assert list(pipeline.eval_batches(cfg, network.description.contract, "train", 2, [])) == []
+    assert list(views.eval_batches(cfg, network.description.contract, "train", 2, [])) == []
 
 
 # ------------------------------------------------------------------------------------ the figures

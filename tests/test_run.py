@@ -12,30 +12,31 @@ import optax
 import pytest
 
 from configs import skysense_smoke, skysense_tiny
-from skysense_jax import train
+from skysense_jax import recipes, train
 from skysense_jax.core import mesh as meshes
 from skysense_jax.core import trees
 from skysense_jax.run import checkpoint, metrics, optim, profiler, records, step
+from skysense_jax.run import plan as plans
 from skysense_jax.run.folder import COMPLETE
-from tests import tiny, toy
-from tests.toy import same, small_state
+from tests.helpers import noise_dataset, toy_objective
+from tests.helpers.toy_objective import same, small_state
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> str:
-    return tiny.write_dataset(tmp_path_factory.mktemp("places"))
+    return noise_dataset.write_dataset(tmp_path_factory.mktemp("places"))
 
 
 @pytest.fixture()
 def cfg(dataset):
-    return toy.config(dataset)
+    return toy_objective.config(dataset)
 
 
 @pytest.fixture()
 def toys(monkeypatch):
-    monkeypatch.setitem(train.OBJECTIVES, "toy", toy.make_objective)
+    monkeypatch.setitem(recipes.RECIPES, "toy", toy_objective.recipe())
 
 
 # ---------------------------------------------------------------- schedules and optimiser
@@ -148,7 +149,7 @@ def test_decay_goes_by_name():
 def test_every_parameter_and_every_leaf_of_the_model_has_its_rule(config):
     c = config.get_config()
     made = meshes.make_mesh({"data": 1, "fsdp": 1}, jax.devices()[:1])
-    plan = train.make_plan(c, train.make_contract(c), made)
+    plan = plans.make_plan(c, plans.make_contract(c), made)
     mask = trees.flatten(optim.decay_mask(plan.state.params))
     assert any(mask.values()) and not all(mask.values())
     wrong = [name for name, on in mask.items() if on and name.split("/")[-1] not in ("kernel", "last_layer_v")]
@@ -220,7 +221,7 @@ def test_a_run_ends_once_and_says_so(cfg, toys, tmp_path, capfd):
 
 
 def test_too_many_skipped_updates_end_the_run_with_65(cfg, monkeypatch, tmp_path, capfd):
-    monkeypatch.setitem(train.OBJECTIVES, "toy", lambda c, contract: toy.make_objective(c, contract, broken=True))
+    monkeypatch.setitem(recipes.RECIPES, "toy", toy_objective.recipe(broken=True))
     cfg.run.max_skipped = 2
     assert go(cfg, tmp_path) == 65
     lines = [json.loads(line) for line in (tmp_path / metrics.FILE).read_text().splitlines()]

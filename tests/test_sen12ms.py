@@ -8,10 +8,11 @@ import tensorflow_datasets as tfds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skysense_jax.data import builder, layouts, splits
-from skysense_jax.data.catalog import CatalogError, read_catalog
+from skysense_jax.data.drafting import layouts, splits
+from skysense_jax.data.ingest import build
+from skysense_jax.data.ingest.catalog import CatalogError, read_catalog
 from skysense_jax.sensors import SENSORS
-from tests.rasters import catalog, run, write
+from tests.helpers.rasters import catalog, run, write
 
 SIDE = 16
 SEASONS = ("ROIs1158_spring", "ROIs1868_summer", "ROIs1970_fall", "ROIs2017_winter")
@@ -202,11 +203,11 @@ def test_a_label_map_is_one_named_band_of_its_file(tmp_path):
         "bands": ",".join(SENSORS["s2"].bands),
     }
     cover = {"sensor": "label_map", "path": f"{folder}/lc_1/{folder}_lc_1_p1.tif"}
-    options = builder.Options(tile=SIDE, ratio=1, holdout=0.0)
+    options = build.Options(tile=SIDE, ratio=1, holdout=0.0)
 
     def built(bands, out):
         source = catalog(tmp_path, [image, cover | {"bands": bands}])
-        meta, _ = builder.build(source, tmp_path / out, options, progress=False)
+        meta, _ = build.build(source, tmp_path / out, options, progress=False)
         return records(tmp_path / out, "train")["a"], [entry["reason"] for entry in meta["report"]["refused"]]
 
     record, refused = built("-,-,land_use,-", "third")

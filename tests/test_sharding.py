@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 
 from configs import skysense_tiny
-from skysense_jax import train
+from skysense_jax import recipes
 from skysense_jax.core import mesh as meshes
 from skysense_jax.core import trees, xla_flags
-from skysense_jax.data import pipeline
+from skysense_jax.data.batches import views
 from skysense_jax.run import checkpoint, metrics, optim, state, step
-from tests import shardings, tiny
+from skysense_jax.run import plan as plans
+from tests import shardings
+from tests.helpers import noise_dataset
 
 BATCH, SMALL = 8, 256
 STEPS, FIRST, SECOND = 24, 2, 4  # a run of 24 steps: on 8 devices, from step 2 on 4, from step 4 on 1
@@ -41,7 +43,11 @@ class Machine(NamedTuple):
 def cfg(tmp_path_factory):
     """The tiny configuration without local views: a quarter less to compile, the same terms."""
     c = skysense_tiny.get_config("series")
-    c.data.dir, c.data.batch, c.data.n_local = tiny.write_dataset(tmp_path_factory.mktemp("places"), 20), BATCH, 0
+    c.data.dir, c.data.batch, c.data.n_local = (
+        noise_dataset.write_dataset(tmp_path_factory.mktemp("places"), 20),
+        BATCH,
+        0,
+    )
     c.steps = STEPS
     return c
 
@@ -49,13 +55,13 @@ def cfg(tmp_path_factory):
 @pytest.fixture(scope="module")
 def machine(cfg):
     """(data, fsdp) -> Machine, compiled once."""
-    contract = train.make_contract(cfg)
-    objective = train.OBJECTIVES[cfg.model.name](cfg, contract)
+    contract = plans.make_contract(cfg)
+    objective = recipes.recipe_of(cfg).make_objective(cfg, contract)
 
     @functools.cache
     def make(data: int, fsdp: int) -> Machine:
         mesh = meshes.make_mesh({"data": data, "fsdp": fsdp}, jax.devices()[: data * fsdp])
-        batch = state.batch_shapes(train.specs.batch_spec(cfg, contract), mesh)
+        batch = state.batch_shapes(recipes.recipe_of(cfg).batch_spec(cfg, contract), mesh)
         shapes = state.state_shapes(objective, batch, cfg.seed, mesh, SMALL)
         advance = step.make_step(objective, cfg, optim.decay_mask(shapes.params))
         placed = jax.tree.map(lambda leaf: leaf.sharding, shapes)
@@ -74,7 +80,7 @@ def machine(cfg):
 def run(machine: Machine, cfg: Any, now: state.TrainState, stop: int) -> tuple[state.TrainState, list[dict]]:
     """From where `now` stands until `stop`; the state and the metrics of every step."""
     begin, lines = int(now.step), []
-    batches = pipeline.make_train_iterator(cfg, train.make_contract(cfg), cfg.seed, begin)
+    batches = views.make_train_iterator(cfg, plans.make_contract(cfg), cfg.seed, begin)
     with jax.set_mesh(machine.mesh):
         for _ in range(begin, stop):
             now, measured = machine.step(now, state.put_batch(next(batches), machine.batch))

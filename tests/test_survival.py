@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 
 from configs import skysense_tiny
-from skysense_jax import train
-from skysense_jax.data import feed, pipeline, sources, spec
+from skysense_jax import recipes, train
+from skysense_jax.data import records
+from skysense_jax.data.batches import views
 from skysense_jax.run import checkpoint
-from tests import jobs, msgfm_places, tiny
+from skysense_jax.run import plan as plans
+from tests.helpers import jobs, msgfm_places, noise_dataset
 
 STEPS = 9
 SHARD = "places-train.array_record-00000-of-00001"
@@ -27,17 +29,16 @@ SHARD = "places-train.array_record-00000-of-00001"
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> str:
-    return tiny.write_dataset(tmp_path_factory.mktemp("places"))
+    return noise_dataset.write_dataset(tmp_path_factory.mktemp("places"))
 
 
 def toy(dataset: str, workdir: pathlib.Path, *more: str) -> list[str]:
     return [
         "--config",
-        jobs.TINY,
+        jobs.TOY,
         "--workdir",
         str(workdir),
         f"--config.data.dir={dataset}",
-        "--config.model.name=toy",
         f"--config.steps={STEPS}",
         "--config.run.save_every=3",
         *more,
@@ -47,7 +48,7 @@ def toy(dataset: str, workdir: pathlib.Path, *more: str) -> list[str]:
 def settings(dataset: str):
     c = skysense_tiny.get_config("series")
     c.data.dir = dataset
-    return c, train.make_contract(c)
+    return c, plans.make_contract(c)
 
 
 # ---------------------------------------------------------------- a full disk
@@ -58,8 +59,8 @@ def test_a_full_disk_is_74_and_the_last_checkpoint_stands(dataset, tmp_path):
     background.
     """
     full, free = tmp_path / "full", tmp_path / "free"
-    jobs.finish(jobs.start(toy(dataset, free), module="tests.jobs"))
-    process = jobs.start(toy(dataset, full), module="tests.jobs", READ_S="0.05")
+    jobs.finish(jobs.start(toy(dataset, free), module="tests.helpers.jobs"))
+    process = jobs.start(toy(dataset, full), module="tests.helpers.jobs", READ_S="0.05")
     jobs.await_moment(process, lambda: checkpoint.steps(full / checkpoint.FOLDER) == [3])
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (200_000, 200_000))
     [(code, said)] = jobs.ended([process])
@@ -67,7 +68,7 @@ def test_a_full_disk_is_74_and_the_last_checkpoint_stands(dataset, tmp_path):
     assert code == 74 and last.startswith("skysense-jax train: ") and "File too large" in last and "make room" in last
     assert checkpoint.steps(full / checkpoint.FOLDER) == [3]
 
-    said = jobs.finish(jobs.start(toy(dataset, full), module="tests.jobs"))
+    said = jobs.finish(jobs.start(toy(dataset, full), module="tests.helpers.jobs"))
     assert "resuming from step 3" in said and not jobs.saving(full)
     jobs.assert_same(jobs.arrays(full, STEPS), jobs.arrays(free, STEPS))
     assert jobs.without_clocks(jobs.records(full)) == jobs.without_clocks(jobs.records(free))
@@ -79,7 +80,7 @@ def test_a_full_disk_is_74_and_the_last_checkpoint_stands(dataset, tmp_path):
 @pytest.mark.parametrize(
     "config, module, sensors",
     [
-        (jobs.TINY, tiny, tuple(tiny.DATES)),
+        (jobs.TINY, noise_dataset, tuple(noise_dataset.DATES)),
         (str(jobs.ROOT / "configs" / "msgfm_tiny.py"), msgfm_places, msgfm_places.SENSORS),
     ],
     ids=["skysense", "msgfm"],
@@ -91,11 +92,11 @@ def test_a_place_of_nans_changes_nothing_is_counted_and_too_many_are_65(config, 
     poison = 7
     places = [module.record(number) for number in range(10)]
     places[poison]["s1_image"][:] = np.nan
-    features = spec.record_features(sensors, tiny.TILE, tiny.RATIO, tiny.CLASSES)
+    features = records.record_features(sensors, noise_dataset.TILE, noise_dataset.RATIO, noise_dataset.CLASSES)
     meta = {
         "format": 1,
-        "tile": tiny.TILE,
-        "ratio": tiny.RATIO,
+        "tile": noise_dataset.TILE,
+        "ratio": noise_dataset.RATIO,
         "gsd": 10.0,
         "sensors": list(sensors),
         "label_classes": ["a", "b", "c"],
@@ -103,7 +104,7 @@ def test_a_place_of_nans_changes_nothing_is_counted_and_too_many_are_65(config, 
         "synthetic": True,
         "dataset_id": "poisoned",
     }
-    data = tiny.write_records(tmp_path / "places", features, {"train": places}, meta)
+    data = noise_dataset.write_records(tmp_path / "places", features, {"train": places}, meta)
     workdir = tmp_path / "run"
     given = [
         "--config",
@@ -117,7 +118,7 @@ def test_a_place_of_nans_changes_nothing_is_counted_and_too_many_are_65(config, 
         "--config.run.max_skipped=2",
     ]
     cfg = train.parse(given).config
-    batches = feed.of(cfg).train_dataset(cfg, train.make_contract(cfg), cfg.seed)
+    batches = recipes.recipe_of(cfg).batches.train_dataset(cfg, plans.make_contract(cfg), cfg.seed)
     poisoned = lambda batch: any(np.isnan(leaf).any() for leaf in jax.tree.leaves(batch))
     bad = [n for n in range(1, 13) if poisoned(batches[n - 1])][:3]  # a record counts the steps done
     assert len(bad) == 3
@@ -152,7 +153,7 @@ def damaged(dataset, tmp_path_factory) -> tuple[str, list[int]]:
     for at in (12_000, 45_000):
         data[at] ^= 0x04
     (folder / SHARD).write_bytes(data)
-    places = sources.open_places(folder, "train", allowed=10)
+    places = records.open_places(folder, "train", allowed=10)
     numbers = [number for number in range(len(places)) if places[number]["index"] != number]
     assert len(numbers) == 2 and numbers[1] > numbers[0] + 1
     return str(folder), numbers
@@ -160,7 +161,7 @@ def damaged(dataset, tmp_path_factory) -> tuple[str, list[int]]:
 
 def test_a_damaged_record_is_named_counted_and_the_next_is_read(dataset, damaged, capfd):
     folder, (first, second) = damaged
-    sound, places = sources.open_places(dataset, "train"), sources.open_places(folder, "train", allowed=2)
+    sound, places = records.open_places(dataset, "train"), records.open_places(folder, "train", allowed=2)
     for _ in range(2):  # the second epoch says nothing new
         for number in range(len(sound)):
             stand_in = number + (number in (first, second))
@@ -171,22 +172,22 @@ def test_a_damaged_record_is_named_counted_and_the_next_is_read(dataset, damaged
         f"damaged record (1 of at most 2): record {first} of split train (number {first} in {SHARD})"
     )
     assert "hash mismatch" in said[0] and said[1].endswith(f"record {second + 1} is read in its place")
-    few = sources.open_places(folder, "train", allowed=1)
+    few = records.open_places(folder, "train", allowed=1)
     few[first]
     with pytest.raises(ValueError, match=rf"2 damaged .*max_bad_records allows 1: {first}, {second}; record {second}"):
         few[second]
     with pytest.raises(ValueError, match=f"1 damaged records, .*record {first} of split train"):
-        sources.open_places(folder, "train")[first]
+        records.open_places(folder, "train")[first]
 
 
 def test_batches_with_damaged_records_do_not_depend_on_the_number_of_processes(dataset, damaged):
     folder, numbers = damaged
     (cfg, contract), (broken, _) = settings(dataset), settings(folder)
     for step in range(4):
-        whole = pipeline.train_dataset(broken, contract, 0)[step]
-        parts = [pipeline.train_dataset(broken, contract, 0, index, 2)[step] for index in range(2)]
+        whole = views.train_dataset(broken, contract, 0)[step]
+        parts = [views.train_dataset(broken, contract, 0, index, 2)[step] for index in range(2)]
         jax.tree.map(lambda x, *y: np.testing.assert_array_equal(x, np.concatenate(y)), whole, *parts)
-        sound = pipeline.train_dataset(cfg, contract, 0)[step]
+        sound = views.train_dataset(cfg, contract, 0)[step]
         moved = np.isin(sound["place"]["index"], numbers)
         np.testing.assert_array_equal(whole["place"]["index"], sound["place"]["index"] + moved)
         for ours, theirs in zip(jax.tree.leaves(whole), jax.tree.leaves(sound)):
@@ -198,17 +199,17 @@ def test_a_shard_without_its_end_is_named(damaged, tmp_path):
     shutil.copytree(damaged[0], folder)
     (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:100_000])
     with pytest.raises(ValueError, match=f"10 damaged records.*in {SHARD}"):
-        sources.open_places(folder, "train", allowed=1000)[0]
+        records.open_places(folder, "train", allowed=1000)[0]
 
 
 def test_past_the_quota_of_damaged_records_the_run_is_78_and_a_larger_one_goes_on(damaged, tmp_path):
     folder, _ = damaged
     few, enough = (toy(folder, tmp_path, f"--config.data.max_bad_records={quota}") for quota in (1, 2))
-    [(code, said)] = jobs.ended([jobs.start(few, module="tests.jobs")])
+    [(code, said)] = jobs.ended([jobs.start(few, module="tests.helpers.jobs")])
     assert code == 78 and "damaged record (1 of at most 1)" in said, said
     last = said.strip().splitlines()[-1]
     assert last.startswith("skysense-jax train: ") and "2 damaged records, config.data.max_bad_records allows 1" in last
-    said = jobs.finish(jobs.start(enough, module="tests.jobs"))
+    said = jobs.finish(jobs.start(enough, module="tests.helpers.jobs"))
     assert (
         "damaged record (2 of at most 2)" in said
         and json.loads((tmp_path / "config.json").read_text())["data"]["max_bad_records"] == 2

@@ -9,10 +9,10 @@ import pytest
 import rasterio
 from rasterio.warp import transform
 
-from skysense_jax.data import synthetic
-from skysense_jax.data import synthetic_sensors as sensors
-from skysense_jax.data import synthetic_world as world
-from skysense_jax.data.catalog import COLUMNS, read_catalog
+from skysense_jax.data.ingest.catalog import COLUMNS, read_catalog
+from skysense_jax.data.records import SYNTHETIC_TAG
+from skysense_jax.data.synthetic import instruments as sensors
+from skysense_jax.data.synthetic import rasters, world
 from skysense_jax.ops import regions
 
 PLACES = 24
@@ -21,7 +21,7 @@ PLACES = 24
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("synth") / "data"
-    synthetic.synthesise(out, PLACES, seed=3, tile=8, ratio=8, workers=1)
+    rasters.synthesise(out, PLACES, seed=3, tile=8, ratio=8, workers=1)
     return out
 
 
@@ -36,7 +36,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def test_same_seed_same_bytes_whatever_the_workers(folder, tmp_path):
-    synthetic.synthesise(tmp_path / "two", PLACES, seed=3, tile=8, ratio=8, workers=2)
+    rasters.synthesise(tmp_path / "two", PLACES, seed=3, tile=8, ratio=8, workers=2)
     assert _files(folder) == _files(tmp_path / "two")
     same, different, errors = filecmp.cmpfiles(
         folder, tmp_path / "two", [str(p) for p in _files(folder)], shallow=False
@@ -45,7 +45,7 @@ def test_same_seed_same_bytes_whatever_the_workers(folder, tmp_path):
 
 
 def test_another_seed_and_place_give_other_images(folder, tmp_path):
-    synthetic.synthesise(tmp_path / "x", 1, seed=4, tile=8, ratio=8, workers=1)
+    rasters.synthesise(tmp_path / "x", 1, seed=4, tile=8, ratio=8, workers=1)
     surface = [
         next((root / "synthetic_00000").glob("land_cover.tif")).read_bytes() for root in (folder, tmp_path / "x")
     ]
@@ -54,7 +54,7 @@ def test_another_seed_and_place_give_other_images(folder, tmp_path):
 
 def test_never_writes_over_a_catalog(folder):
     with pytest.raises(ValueError, match="never written over"):
-        synthetic.synthesise(folder, 1)
+        rasters.synthesise(folder, 1)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_never_writes_over_a_catalog(folder):
 )
 def test_refuses_impossible_sizes(tmp_path, bad):
     with pytest.raises(ValueError, match="need places"):
-        synthetic.synthesise(tmp_path / "no", **bad)
+        rasters.synthesise(tmp_path / "no", **bad)
 
 
 def test_catalog_is_one_the_ingest_accepts(folder, rows):
@@ -77,7 +77,7 @@ def test_catalog_is_one_the_ingest_accepts(folder, rows):
 def test_catalog_declares_units_bands_offsets_and_varies_them(rows):
     s2 = [row for row in rows if row["sensor"] == "s2"]
     assert {row["offset"] for row in s2} == {"0", "-1000"} and {row["units"] for row in s2} == {"dn"}
-    assert {row["bands"] for row in s2} == {",".join(sensors.S2_BANDS), ",".join(synthetic.TEN_BANDS)}
+    assert {row["bands"] for row in s2} == {",".join(sensors.S2_BANDS), ",".join(rasters.TEN_BANDS)}
     assert {row["units"] for row in rows if row["sensor"] == "s1"} == {"db", "linear_power"}
     assert all(row["classes"] == "4;5;6" for row in rows if row["sensor"] == "mask:s2")
 
@@ -101,7 +101,7 @@ def test_some_places_miss_a_sensor_and_scenes_are_balanced(rows):
     )
     # Held-out places: the same share of every scene type.
     sites = [world.site("plain", 3, i) for i in range(320)]
-    held = [site.label for site in sites if synthetic.split_of(site.turn, 0.25) == "test"]
+    held = [site.label for site in sites if rasters.split_of(site.turn, 0.25) == "test"]
     assert {held.count(scene) for scene in world.SCENES} == {10}
     assert all(site.label == site.scene and site.region is None for site in sites)
 
@@ -113,7 +113,7 @@ def test_in_a_regional_world_only_image_and_region_together_tell_the_label(kind,
     sites = [world.site(kind, seed, i) for i in range(labels * count * 8)]
     assert sites == [world.site(kind, seed, i) for i in range(len(sites))]
     for split, share in (("train", 6), ("test", 2)):
-        chosen = [site for site in sites if synthetic.split_of(site.turn, 0.25) == split]
+        chosen = [site for site in sites if rasters.split_of(site.turn, 0.25) == split]
         pairs = [(site.region, site.label) for site in chosen]
         assert {pairs.count(pair) for pair in pairs} == {share} and len(set(pairs)) == labels * count
         # Over all regions every label is as frequent with every type, so that the type alone is worth nothing.
@@ -132,7 +132,7 @@ def test_the_seed_draws_what_labels_look_like_and_unknown_worlds_are_refused(tmp
     drawn = {tuple(world.site("regional", seed, i).scene for i in range(32)) for seed in range(5)}
     assert len(drawn) == 5
     with pytest.raises(ValueError, match="unknown world 'flat'; known: plain, regional, permuted"):
-        synthetic.synthesise(tmp_path / "flat", 1, kind="flat")
+        rasters.synthesise(tmp_path / "flat", 1, kind="flat")
     assert not (tmp_path / "flat").exists()
 
 
@@ -141,7 +141,7 @@ def test_regions_are_different_squares_of_the_grid_and_their_places_lie_in_them(
     for region in range(len(world.REGIONS)):
         rng, corners = np.random.default_rng(region), []
         for _ in range(50):
-            crs, west, north = synthetic._location(rng, False, 160.0, region)
+            crs, west, north = rasters._location(rng, False, 160.0, region)
             corners.append((west, north))
         lon, lat = transform(crs, "EPSG:4326", *zip(*corners))
         cells.append(set(regions.cell_ids(np.float32(lon), np.float32(lat), *edges).tolist()))
@@ -149,7 +149,7 @@ def test_regions_are_different_squares_of_the_grid_and_their_places_lie_in_them(
 
 
 def test_a_regional_world_as_a_catalog(tmp_path):
-    synthetic.synthesise(tmp_path / "r", 5, seed=2, tile=8, ratio=2, workers=1, kind="regional")
+    rasters.synthesise(tmp_path / "r", 5, seed=2, tile=8, ratio=2, workers=1, kind="regional")
     catalog = read_catalog(tmp_path / "r" / "catalog.csv")
     assert set(catalog.label_classes) == {f"label {k}" for k in range(4)}
     assert "world regional" in (tmp_path / "r" / "SYNTHETIC.txt").read_text()
@@ -161,7 +161,7 @@ def test_every_raster_says_synthetic_and_has_a_real_crs(folder, rows):
     for row in rows:
         if row["path"]:
             with rasterio.open(folder / row["path"]) as file:
-                assert file.tags()[synthetic.SYNTHETIC_TAG] == "1"
+                assert file.tags()[SYNTHETIC_TAG] == "1"
                 assert file.crs.is_projected and file.width * file.transform.a == 80.0
                 assert file.transform.c % 80 == 0 and file.transform.f % 80 == 0
                 zones.add(file.crs.to_epsg())

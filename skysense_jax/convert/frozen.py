@@ -7,38 +7,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import config_dict
 
 from skysense_jax.models import msgfm
-from skysense_jax.models.inputs import PLACE, normalise
+from skysense_jax.models.inputs import normalise
 from skysense_jax.models.skysense import Params, make_model, per_stage
 from skysense_jax.ops import regions
 
 Inputs = dict[str, dict[str, np.ndarray]]
 """A PlaceInput in raw units; PLACE: where it is; for msGFM with "hidden" [B,T,h,w], 1 = the patch is hidden."""
-
-
-def batch(params: Params, cfg: Any, contract: Mapping[str, Any]) -> tuple[Inputs, dict[str, np.ndarray]]:
-    """(inputs, outputs) to be frozen for the model `cfg.name`."""
-    if cfg.name == "msgfm":
-        inputs = msgfm_inputs(cfg, contract)
-    else:
-        inputs = skysense_inputs(cfg, contract)
-        if "geo" in params:
-            inputs[PLACE] = frozen_place(params["geo"]["bank"])
-    return inputs, outputs(params, cfg, contract, inputs)
-
-
-def outputs(
-    params: Params, cfg: Any, contract: Mapping[str, Any], inputs: Mapping[str, Mapping[str, np.ndarray]]
-) -> dict[str, np.ndarray]:
-    """Outputs of the model `cfg.name` on a frozen batch in float32 at full matmul precision, flat, in torch's layout:
-    see the functions for each.
-    """
-    run = msgfm_outputs if cfg.name == "msgfm" else skysense_outputs
-    float32 = config_dict.ConfigDict({**cfg.to_dict(), "dtype": "float32"})
-    with jax.default_matmul_precision("highest"):
-        return {key: np.ascontiguousarray(x) for key, x in run(params, float32, contract, inputs).items()}
 
 
 def skysense_inputs(cfg: Any, contract: Mapping[str, Any], seed: int = 0) -> Inputs:

@@ -19,9 +19,6 @@ import numpy as np
 from skysense_jax.models import msgfm, skysense
 from skysense_jax.nn.swin import stage_plan
 
-MODELS = {"skysense": skysense, "msgfm": msgfm}
-"""model.name -> what builds it."""
-
 
 class Entry(NamedTuple):
     """One torch tensor. torch: its key. name: "/"-name of our leaf. index: position on the leaf's leading (scanned)
@@ -187,11 +184,9 @@ def module_entries(module: str, cfg: Any) -> list[Entry]:
     return uphead_entries() if module.startswith("head_") else vit_entries(cfg[module].depth)
 
 
-def model_entries(cfg: Any, contract: Mapping[str, Any]) -> list[Entry]:
-    """All tensors of the model `cfg.name` with this configuration and contract, in the names of a whole-model file."""
-    modules = MODELS[cfg.name].module_names(cfg, contract)
-    if cfg.name == "msgfm":
-        return msgfm_entries(cfg, modules)
+def skysense_entries(cfg: Any, contract: Mapping[str, Any]) -> list[Entry]:
+    """All tensors of a SkySense model with this configuration and contract, in the names of a whole-model file."""
+    modules = skysense.module_names(cfg, contract)
     entries = [e for key in modules for e in placed(module_entries(key, cfg), PREFIXES[key], f"{key}/")]
     return entries + ([Entry("ctpe", "ctpe")] if skysense.has_calendar(cfg, modules) else [])
 

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 
-def model_card(config: Mapping[str, Any]) -> str:
+class SystemCard(NamedTuple):
+    """The parts of a model card that depend on the system: title and introduction (lines), what an image covers, the
+    arguments of the call, their shapes, the result, and a sentence on sizes."""
+
+    title: list[str]
+    grid: str
+    call: str
+    shapes: str
+    result: str
+    size: str
+
+
+def model_card(config: Mapping[str, Any], system: SystemCard) -> str:
     """README.md of an exported folder: what it is, what it eats, how to load it, where it comes from. config: the
-    content of its config.json.
+    content of its config.json; system: what depends on the kind of network.
     """
     contract, provenance, code = config["input_contract"], config["provenance"], f"modeling_{config['model_type']}"
     rows = [
@@ -22,10 +34,9 @@ def model_card(config: Mapping[str, Any]) -> str:
     measured = "nothing, without torch"
     if figures:
         measured = f"plain torch within {max(figures.values()):.1e} of JAX (relative L2)"
-    title, grid, call, shapes, result, size = (_msgfm if config["model_type"] == "msgfm" else _skysense)(config)
     return "\n".join(
         [
-            *title,
+            *system.title,
             "",
             "## Input",
             "",
@@ -33,7 +44,7 @@ def model_card(config: Mapping[str, Any]) -> str:
             "|---|---|---|---|",
             *rows,
             "",
-            f"{grid} Give raw units: the model normalises, with the statistics in `config.json`. Invalid pixels and "
+            f"{system.grid} Give raw units: the model normalises, with the statistics in `config.json`. Invalid pixels and "
             "unmeasured bands are declared by masks.",
             "",
             "## Use (PyTorch, this folder only)",
@@ -42,9 +53,9 @@ def model_card(config: Mapping[str, Any]) -> str:
             f"from {code} import load",
             "",
             "model = load('.')",
-            f"outputs = model({{{call}}})",
-            f"# {shapes}",
-            result,
+            f"outputs = model({{{system.call}}})",
+            f"# {system.shapes}",
+            system.result,
             "```",
             "",
             f"`python {code}.py` runs the frozen batch in `parity.safetensors` and prints the differences.",
@@ -56,7 +67,7 @@ def model_card(config: Mapping[str, Any]) -> str:
             "|---|---|",
             *counts,
             "",
-            size,
+            system.size,
             "",
             "## Provenance",
             "",
@@ -66,13 +77,14 @@ def model_card(config: Mapping[str, Any]) -> str:
     )
 
 
-def _skysense(config: Mapping[str, Any]) -> tuple[list[str], str, str, str, str, str]:
+def skysense_card(config: Mapping[str, Any]) -> SystemCard:
+    """The card of a SkySense network. config: the content of its config.json."""
     architecture, contract = config["architecture"], config["input_contract"]
     outputs = "outputs['maps'], outputs.get('hr_stages')"
     if "fusion" in config["parameters"]:
         outputs = f"outputs['fused'], {outputs}"
     where = ", 'place': {'lon': degrees, 'lat': degrees}" if "geo" in config["parameters"] else ""
-    return (
+    return SystemCard(
         [
             "# SkySense weights exported by skysense_jax",
             "",
@@ -86,11 +98,12 @@ def _skysense(config: Mapping[str, Any]) -> tuple[list[str], str, str, str, str,
     )
 
 
-def _msgfm(config: Mapping[str, Any]) -> tuple[list[str], str, str, str, str, str]:
+def msgfm_card(config: Mapping[str, Any]) -> SystemCard:
+    """The card of an msGFM network. config: the content of its config.json."""
     architecture, contract = config["architecture"], config["input_contract"]
     moe = architecture["moe"]
     experts = f"{moe['experts']} experts in the odd blocks of stages {moe['stages']}" if moe["stages"] else "no experts"
-    return (
+    return SystemCard(
         [
             "# msGFM weights exported by skysense_jax",
             "",

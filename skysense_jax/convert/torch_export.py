@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from skysense_jax.convert import frozen, keymap
+from skysense_jax.convert import frozen, keymap, layouts
 from skysense_jax.convert.model_card import model_card
 from skysense_jax.convert.tensor_files import sha256
 from skysense_jax.core import trees
@@ -26,8 +26,6 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SUMS = "SHA256SUMS"
 """Digests of an exported folder's files, for `sha256sum -c` and :func:`changed_files`."""
 
-CLASSES = {"skysense": "SkySense", "msgfm": "MsGFM"}
-"""model.name -> the name its classes begin with in the modelling file, modeling_<model.name>.py."""
 
 PARITY_REL_L2 = 3e-5
 """Relative L2 within which another implementation must reproduce the frozen batch."""
@@ -77,19 +75,20 @@ def export(
     model that was never released in parts.
     """
     out = pathlib.Path(out_dir)
-    if per_module and cfg.name != "skysense":
+    layout = layouts.LAYOUTS[cfg.name]
+    if per_module and not layout.in_parts:
         raise ValueError(f"{cfg.name} is one encoder for all sensors; --per-module is for skysense")
     if weight_files(out):
         raise ValueError(f"{out} already holds exported weights; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    inputs, outputs = frozen.batch(params, cfg, contract)
+    inputs, outputs = layouts.frozen_batch(params, cfg, contract)
     stored = {
         f"input.{name}.{key}": frozen.channels_first(x) if key == "image" else x
         for name, sensor in inputs.items()
         for key, x in sensor.items()
     }
     stored |= {f"output.{key}": value for key, value in outputs.items()}
-    code, classes = f"modeling_{cfg.name}", CLASSES[cfg.name]
+    code, classes = f"modeling_{cfg.name}", layout.classes
     config = {
         "model_type": cfg.name,
         "format": 1,
@@ -102,15 +101,15 @@ def export(
         "parity": {"tolerance_rel_l2": PARITY_REL_L2, "computed_with": f"jax {jax.__version__}, float32"},
     }
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (out / "README.md").write_text(model_card(config))
+    (out / "README.md").write_text(model_card(config, layouts.LAYOUTS[config["model_type"]].card(config)))
     shutil.copyfile(pathlib.Path(__file__).with_name(f"{code}.py"), out / f"{code}.py")
     _save(out / "parity.safetensors", {k: np.ascontiguousarray(v) for k, v in stored.items()})
     if not per_module:
-        _save(out / WEIGHTS, state_from_params(params, keymap.model_entries(cfg, contract)))
+        _save(out / WEIGHTS, state_from_params(params, layouts.model_entries(cfg, contract)))
         write_sums(out)
         return out
     weight_map, total = {}, 0
-    for module, entries in by_module(keymap.model_entries(cfg, contract)).items():
+    for module, entries in by_module(layouts.model_entries(cfg, contract)).items():
         held = {name: params[name] for name in {e.name.split("/")[0] for e in entries}}
         state = state_from_params(held, entries)
         _save(out / f"skysense_model_{module}.safetensors", state)
@@ -146,7 +145,7 @@ def record_parity(folder: pathlib.Path, figures: Mapping[str, float]) -> float:
         )
     config["parity"]["torch_rel_l2"] = {name.removeprefix("output."): value for name, value in figures.items()}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "README.md").write_text(model_card(config))
+    (folder / "README.md").write_text(model_card(config, layouts.LAYOUTS[config["model_type"]].card(config)))
     write_sums(folder)
     return worst
 

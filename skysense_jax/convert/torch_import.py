@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import config_dict
 
-from skysense_jax.convert import keymap, swin_files, torch_export
+from skysense_jax.convert import keymap, layouts, torch_export
+from skysense_jax.convert.swin import files as swin_files
 from skysense_jax.convert.tensor_files import Tensors, joined, open_tensors
-from skysense_jax.core import trees
-from skysense_jax.models import msgfm
+from skysense_jax.core import config, trees
+from skysense_jax.models import msgfm, systems
 from skysense_jax.models.skysense import param_shapes
 
 
@@ -73,7 +74,7 @@ def import_state(state: Mapping[str, np.ndarray], cfg: Any, contract: Mapping[st
     """A whole model (`cfg.name`) from tensors in official names (backbone_hr., ... as :func:`keymap.model_entries`),
     with the account of it.
     """
-    return fill(state, keymap.model_entries(cfg, contract), keymap.MODELS[cfg.name].param_shapes(cfg, contract))
+    return fill(state, layouts.model_entries(cfg, contract), systems.system_of(cfg).param_shapes(cfg, contract))
 
 
 def params_from_torch(state: Mapping[str, np.ndarray], cfg: Any, contract: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,13 +106,6 @@ def import_swin(
     return fill(found.tensors, found.entries, {name: shapes[name] for name in found.modules}), found
 
 
-def tuples(value: Any) -> Any:
-    """JSON lists as tuples, recursively: configurations hold tuples."""
-    if isinstance(value, dict):
-        return {k: tuples(v) for k, v in value.items()}
-    return tuple(tuples(v) for v in value) if isinstance(value, list) else value
-
-
 def load_folder(
     folder: str | pathlib.Path,
 ) -> tuple[dict[str, Any], config_dict.ConfigDict, dict[str, Any], dict[str, Any]]:
@@ -120,12 +114,12 @@ def load_folder(
     """
     folder = pathlib.Path(folder)
     meta = json.loads((folder / "config.json").read_text())
-    if meta.get("model_type") not in keymap.MODELS:
+    if meta.get("model_type") not in systems.SYSTEMS:
         raise ValueError(
             f"{folder}/config.json: model_type is {meta.get('model_type')!r}, not one of "
-            f"{', '.join(map(repr, keymap.MODELS))}"
+            f"{', '.join(map(repr, systems.SYSTEMS))}"
         )
-    cfg = config_dict.ConfigDict(tuples(meta["architecture"]))
+    cfg = config.from_json(meta["architecture"])
     files = torch_export.weight_files(folder)
     if not files:
         raise ValueError(f"{folder} holds no weights: neither {torch_export.WEIGHTS} nor {torch_export.INDEX}")

@@ -1,7 +1,7 @@
 """Devices and processes: start the processes of a job together, and lay its devices out as a mesh.
 
 Mesh axes: ``data`` (replicas, the slow network between slices or hosts) and ``fsdp`` (parameters and batch split, the
-fast network); msGFM adds ``expert``, over which its experts are split. The batch is split over all axes together.
+fast network); ``expert`` splits the experts of a mixture. The batch is split over all axes together.
 """
 
 from __future__ import annotations
@@ -15,10 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 
-from skysense_jax.core import rendezvous
-
-EXIT_INCOMPLETE = 78
-"""Exit code where processes are missing: the job as it was started cannot run."""
+from skysense_jax.core import exits, rendezvous
 
 BATCH_AXES = ("data", "fsdp", "expert")
 """Mesh axes over which the leading axis of a batch is split."""
@@ -97,7 +94,7 @@ def _give_up(processes: int, timeout_s: int) -> None:
         "ones are named\n"
     )
     sys.stderr.flush()
-    os._exit(EXIT_INCOMPLETE)
+    os._exit(exits.BAD_INPUT)
 
 
 def mesh_shape(axes: Mapping[str, int], n_devices: int) -> dict[str, int]:

@@ -13,9 +13,9 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from tqdm import tqdm
 
-from skysense_jax.data.builder import META, NAME, BuildError
-from skysense_jax.data.parts import write_atomically
-from skysense_jax.data.spec import record_features
+from skysense_jax.core.files import write_atomically
+from skysense_jax.data.ingest.build import NAME, BuildError
+from skysense_jax.data.records import METADATA, record_features
 from skysense_jax.sensors import DATUM, SENSORS
 
 
@@ -55,7 +55,7 @@ def _train_records(folder: Path, meta: dict[str, Any]) -> Iterator[bytes]:
             reader.close()
     if found != meta["splits"].get("train", 0):
         raise BuildError(
-            f"{folder} has {found} train records in {len(shards)} shards, {META} says {meta['splits'].get('train', 0)}"
+            f"{folder} has {found} train records in {len(shards)} shards, {METADATA} says {meta['splits'].get('train', 0)}"
         )
 
 
@@ -68,9 +68,9 @@ def compute(folder: str | Path, clear_only: bool = False, progress: bool = True)
     where `folder` is no complete dataset or has no train split.
     """
     folder = Path(folder)
-    if not (folder / META).is_file():
-        raise BuildError(f"{folder} is not a complete dataset: no {META} (build it with `skysense-jax data build`)")
-    meta = json.loads((folder / META).read_bytes())
+    if not (folder / METADATA).is_file():
+        raise BuildError(f"{folder} is not a complete dataset: no {METADATA} (build it with `skysense-jax data build`)")
+    meta = json.loads((folder / METADATA).read_bytes())
     if not meta["splits"].get("train"):
         raise BuildError(f"{folder} has no train split: statistics come from training places only")
     features = record_features(meta["sensors"], meta["tile"], meta["ratio"], len(meta["label_classes"]))
@@ -90,7 +90,7 @@ def compute(folder: str | Path, clear_only: bool = False, progress: bool = True)
         name: _entry(name, found, meta, today, digest.hexdigest(), clear_only) for name, found in moments.items()
     }
     write_atomically(
-        folder / META, (json.dumps(meta | {"statistics": statistics}, indent=1, sort_keys=True) + "\n").encode()
+        folder / METADATA, (json.dumps(meta | {"statistics": statistics}, indent=1, sort_keys=True) + "\n").encode()
     )
     return statistics
 

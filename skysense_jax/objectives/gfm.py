@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from skysense_jax.models import msgfm
+from skysense_jax.models.msgfm_outputs import normalised
 from skysense_jax.nn.patch import conv_bias, torch_linear
-from skysense_jax.objectives.msgfm_views import normalised
 
 TAUGHT = "hr"
 """The sensor whose images the teacher knows; batches of others have no such term."""

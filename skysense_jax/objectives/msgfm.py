@@ -45,9 +45,9 @@ from skysense_jax.core import flops as count
 from skysense_jax.core import trees
 from skysense_jax.core.rngs import name_hash
 from skysense_jax.models import msgfm
+from skysense_jax.models.msgfm_outputs import encoder_features, normalised
 from skysense_jax.objectives import gfm
 from skysense_jax.objectives.base import Objective
-from skysense_jax.objectives.msgfm_views import encoder_features, normalised
 from skysense_jax.ops.masking import masked_sums, pixel_mask, random_cells
 from skysense_jax.sensors import SENSORS
 

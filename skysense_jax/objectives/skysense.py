@@ -46,7 +46,8 @@ import jax.numpy as jnp
 from skysense_jax.core import flops as count
 from skysense_jax.core.rngs import name_hash
 from skysense_jax.core.sharding import gathered
-from skysense_jax.models.skysense import SENSOR_ORDER, Model, empty_bank, fused_width, make_model, with_bank
+from skysense_jax.models.skysense import SENSOR_ORDER, empty_bank, fused_width, make_model, with_bank
+from skysense_jax.models.skysense_outputs import encoder_features
 from skysense_jax.nn.heads import DINOHead
 from skysense_jax.objectives import distillation, geo
 from skysense_jax.objectives import granularity as gr
@@ -268,30 +269,6 @@ def in_pieces(function: Callable[..., Tree], pieces: int, places: Tree, rng: jax
 
     out = jax.lax.map(one, (jax.tree.map(split, places), jnp.arange(pieces)))
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), out)
-
-
-def encoder_features(model: Model, encoder: Tree, inputs: Tree) -> dict[str, jax.Array]:
-    """Float32 features of a PlaceInput: "image" [B, E], "pixel" [B, h, w, E] (with a fusion; E + D with geo-context,
-    whose bank is part of `encoder` and whose location is inputs["place"]) and, for each sensor given, "<sensor>_image"
-    [B, D], "<sensor>_pixel" [B, h, w, D] on the grid of its map. Needs the model only, so that weights without a
-    training configuration have them too.
-    """
-    out, result = model.apply(encoder, inputs), {}
-    if "fused" in out:
-        result["pixel"] = out["fused"]
-        result["image"] = time_mean(out["fused"][:, None], out["fused_mask"][:, None])[0]
-    for name in out["maps"]:
-        result[f"{name}_image"], result[f"{name}_pixel"] = time_mean(out["maps"][name], out["mask"][name])
-    return {name: value.astype(jnp.float32) for name, value in result.items()}
-
-
-def time_mean(maps: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Masked means of [B, T, h, w, D], mask [B, T, h, w]: over cells and dates [B, D], and over dates [B, h, w, D] (0
-    where nothing is valid).
-    """
-    total, mass = jnp.sum(maps * mask[..., None], axis=1, dtype=jnp.float32), mask.sum(1)
-    pixel = total / jnp.maximum(mass, 1.0)[..., None]
-    return total.sum((1, 2)) / jnp.maximum(mass.sum((1, 2)), 1.0)[..., None], pixel
 
 
 def pool_regions(cells: gr.Cells, size: int, grid: int) -> tuple[jax.Array, jax.Array]:

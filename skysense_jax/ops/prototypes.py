@@ -28,6 +28,9 @@ from skysense_jax.ops.contrast import normalise, safe_mean
 from skysense_jax.ops.ema import ema
 from skysense_jax.ops.sinkhorn import sinkhorn
 
+NO_PROTOTYPE = 65535
+"""In an assignment of cells to prototypes (uint16, maps and GeoTIFFs): a cell without valid input."""
+
 Bank = Mapping[str, jax.Array]
 
 DEAD = 0.1

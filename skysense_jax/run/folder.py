@@ -1,5 +1,5 @@
-"""What a run says about itself: the reports of its folder for people, the meta of its checkpoints, and whether a run
-may go on from what another start left.
+"""The folder of a run: what it says about itself (reports for people, meta of its checkpoints), whether a run may go on
+from what another start left, and how `networks` opens it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import platform
+import subprocess
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +19,10 @@ from etils import epath
 from ml_collections import config_dict
 
 import skysense_jax
-from skysense_jax.core import fields, sharding, trees
+from skysense_jax.core import config, paths, sharding, trees
+from skysense_jax.core.config import from_json
+from skysense_jax.models import skysense, systems
+from skysense_jax.models.description import Description, Reader
 from skysense_jax.run import checkpoint
 
 COMPLETE = "TRAIN_COMPLETE"
@@ -65,7 +69,7 @@ def check_same_run(
     cfg: config_dict.ConfigDict, contract: Mapping[str, Any], dataset_id: str, meta: Mapping[str, Any]
 ) -> None:
     """A checkpoint may be continued only by the run that wrote it: ValueError naming the fields that differ."""
-    now, before = fields.flatten(as_json(cfg)), fields.flatten(meta["config"])
+    now, before = config.flatten(as_json(cfg)), config.flatten(meta["config"])
     names = [name for name in sorted(set(now) | set(before)) if not name.startswith(MAY_CHANGE)]
     differ = [
         f"config.{name} was {before.get(name)!r}, is {now.get(name)!r}"
@@ -117,3 +121,70 @@ def write_reports(workdir: epath.Path, plan: Any, mesh: jax.sharding.Mesh, meta:
     if jax.process_index() == 0:
         for name, value in files.items():
             (workdir / name).write_text(json.dumps(value, indent=1) + "\n")
+
+
+def commit() -> str | None:
+    """Commit of the checkout this package runs from, with "-dirty" where files differ; None outside of a checkout."""
+    root = pathlib.Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    found = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty"], capture_output=True, text=True
+    )
+    return found.stdout.strip() or None
+
+
+def is_workdir(folder: pathlib.Path) -> bool:
+    """Whether a folder is a run's."""
+    return (folder / "checkpoints").is_dir()
+
+
+def is_checkpoint(folder: pathlib.Path) -> bool:
+    """Whether a folder is one checkpoint of a run, WORKDIR/checkpoints/STEP."""
+    if not folder.is_dir():
+        return False
+    full = paths.absolute(folder)
+    return full.parent.name == "checkpoints" and full.name.isdigit()
+
+
+def describe(kind: str, folder: pathlib.Path) -> Description:
+    """The description of a workdir's newest checkpoint, or of one checkpoint. Raises Damaged (a ValueError) for an altered
+    one.
+    """
+    meta = checkpoint.load_meta(folder)
+    whole = from_json(meta["config"])
+    provenance = {
+        "step": meta["step"],
+        "of steps": whole.steps,
+        "dataset id": meta["dataset_id"],
+        "code": meta["code"],
+        "seconds": meta.get("seconds"),
+        "seed": whole.seed,
+    }
+    return Description(kind, folder, whole, whole.model, meta["contract"], meta["step"], provenance)
+
+
+def weights(description: Description) -> Any:
+    """The parameters of the network that a run keeps (`systems.System.trained_tree`), with its prototype bank.
+
+    They are those of the step that was described and of no other: a damaged one is an error, not a silent step back.
+    """
+    system = systems.system_of(description.model)
+    encoder = checkpoint.load_tree(description.path, system.trained_tree, description.step)["encoder"]
+    if not system.has_bank(description.model, description.contract):
+        return encoder
+    return skysense.with_bank(encoder, checkpoint.load_tree(description.path, "memory", description.step)["bank"])
+
+
+WORKDIR = Reader(
+    "workdir", "a workdir has checkpoints/", is_workdir, lambda folder: describe("workdir", folder), weights
+)
+
+
+CHECKPOINT = Reader(
+    "checkpoint",
+    "a checkpoint is WORKDIR/checkpoints/STEP",
+    is_checkpoint,
+    lambda folder: describe("checkpoint", folder),
+    weights,
+)

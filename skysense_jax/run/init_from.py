@@ -4,7 +4,6 @@ contradicts is refused), and the regions of its training places.
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,14 +12,13 @@ import jax
 import numpy as np
 
 from skysense_jax.core import paths, trees
-from skysense_jax.data import sources
+from skysense_jax.data import records
+from skysense_jax.models import systems
 from skysense_jax.ops import regions
-from skysense_jax.run import checkpoint
+from skysense_jax.run import checkpoint, imported
 from skysense_jax.run.state import TrainState
 
 TAKEN = ("params", "teacher", "memory")
-IMPORTED, PARTS = "model.json", "parts"
-"""Description and folder of modules of imported weights (`skysense_jax.import_torch`)."""
 
 WIDENED = "heads/fused/mlp0/kernel"
 """The fused head's first layer, [channels, hidden]: geo-context adds channels behind those it had. Their rows start at
@@ -61,22 +59,20 @@ def _source(path: pathlib.Path | str) -> tuple[dict[str, Any], Callable[[str], A
     """(input contract, what reads one of TAKEN as a tree, empty where it is not there) of a checkpoint, or of imported
     weights: a SkySense teacher begins as the encoder it will follow.
     """
-    path = paths.path(path)
-    if not (path / IMPORTED).is_file():
-        meta = checkpoint.load_meta(path)
-        return meta[
-            "contract"
-        ], lambda part: checkpoint.load_tree(path, part, meta["step"]) if part in meta["digests"] else {}
-    found = json.loads((path / IMPORTED).read_text())
-    encoders = ("params", "teacher") if found["model_type"] == "skysense" else ("params",)
-    return found["input_contract"], lambda part: {"encoder": imported_modules(path)} if part in encoders else {}
+    folder = paths.path(path)
+    if not imported.recognise(folder):
+        meta = checkpoint.load_meta(folder)
 
+        def read(part: str) -> Any:
+            return checkpoint.load_tree(folder, part, meta["step"]) if part in meta["digests"] else {}
 
-def imported_modules(path: pathlib.Path | str) -> dict[str, Any]:
-    """Parameters of a folder of imported weights by module. Errors of checkpoint.load_part."""
-    path = paths.path(path)
-    names = json.loads((path / IMPORTED).read_text())["provenance"]["parts"]
-    return {name: tree for part in names for name, tree in checkpoint.load_part(path / PARTS, part).items()}
+        return meta["contract"], read
+    description = imported.describe(folder)
+    trees_with_encoder = {"params", systems.system_of(description.model).trained_tree}
+    return (
+        description.contract,
+        lambda part: {"encoder": imported.weights(description)} if part in trees_with_encoder else {},
+    )
 
 
 def _leaf(part: str, name: str, fresh: jax.Array, old: Mapping[str, np.ndarray], report: dict[str, list[str]]) -> Any:
@@ -126,6 +122,6 @@ def with_regions(cfg: Any, fresh: TrainState) -> TrainState:
     """
     bank = fresh.memory["bank"]
     edges = jax.device_get((bank["lon_edges"], bank["lat_edges"]))
-    ids = regions.cell_ids(*sources.locations(cfg.data.dir, cfg.data.split), *edges)
+    ids = regions.cell_ids(*records.locations(cfg.data.dir, cfg.data.split), *edges)
     cells = jax.device_put(regions.occupied(ids, cfg.model.geo_context.regions), bank["cells"].sharding)
     return fresh._replace(memory={**fresh.memory, "bank": {**bank, "cells": cells}})

@@ -12,7 +12,7 @@ import threading
 import jax
 from jax.experimental import multihost_utils
 
-EXIT_PREEMPTED = 75
+from skysense_jax.core import exits
 
 
 class Preemption:
@@ -41,7 +41,7 @@ class Preemption:
                 if not self._in_loop:
                     sys.stderr.write("SIGTERM before the first step: nothing to save\n")
                     sys.stderr.flush()
-                    os._exit(EXIT_PREEMPTED)
+                    os._exit(exits.PREEMPTED)
         os.close(pipe)
 
     def enter_loop(self) -> None:

@@ -13,7 +13,8 @@ import time
 
 from etils import epath
 
-EXIT_HUNG = 70
+from skysense_jax.core import exits
+
 WRITE_S = 30.0  # what hangs may be the file system
 
 
@@ -57,7 +58,7 @@ class Watchdog:
                 writing = threading.Thread(target=self._write, name="stacks", daemon=True)
                 writing.start()
                 writing.join(WRITE_S)
-                os._exit(EXIT_HUNG)  # a hung step cannot be unwound; the last complete checkpoint stands
+                os._exit(exits.HUNG)  # a hung step cannot be unwound; the last complete checkpoint stands
 
     def _write(self) -> None:
         with tempfile.TemporaryFile() as out:

@@ -1,0 +1,117 @@
+"""A configuration: reading it from a file or a command line, its fields by dotted name, and the check that every field
+is read and none is missing.
+
+A configuration is a Python file, so a misspelt field is silently a new one. The vocabulary of a run is its recipe's
+(`skysense_jax.recipes`); "<sensor>" in it stands for every sensor of `data.bands`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import pathlib
+import runpy
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import config_dict, config_flags
+
+from skysense_jax.core import exits
+
+Vocabulary = Mapping[str, tuple[str, ...]]
+"""Section of a configuration ("" = top level) -> names of its fields."""
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Fields by dotted name."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= flatten(value, f"{prefix}{name}.") if hasattr(value, "items") else {prefix + name: value}
+    return flat
+
+
+def check_fields(config: Mapping[str, Any], known: Vocabulary, of_sensors: Collection[str] = ()) -> None:
+    """Refuses a configuration with a field that nothing reads, or without one that is read.
+
+    Args:
+        config: the whole configuration.
+        known: its vocabulary.
+        of_sensors: sections of `known` that describe the encoder of one sensor, "model.<sensor>": needed where
+            config.data.bands has the sensor, ignored elsewhere.
+
+    Raises:
+        ValueError: names every field that nothing reads, with the nearest known one, and every missing field.
+    """
+    given = set(flatten(config))
+    taken = {name.split(".")[-1] for name in given if name.startswith("data.bands.")}
+    wanted, ignored = set(), set()
+    for section, names in known.items():
+        names = [name for field in names for name in (sorted(taken) if field == "<sensor>" else [field])]
+        full = {f"{section}.{name}" if section else name for name in names}
+        if section in of_sensors and section.split(".")[-1] not in taken:
+            ignored |= full
+        else:
+            wanted |= full
+    problems = []
+    for name in sorted(given - wanted - ignored):
+        near = difflib.get_close_matches(name, wanted, 1)
+        problems.append(f"nothing reads config.{name}" + (f"; did you mean config.{near[0]}?" if near else ""))
+    problems += [f"config.{name} is missing" for name in sorted(wanted - given)]
+    if problems:
+        raise ValueError("the configuration has the wrong fields: " + "; ".join(problems))
+
+
+def from_json(value: Mapping[str, Any]) -> config_dict.ConfigDict:
+    """A configuration read from JSON, where tuples became lists."""
+    return config_dict.ConfigDict(_tuples(dict(value)))
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _tuples(part) for name, part in value.items()}
+    return tuple(_tuples(part) for part in value) if isinstance(value, list) else value
+
+
+def read_flags(
+    command: str, argv: Sequence[str], define: Callable[[flags.FlagValues], None], text: str
+) -> flags.FlagValues:
+    """Flags of a command that takes a configuration: --config FILE, --config.section.field=value, and what `define`
+    adds. text: shown by --help. ValueError for an unknown flag or field, a wrong type, an argument that is no flag.
+    """
+    argv = [f"skysense-jax {command}", *argv]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "configuration file; fields: --config.section.field=value",
+        flag_values=values,
+        sys_argv=argv,
+        lock_config=True,
+    )
+    flags.DEFINE_bool("help", False, "show this text", flag_values=values, short_name="h")
+    define(values)
+    if "--help" in argv or "-h" in argv:
+        print(f"{text}\n{values.get_help()}")
+        sys.exit(exits.DONE)
+    try:
+        rest = values(argv)[1:]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"the configuration has no such field, or it takes another type: {error}") from error
+    except (flags.Error, FileNotFoundError) as error:
+        raise ValueError(str(error)) from error
+    if rest:
+        raise ValueError(f"unexpected {rest}")
+    return values
+
+
+def read_config(path: str | pathlib.Path) -> config_dict.ConfigDict:
+    """The configuration a file's `get_config()` returns. Raises FileNotFoundError, ValueError."""
+    if not pathlib.Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such configuration file")
+    if pathlib.Path(path).suffix != ".py":
+        raise ValueError(f"{path}: a configuration is a Python file with get_config()")
+    names = runpy.run_path(str(path))
+    if "get_config" not in names:
+        raise ValueError(f"{path}: has no get_config()")
+    return names["get_config"]()

@@ -1,0 +1,115 @@
+"""The prototypes a place's cells are assigned to, as files: a picture beside imagery and label map, and a GeoTIFF."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rasterio
+from PIL import Image, ImageDraw
+from rasterio.crs import CRS
+from rasterio.transform import from_bounds
+
+from skysense_jax.data.records import SYNTHETIC_TAG
+from skysense_jax.draw import places
+from skysense_jax.ops.prototypes import NO_PROTOTYPE
+
+_SIDE, _GAP, _LINE, _ROWS, _SWATCHES = 224, 10, 18, 8, 16
+
+
+def write_geotiff(path: str | Path, assigned: np.ndarray, record: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+    """Writes an assignment uint16 [h, w] (NO_PROTOTYPE = no valid input) where its place lies: the record's CRS, and pixels
+    that divide its footprint. tags: text to keep with it. Raises ValueError where the record does not say where it is.
+    """
+    left, bottom, right, top = (float(x) for x in record["footprint"])
+    if not (left < right and bottom < top):
+        raise ValueError(
+            f"place {places.as_text(record['place'])!r}: its footprint {(left, bottom, right, top)} "
+            "(left, bottom, right, top) has no area; build the dataset again"
+        )
+    height, width = assigned.shape
+    with rasterio.open(
+        path,
+        "w",
+        driver="GTiff",
+        width=width,
+        height=height,
+        count=1,
+        dtype="uint16",
+        nodata=NO_PROTOTYPE,
+        crs=CRS.from_user_input(places.as_text(record["crs"])),
+        transform=from_bounds(left, bottom, right, top, width, height),
+        compress="deflate",
+    ) as file:
+        file.write(assigned.astype(np.uint16), 1)
+        file.set_band_description(1, "prototype")
+        file.update_tags(**tags)
+
+
+def synthetic_tag(meta: Mapping[str, Any]) -> dict[str, str]:
+    """The tag of every raster made from synthetic data; none for other datasets."""
+    return {SYNTHETIC_TAG: "1"} if meta.get("synthetic") else {}
+
+
+def colours(count: int) -> np.ndarray:
+    """A colour for each of `count` prototypes, neighbours in number far apart in hue: uint8 [count, 3]."""
+    made = [colorsys.hsv_to_rgb(k * 0.618034 % 1, (0.85, 0.55)[k // 2 % 2], (0.95, 0.7)[k % 2]) for k in range(count)]
+    return (255 * np.array(made)).astype(np.uint8)
+
+
+def draw(
+    record: Mapping[str, Any], meta: Mapping[str, Any], maps: Mapping[str, np.ndarray], count: int, title: str
+) -> Image.Image:
+    """Picture of a place: imagery, the `maps` in order, its label map, with legends and the dataset's SYNTHETIC badge.
+
+    maps: title -> [h, w] integers below `count`, NO_PROTOTYPE = no valid input. The legend has the prototypes of the first
+    map, the most frequent ones where they are too many.
+    """
+    classes = {int(key): name for key, name in meta["label_map_classes"].items()}
+    panels = [_imagery(record, meta)]
+    panels += [(name, places.paint(one, dict(enumerate(colours(count))))) for name, one in maps.items()]
+    panels.append(("label map", places.paint(record["label_map"], places.cover_colours(classes))))
+    width = len(panels) * (_SIDE + _GAP) + _GAP
+    top = 34 + _LINE
+    canvas = Image.new("RGB", (width, top + _SIDE + _GAP + _ROWS * _LINE), (250, 250, 250))
+    pen, font = ImageDraw.Draw(canvas), places.letters()
+    pen.text((_GAP, 8), title, (0, 0, 0), font)
+    places.badge(pen, width, meta)
+    for column, (name, image) in enumerate(panels):
+        left = _GAP + column * (_SIDE + _GAP)
+        pen.text((left, 34), name, (0, 0, 0), font)
+        if image is not None:
+            canvas.paste(places.enlarge(image, _SIDE), (left, top))
+    below = top + _SIDE + _GAP
+    first = next(iter(maps.values()))
+    numbers, cells = np.unique(first[first != NO_PROTOTYPE], return_counts=True)
+    shown = sorted(numbers[np.argsort(-cells, kind="stable")][:_SWATCHES])
+    rows = [(colours(count)[k], f"{k}  {np.mean(first == k):.0%}") for k in shown]
+    _legend(pen, font, 2 * _GAP + _SIDE, below, rows, _SIDE // 2)
+    label = record["label_map"]
+    rows = [
+        (colour, f"{classes[key][:24]}  {np.mean(label == key):.0%}")
+        for key, colour in places.cover_colours(classes).items()
+        if (label == key).any()
+    ]
+    _legend(pen, font, width - _SIDE - _GAP, below, rows, _SIDE // 2)
+    return canvas
+
+
+def _imagery(record: Mapping[str, Any], meta: Mapping[str, Any]) -> tuple[str, np.ndarray | None]:
+    """The finest optical image there is: HR, else the clearest Sentinel-2 date."""
+    if len(record.get("hr_image", ())) or not len(record.get("s2_image", ())):
+        return places.hr_panel(record, meta)
+    best = int((record["s2_clear"] * record["s2_valid"]).mean((1, 2)).argmax())
+    shown = places.hatch(places.true_colour(record["s2_image"][best]), record["s2_valid"][best] > 0)
+    return f"s2  {places.date_text(record['s2_date'][best])}  true colour", shown
+
+
+def _legend(pen: ImageDraw.ImageDraw, font: Any, left: int, top: int, rows: list[tuple[Any, str]], column: int) -> None:
+    for place, (colour, text) in enumerate(rows[: 2 * _ROWS]):
+        x, y = left + place // _ROWS * column, top + place % _ROWS * _LINE
+        pen.rectangle((x, y, x + 13, y + 13), fill=tuple(int(v) for v in colour), outline=(120, 120, 120))
+        pen.text((x + 19, y), text, (0, 0, 0), font)
