@@ -20,6 +20,7 @@ from skysense_jax.ops.ema import ema
 from skysense_jax.run import plan as plans
 from skysense_jax.run import state
 from tests.helpers import toy_config
+from skysense_jax.data.batches import spec
 
 
 def config(dataset: str) -> Any:
@@ -69,7 +70,7 @@ def small_state(cfg: Any, small: int = 2**20) -> tuple[Objective, Any, state.Tra
     """
     contract = plans.make_contract(cfg)
     mesh = meshes.make_mesh({"data": 2, "fsdp": -1})
-    spec = recipes.recipe_of(cfg).batch_spec(cfg, contract)
+    spec = spec.views_spec(cfg, contract)
     objective = make_objective(cfg, contract)
     batch = state.batch_shapes(spec, mesh)
     shapes = state.state_shapes(objective, batch, cfg.seed, mesh, small)
