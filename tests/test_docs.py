@@ -314,6 +314,13 @@ def test_the_marks_of_tables_are_those_of_the_code(page):
         assert "\n<!-- end of rows -->" in page.read_text().split(mark)[1]
 
 
+def test_every_configuration_and_every_command_has_its_place():
+    table = (ROOT / "docs" / "configurations.md").read_text()
+    assert not [file for file in (ROOT / "configs").glob("[a-z]*.py") if f"`configs/{file.name}`" not in table]
+    text = "".join(page.read_text() for page in PAGES)
+    assert not [name for name in cli.COMMANDS if f"skysense-jax {name}" not in text]
+
+
 def test_the_readme_is_under_two_screens():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 90
 
