@@ -5,9 +5,11 @@ python -m tests.resolved_configs     writes tests/golden/configs/<name>.json ane
 
 from __future__ import annotations
 
+import importlib
 import json
 import pathlib
-import runpy
+
+from ml_collections import config_dict
 
 from skysense_jax.core import fields
 
@@ -19,26 +21,31 @@ VARIANTS = {
     "msgfm_smoke": ("s2,s1", "dsm"),
     "msgfm_tiny": ("s2,s1", "dsm"),
 }
-"""Configuration -> arguments of get_config (FILE.py:ARGUMENT on a command line) that have a golden file of their own."""
+"""Configuration -> arguments of get_config (FILE.py:ARGUMENT on a command line) with a golden file each."""
 
 
-def paths() -> dict[str, str]:
-    """Name of the golden file -> FILE.py or FILE.py:ARGUMENT, for every configuration of configs/."""
-    names = [file.stem for file in sorted((ROOT / "configs").glob("*.py")) if file.stem != "__init__"]
-    spelt = {name: f"{name}.py" for name in names}
-    for name, arguments in VARIANTS.items():
-        spelt |= {f"{name}-{one.replace(',', '-')}": f"{name}.py:{one}" for one in arguments}
-    return {name: str(ROOT / "configs" / path) for name, path in spelt.items()}
+def names() -> list[str]:
+    """Names of the configurations of configs/."""
+    return sorted(file.stem for file in (ROOT / "configs").glob("*.py") if file.stem != "__init__")
 
 
-def resolved(path: str) -> dict[str, str]:
+def load(name: str, *argument: str) -> config_dict.ConfigDict:
+    """The configuration of that name."""
+    return importlib.import_module(f"skysense_jax.configs.{name}").get_config(*argument)
+
+
+def goldens() -> dict[str, tuple[str, ...]]:
+    """Name of the golden file -> (configuration,) or (configuration, argument)."""
+    variants = [(name, argument) for name, arguments in VARIANTS.items() for argument in arguments]
+    return {name: (name,) for name in names()} | {"-".join(v).replace(",", "-"): v for v in variants}
+
+
+def resolved(config: config_dict.ConfigDict) -> dict[str, str]:
     """Dotted name -> value as Python writes it, so that a tuple is no list and 1.0 is no 1."""
-    file, *argument = path.split(":", 1)
-    config = runpy.run_path(file)["get_config"](*argument)
     return {name: repr(value) for name, value in sorted(fields.flatten(config).items())}
 
 
 if __name__ == "__main__":
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for golden, path in paths().items():
-        (FOLDER / f"{golden}.json").write_text(json.dumps(resolved(path), indent=1) + "\n")
+    for golden, source in goldens().items():
+        (FOLDER / f"{golden}.json").write_text(json.dumps(resolved(load(*source)), indent=1) + "\n")
