@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from configs import msgfm_tiny
+from skysense_jax.configs import msgfm_tiny
 from skysense_jax.data import builder, draft, layouts, spec
 from tests import tiny
 

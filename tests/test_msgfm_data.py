@@ -6,8 +6,8 @@ import collections
 import numpy as np
 import pytest
 
-from configs import msgfm_tiny
 from skysense_jax import cli, sensors, train
+from skysense_jax.configs import msgfm_tiny
 from skysense_jax.data import bench, pipeline, samples, sources, spec
 from tests import msgfm_places
 from tests.toy import same

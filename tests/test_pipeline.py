@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import config_dict
 
-from configs import skysense_smoke
 from skysense_jax import sensors
+from skysense_jax.configs import skysense_smoke
 from skysense_jax.data import augment, bench, pipeline, radiometry, sources, spec
 from skysense_jax.ops import crops
 from tests import tiny

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 import pytest
 
-from configs import skysense_tiny
 from skysense_jax import train
+from skysense_jax.configs import skysense_tiny
 from skysense_jax.data import feed, pipeline, sources, spec
 from skysense_jax.run import checkpoint
 from tests import jobs, msgfm_places, tiny

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import skysense_tiny
 from skysense_jax import train
+from skysense_jax.configs import skysense_tiny
 from skysense_jax.core import mesh as meshes
 from skysense_jax.objectives.base import Objective
 from skysense_jax.ops.ema import ema
