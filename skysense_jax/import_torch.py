@@ -23,6 +23,7 @@ import numpy as np
 from ml_collections import config_dict
 
 from skysense_jax import __version__, embed, sensors
+from skysense_jax.configs import skysense_full
 from skysense_jax.convert import expert_shards, keymap, released, swin_files, tensor_files, torch_import
 from skysense_jax.data.parts import write_atomically
 from skysense_jax.models import msgfm
@@ -30,8 +31,8 @@ from skysense_jax.models.skysense import param_shapes
 from skysense_jax.ops import regions
 from skysense_jax.run import checkpoint
 
-FULL_SIZE = pathlib.Path(__file__).resolve().parents[1] / "configs" / "skysense_full.py"
-"""The released architecture, in a checkout."""
+FULL_SIZE = pathlib.Path(skysense_full.__file__)
+"""The released architecture, in a checkout or in an installed package."""
 
 LICENCE = "non-commercial research, inherited from the released SkySense weights"
 SWIN_LICENCE = "that of the imported files, which do not state it"

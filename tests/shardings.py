@@ -13,7 +13,6 @@ from skysense_jax import train
 from skysense_jax.core import sharding, trees
 from tests import resolved_configs
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDER = pathlib.Path(__file__).parent / "golden"
 CONFIGS = {
     "skysense_smoke": (1, 8),

@@ -8,6 +8,7 @@ PACKAGE = ROOT / "skysense_jax"
 FLOORS = {
     "sensors": 0,
     "core": 0,
+    "configs": 1,  # lies beside the package in a checkout
     "nn": 1,
     "ops": 1,
     "data": 1,
