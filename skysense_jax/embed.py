@@ -115,7 +115,7 @@ def read_config(path: str | pathlib.Path) -> config_dict.ConfigDict:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no configuration, or takes no argument.
+        ValueError: it is no configuration, takes no argument, or refuses this one.
     """
     file, *argument = str(path).split(":", 1)
     if not pathlib.Path(file).is_file():
@@ -127,7 +127,10 @@ def read_config(path: str | pathlib.Path) -> config_dict.ConfigDict:
         raise ValueError(f"{file}: has no get_config()")
     if argument and not inspect.signature(names["get_config"]).parameters:
         raise ValueError(f"{file}: get_config() takes no argument; leave out :{argument[0]}")
-    return names["get_config"](*argument)
+    try:
+        return names["get_config"](*argument)
+    except ValueError as error:  # a refusal of ours, so that a command says it without a traceback
+        raise ValueError(f"{path}: {error}") from error
 
 
 def load(path: str | pathlib.Path, bank: str = OWN_BANK) -> Loaded:

@@ -52,5 +52,5 @@ def test_what_read_config_refuses(tmp_path):
         embed.read_config(tmp_path / "empty.py")
     with pytest.raises(ValueError, match="fixed.py: get_config.. takes no argument; leave out :series"):
         embed.read_config(f"{tmp_path / 'fixed.py'}:series")
-    with pytest.raises(ValueError, match="unknown variant 'serie': all, series"):
+    with pytest.raises(ValueError, match="skysense_tiny.py:serie: unknown variant 'serie': all, series"):
         embed.read_config(path_of("skysense_tiny") + ":serie")
