@@ -55,7 +55,7 @@ def get_config() -> config_dict.ConfigDict:
     c.objective.clusters = 8  # about 8 cells each
     c.objective.prototype_momentum = 0.9  # a region is visited a few times
     c.objective.align_dim = 64
-    c.objective.align_grid = 2  # regions of 4 cells, as at full size
+    c.objective.align_grid = 2  # regions of 4 x 4 cells, as at full size
     c.objective.microbatches = 1  # the memory suffices
     c.objective.chunk = 4096  # all rows of a place at once
 

@@ -41,7 +41,7 @@ def get_config(variant: str = "all") -> config_dict.ConfigDict:
         module.drop_path = 0.1
 
     c.objective.head.update({"hidden": 32, "bottleneck": 16, "layers": 2, "prototypes": 32})
-    c.objective.clusters = 2  # the least that a place can be told apart by
+    c.objective.clusters = 2  # with one, the object would be the image
     c.objective.align_dim = 16
 
     # Every rule changes, and a checkpoint is written, within the six steps
