@@ -1,0 +1,1 @@
+"""What measures time and memory: `python -m benchmarks.NAME`."""

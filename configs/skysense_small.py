@@ -6,18 +6,18 @@ Result:    on 400 held-out SYNTHETIC places, linear probe: scene 0.81 against 0.
            (docs/results.md).
 """
 
-import pathlib
-import runpy
-
 from ml_collections import config_dict
+
+from skysense_jax.configs import skysense_smoke
 
 
 def get_config() -> config_dict.ConfigDict:
     """The smoke configuration with twice the batch and more steps, and the dataset's own statistics."""
-    c = runpy.run_path(str(pathlib.Path(__file__).with_name("skysense_smoke.py")))["get_config"]()
+    c = skysense_smoke.get_config()
     c.steps = 1300
     c.data.batch = 16
-    c.data.statistics = "dataset"
+    c.data.statistics = "dataset"  # launch/local.sh has computed them
+    # The longer run warms up for longer, and has the steps for a slower teacher.
     c.schedule.warmup_steps = 60
     c.schedule.warmup_teacher_temp_steps = 300
     c.schedule.freeze_last_layer_steps = 40

@@ -1,0 +1,1 @@
+"""What pages of docs/ cite as evidence: `python -m experiments.NAME`."""

@@ -6,14 +6,13 @@ python -m tests.shardings          writes tests/golden/shardings_<config>.txt (s
 from __future__ import annotations
 
 import pathlib
-import runpy
 
 import jax
 
 from skysense_jax.core import sharding, trees
 from skysense_jax.run import plan as plans
+from tests import resolved_configs
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDER = pathlib.Path(__file__).parent / "golden"
 CONFIGS = {
     "skysense_smoke": (1, 8),
@@ -29,7 +28,7 @@ CONFIGS = {
 
 def table(name: str) -> str:
     """One line per leaf of params, teacher and memory (the optimiser's moments lie as the parameters do)."""
-    cfg = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]()
+    cfg = resolved_configs.load(name)
     cfg.data.statistics = "table"
     sizes = CONFIGS[name]
     names = ("data", "fsdp", "expert")[: len(sizes)]

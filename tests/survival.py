@@ -1,6 +1,6 @@
 """A run that is killed again and again, at random moments of every phase, ends in the same bits as one left alone.
 
-    python -m tests.survival [--model msgfm] --kills 50 --out docs/survival.md
+    python -m tests.survival [--model msgfm] --kills 50 --out docs/log/survival.md
 
 Real processes of the real command with the real objective of a model, SIGKILL. What is compared: every array of the
 last checkpoint, the records of metrics.jsonl (losses and the digest of the places of every batch, each step once), and
@@ -230,7 +230,7 @@ def report(job: Job, kills: list[Kill], lives: int, asked: int, seed: int, secon
     lines = [
         f"## {job.model}",
         "",
-        f"`python -m tests.survival --model {job.model} --kills {asked} --seed {seed} --out docs/survival.md`, commit "
+        f"`python -m tests.survival --model {job.model} --kills {asked} --seed {seed} --out docs/log/survival.md`, commit "
         f"{evaluate.commit()}, jax {jax.__version__}, Python {platform.python_version()}, CPU, {os.cpu_count()} cores, "
         f"{seconds / 60:.0f} minutes.",
         "",

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import skysense_tiny
 from skysense_jax.commands import compile_check as checks
 from skysense_jax.commands import pods
+from skysense_jax.configs import skysense_tiny
 from skysense_jax.core import chips, flops, hlo, sharding
 from skysense_jax.core import mesh as meshes
 from skysense_jax.ops import contrast

@@ -4,7 +4,6 @@ import importlib.util
 import os
 import pathlib
 import re
-import runpy
 import subprocess
 import sys
 
@@ -16,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skysense_jax import recipes
+from skysense_jax.configs import skysense_tiny
 from skysense_jax.core import mesh, rngs, sharding, trees, xla_flags
 from skysense_jax.models import systems
+from tests import resolved_configs
 
 TREE = {"a": {"kernel": jnp.zeros((4, 8)), "bias": jnp.zeros(8)}, "b": [jnp.zeros(3), jnp.zeros(())]}
 
@@ -184,16 +185,13 @@ def test_libtpu_accepts_the_flags(flag, accepted):
     assert accepted or "Unknown command line flag" in done.stderr
 
 
-CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_our_configurations_have_the_right_fields(path):
-    recipes.check_config(runpy.run_path(str(path))["get_config"]())
+@pytest.mark.parametrize("name", resolved_configs.names())
+def test_our_configurations_have_the_right_fields(name):
+    recipes.check_config(resolved_configs.load(name))
 
 
 def test_a_field_that_nothing_reads_is_refused_with_the_nearest_one():
-    config = runpy.run_path(str(CONFIGS[-1]))["get_config"]()
+    config = skysense_tiny.get_config()
     with config.unlocked():
         config.schedule.warmup_step = 3
         config.data.dates.dsm = 1

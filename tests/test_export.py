@@ -3,8 +3,6 @@ carry.
 """
 
 import json
-import pathlib
-import runpy
 import subprocess
 import sys
 
@@ -14,6 +12,7 @@ import pytest
 import safetensors.numpy
 
 from skysense_jax import sensors
+from skysense_jax.configs import skysense_full
 from skysense_jax.convert import keymap, layouts, tensor_files, torch_export, torch_import
 from skysense_jax.core import trees
 from skysense_jax.models.skysense import param_shapes
@@ -182,7 +181,7 @@ def test_a_folder_of_another_model(tmp_path):
 
 def test_the_key_table_covers_the_full_size_model():
     """435 + 292 + 292 + 291 + 2 + 2 + 1 tensors of the release, with the parameter count of the whole."""
-    cfg = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "configs" / "skysense_full.py"))["get_config"]()
+    cfg = skysense_full.get_config()
     contract = sensors.input_contract(cfg.data.bands, cfg.model.ratio)
     entries, shapes = layouts.model_entries(cfg.model, contract), trees.flatten(param_shapes(cfg.model, contract))
     counts = {p: sum(e.torch.startswith(p) for e in entries) for p in (*keymap.PREFIXES.values(), "ctpe")}
@@ -195,7 +194,7 @@ def test_the_key_table_covers_the_full_size_model():
 
 def test_names_and_shapes_are_the_release_s(shared):
     """Every tensor of the lists of the released files, name and shape; recomputed buffers aside."""
-    cfg = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "configs" / "skysense_full.py"))["get_config"]()
+    cfg = skysense_full.get_config()
     contract = sensors.input_contract(cfg.data.bands, cfg.model.ratio)
     entries, shapes = layouts.model_entries(cfg.model, contract), trees.flatten(param_shapes(cfg.model, contract))
     ours = {e.torch: keymap.torch_shape(e, shapes[e.name].shape) for e in entries if not e.name.startswith("geo/")}

@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "skysense_jax"
 FLOORS = (
     ("sensors", "core"),
-    ("nn", "ops", "data/records"),
+    ("configs", "nn", "ops", "data/records"),
     ("data/batches", "data/ingest", "models"),
     ("data/drafting", "data/synthetic", "data/statistics"),
     ("objectives",),

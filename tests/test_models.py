@@ -1,14 +1,12 @@
 """The SkySense model: any sensors, any dates, masks, scan, remat, precision, sizes, and what it refuses."""
 
-import pathlib
-import runpy
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from skysense_jax import sensors
+from skysense_jax.configs import skysense_full
 from skysense_jax.convert.torch_export import count_parameters
 from skysense_jax.models.inputs import normalise
 from skysense_jax.models.skysense import cell_mask, make_model, param_shapes
@@ -293,8 +291,7 @@ def test_a_cell_counts_from_half_of_its_pixels_on():
 
 
 def test_full_size_parameter_counts():
-    path = pathlib.Path(__file__).parents[1] / "configs" / "skysense_full.py"
-    cfg = runpy.run_path(str(path))["get_config"]()
+    cfg = skysense_full.get_config()
     counts = count_parameters(param_shapes(cfg.model, sensors.input_contract(cfg.data.bands, cfg.model.ratio)))
     assert counts["hr"] == 655_079_632 and counts["s2"] == 302_738_432 and counts["s1"] == 302_607_360
     assert counts["head_s2"] == counts["head_s1"] == 46_182_400

@@ -2,7 +2,6 @@
 against the reference code is tests/test_parity.py's; PyTorch files are tests/test_msgfm_convert.py's."""
 
 import pathlib
-import runpy
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +10,13 @@ import pytest
 from ml_collections import config_dict
 
 from skysense_jax import cli, recipes, sensors
+from skysense_jax.configs import msgfm_base
 from skysense_jax.convert import keymap
 from skysense_jax.models import msgfm
 from skysense_jax.nn.swin import OTHER_REGION, relative_index, shift_regions
 from skysense_jax.nn.swin_v1 import Block, position_bias
 from skysense_jax.ops.masking import masked_l1, pixel_mask
+from tests import resolved_configs
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONTRACT = sensors.input_contract({"hr": ("R", "G", "B"), "s1": ("VV", "VH")}, 4)
@@ -65,7 +66,7 @@ def size(tree):
 # ---------------------------------------------------------------------------------------------------------- full size
 @pytest.mark.parametrize("stages, expected", [((), 86_725_176), ((2,), 219_043_896), ((2, 3), 277_808_184)])
 def test_full_size_parameter_counts(stages, expected):
-    full = runpy.run_path(str(ROOT / "configs" / "msgfm_base.py"))["get_config"]()
+    full = msgfm_base.get_config()
     full.model.moe.stages = stages
     shapes = msgfm.param_shapes(full.model, sensors.input_contract(full.data.bands, 32))
     assert size(shapes["encoder"]) + size(shapes["embed_hr"]) == expected
@@ -95,17 +96,16 @@ def test_inspect_prints_the_counts(capsys):
 
 @pytest.mark.parametrize("name", ["base", "smoke", "tiny"])
 def test_a_configuration_takes_the_sensors_it_is_given(name):
-    read = runpy.run_path(str(ROOT / "configs" / f"msgfm_{name}.py"))["get_config"]
     for given, wanted in (("", list(sensors.SENSORS)), ("s2,s1", ["s2", "s1"]), ("dsm", ["dsm"])):
-        config = read(given)
+        config = resolved_configs.load(f"msgfm_{name}", given)
         recipes.check_config(config)
         assert sorted(config.data.bands) == sorted(wanted)
     with pytest.raises(ValueError, match="unknown sensors .'sar'.: hr, s2, s1, dsm"):
-        read("s2,sar")
+        resolved_configs.load(f"msgfm_{name}", "s2,sar")
 
 
 def test_full_size_shapes():
-    full = runpy.run_path(str(ROOT / "configs" / "msgfm_base.py"))["get_config"]()
+    full = msgfm_base.get_config()
     contract = sensors.input_contract(full.data.bands, 32)
     model, shapes = msgfm.make_model(full.model, contract), msgfm.param_shapes(full.model, contract)
 

@@ -7,7 +7,6 @@ import json
 import pathlib
 import pickle
 import re
-import runpy
 import subprocess
 import sys
 import types
@@ -19,6 +18,7 @@ import safetensors.numpy
 
 import skysense_jax
 from skysense_jax import cli, sensors
+from skysense_jax.configs import msgfm_base
 from skysense_jax.convert import keymap, tensor_files, torch_export, torch_import
 from skysense_jax.convert.swin import bias_tables, expert_shards
 from skysense_jax.convert.swin import files as swin_files
@@ -676,7 +676,7 @@ def test_what_is_imported_goes_out_again_without_the_parts_it_lacks(tmp_path):
 
 def test_full_size_names_are_distinct_and_complete():
     """327 tensors of a dense encoder with RGB, as SimMIM has them; a mixture has one more than an MLP."""
-    full = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "configs" / "msgfm_base.py"))["get_config"]().model
+    full = msgfm_base.get_config().model
     names = [e.torch for e in keymap.simmim_entries(full, "hr")]
     assert len(set(names)) == len(names) == 327 + 9 + 3
     entries = keymap.msgfm_entries(full, msgfm.module_names(full, CONTRACT))

@@ -6,9 +6,9 @@ import collections
 import numpy as np
 import pytest
 
-from configs import msgfm_tiny
 from skysense_jax import cli, recipes, sensors
 from skysense_jax.commands import data_bench
+from skysense_jax.configs import msgfm_tiny
 from skysense_jax.data import records as dataset_records
 from skysense_jax.data.batches import one_sensor, views
 from skysense_jax.run import plan as plans

@@ -3,8 +3,6 @@ collapse looks like, devices.
 """
 
 import math
-import pathlib
-import runpy
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +11,20 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from skysense_jax import sensors
+from skysense_jax.configs import skysense_smoke
 from skysense_jax.core import flops, mesh, rngs, sharding, trees
 from skysense_jax.models.skysense import make_model
 from skysense_jax.nn.heads import DINOHead
 from skysense_jax.objectives import granularity
 from skysense_jax.objectives.skysense import make_objective
 
-SMOKE = pathlib.Path(__file__).resolve().parents[1] / "configs" / "skysense_smoke.py"
 PLACES, TILE = 8, 8
 SCHEDULE = {"teacher_temp": 0.05, "last_layer_frozen": 0.0, "teacher_momentum": 0.9}
 
 
 def tiny():
     """The smoke configuration at toy size, without random depth so that a loss is a function of its batch."""
-    c = runpy.run_path(str(SMOKE))["get_config"]()
+    c = skysense_smoke.get_config()
     c.data.global_size, c.data.local_size, c.data.n_local = 4, 2, 2
     c.data.dates = {"hr": 1, "s2": 3, "s1": 2}
     c.model.width, c.model.ratio = 16, 4
@@ -480,7 +478,7 @@ def test_features_of_student_teacher_and_subsets(case):
 
 @pytest.mark.parametrize("size", ["tiny", "smoke"])
 def test_flops_equal_the_products_of_the_traced_step(size):
-    c = tiny() if size == "tiny" else runpy.run_path(str(SMOKE))["get_config"]()
+    c = tiny() if size == "tiny" else skysense_smoke.get_config()
     contract = contract_of(c)
     objective = make_objective(c, contract)
     batch = jax.eval_shape(lambda: make_batch(c, contract, places=2))

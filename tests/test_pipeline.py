@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import config_dict
 
-from configs import skysense_smoke
 from skysense_jax import recipes, sensors
 from skysense_jax.commands import data_bench
+from skysense_jax.configs import skysense_smoke
 from skysense_jax.data import records
 from skysense_jax.data import records as dataset_records
 from skysense_jax.data.batches import geometry, radiometry, spec

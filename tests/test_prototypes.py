@@ -1,9 +1,6 @@
 """Regions and the prototype bank: the grid, the table, the update against a float64 numpy twin, one device and
 eight."""
 
-import pathlib
-import runpy
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from skysense_jax import networks, recipes, sensors
+from skysense_jax.configs import skysense_tiny
 from skysense_jax.convert import tensor_files, torch_export, verify
 from skysense_jax.core import flops, rngs
 from skysense_jax.core import mesh as meshes
@@ -30,7 +28,6 @@ from tests.helpers import tiny_model as tiny
 from tests.helpers import toy_objective
 from tests.test_ops import np_sinkhorn
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 BANK = ("prototypes", "usage", "visits", "cells", "lon_edges", "lat_edges")
 EDGES = regions.grid_edges(65_536)
 
@@ -485,7 +482,7 @@ def test_an_update_that_means_nothing_is_refused(field, value):
 
 def test_a_step_moves_the_bank_and_one_that_is_not_finite_does_not():
     """The real objective and step, batch and bank split over eight devices."""
-    c = runpy.run_path(str(ROOT / "configs" / "skysense_tiny.py"))["get_config"]("series")
+    c = skysense_tiny.get_config("series")
     c.data.batch, c.data.n_local, c.schedule.warmup_steps = 8, 0, 0
     c.model.geo_context.update({"bank": "on", "regions": 32, "prototypes": 4, "width": 16})
     recipes.check_config(c)
@@ -526,7 +523,7 @@ def test_the_table_of_a_fresh_bank_holds_the_training_places(tmp_path):
     dataset = tiny_data.write_dataset(tmp_path / "data", places=4)
     lon, lat = records.locations(dataset, "train")
     assert lon.tolist() == [3, 4, 5, 6] and lat.dtype == np.float32 and (lat == 48).all()
-    c = runpy.run_path(str(ROOT / "configs" / "skysense_tiny.py"))["get_config"]("series")
+    c = skysense_tiny.get_config("series")
     c.data.dir, c.model.geo_context.cell = dataset, 65_536.0
     bank = prototypes.empty_bank(jax.random.key(0), c.model.geo_context.regions, 4, 8, 65_536.0)
     filled = init_from.with_regions(c, state.TrainState(0, {}, {}, {}, {"bank": bank}, 0)).memory["bank"]["cells"]

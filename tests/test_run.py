@@ -11,8 +11,8 @@ import numpy as np
 import optax
 import pytest
 
-from configs import skysense_smoke, skysense_tiny
 from skysense_jax import recipes, train
+from skysense_jax.configs import skysense_smoke, skysense_tiny
 from skysense_jax.core import mesh as meshes
 from skysense_jax.core import trees
 from skysense_jax.run import checkpoint, metrics, optim, profiler, records, step

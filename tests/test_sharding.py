@@ -14,8 +14,8 @@ import jax
 import numpy as np
 import pytest
 
-from configs import skysense_tiny
 from skysense_jax import recipes
+from skysense_jax.configs import skysense_tiny
 from skysense_jax.core import mesh as meshes
 from skysense_jax.core import trees, xla_flags
 from skysense_jax.data.batches import views

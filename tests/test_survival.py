@@ -15,8 +15,8 @@ import jax
 import numpy as np
 import pytest
 
-from configs import skysense_tiny
 from skysense_jax import recipes, train
+from skysense_jax.configs import skysense_tiny
 from skysense_jax.data import records
 from skysense_jax.data.batches import views
 from skysense_jax.run import checkpoint

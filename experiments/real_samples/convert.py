@@ -1,6 +1,6 @@
 """Real imagery for checks: folders of small real satellite data become GeoTIFFs, a catalog and one dataset of places.
 
-    python -m experiments.real_samples.convert SRC --out DIR [--workers N] [--crops] [--no-build]
+    python -m experiments.real_samples SRC --out DIR [--workers N] [--crops] [--no-build]
 
 SRC has one folder per source (experiments/real_samples/folders.py names them; their licences are in their own README). DIR receives
 rasters/, catalog.csv, catalog_crops.csv (the dense series again, with crop types as label map), folders.json (every
@@ -160,7 +160,7 @@ def convert(source: Path, out: Path, every: int = 1) -> dict[str, dict[str, Any]
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.real_samples.convert", description=__doc__.split("\n")[0]
+        prog="python -m experiments.real_samples", description=__doc__.split("\n")[0]
     )
     parser.add_argument("source", type=Path, metavar="SRC", help="folder with the real data, one folder per source")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")

@@ -15,13 +15,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from skysense_jax import sensors
+from skysense_jax.configs import skysense_full
 from skysense_jax.convert import keymap
 from skysense_jax.core.config import read_config
 from skysense_jax.models import systems
 from skysense_jax.run import imported
 
-FULL_SIZE = pathlib.Path(__file__).resolve().parents[2] / "configs" / "skysense_full.py"
-"""The released architecture, in a checkout."""
+FULL_SIZE = pathlib.Path(skysense_full.__file__)
+"""The released architecture, in a checkout or in an installed package."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ A configuration is a Python file, so a misspelt field is silently a new one. The
 from __future__ import annotations
 
 import difflib
+import inspect
 import pathlib
 import runpy
 import sys
@@ -106,12 +107,29 @@ def read_flags(
 
 
 def read_config(path: str | pathlib.Path) -> config_dict.ConfigDict:
-    """The configuration a file's `get_config()` returns. Raises FileNotFoundError, ValueError."""
-    if not pathlib.Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such configuration file")
-    if pathlib.Path(path).suffix != ".py":
-        raise ValueError(f"{path}: a configuration is a Python file with get_config()")
-    names = runpy.run_path(str(path))
+    """The configuration of a file, as the commands with configuration flags read it.
+
+    Args:
+        path: FILE.py, or FILE.py:ARGUMENT to call its `get_config(ARGUMENT)`.
+
+    Returns:
+        What `get_config` returns.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no configuration, takes no argument, or refuses this one.
+    """
+    file, *argument = str(path).split(":", 1)
+    if not pathlib.Path(file).is_file():
+        raise FileNotFoundError(f"{file}: no such configuration file")
+    if pathlib.Path(file).suffix != ".py":
+        raise ValueError(f"{file}: a configuration is a Python file with get_config()")
+    names = runpy.run_path(file)
     if "get_config" not in names:
-        raise ValueError(f"{path}: has no get_config()")
-    return names["get_config"]()
+        raise ValueError(f"{file}: has no get_config()")
+    if argument and not inspect.signature(names["get_config"]).parameters:
+        raise ValueError(f"{file}: get_config() takes no argument; leave out :{argument[0]}")
+    try:
+        return names["get_config"](*argument)
+    except ValueError as error:  # a refusal of ours, so that a command says it without a traceback
+        raise ValueError(f"{path}: {error}") from error

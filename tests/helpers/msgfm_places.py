@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from configs import msgfm_tiny
+from skysense_jax.configs import msgfm_tiny
 from skysense_jax.data import records
 from skysense_jax.data.drafting import layouts, rasters
 from skysense_jax.data.ingest import build

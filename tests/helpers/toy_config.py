@@ -2,7 +2,7 @@
 
 from ml_collections import config_dict
 
-from configs import skysense_tiny
+from skysense_jax.configs import skysense_tiny
 
 
 def get_config() -> config_dict.ConfigDict:

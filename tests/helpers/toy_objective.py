@@ -15,12 +15,12 @@ import numpy as np
 
 from skysense_jax import recipes
 from skysense_jax.core import mesh as meshes
+from skysense_jax.data.batches import spec
 from skysense_jax.objectives.base import Objective
 from skysense_jax.ops.ema import ema
 from skysense_jax.run import plan as plans
 from skysense_jax.run import state
 from tests.helpers import toy_config
-from skysense_jax.data.batches import spec
 
 
 def config(dataset: str) -> Any:
@@ -70,9 +70,8 @@ def small_state(cfg: Any, small: int = 2**20) -> tuple[Objective, Any, state.Tra
     """
     contract = plans.make_contract(cfg)
     mesh = meshes.make_mesh({"data": 2, "fsdp": -1})
-    spec = spec.views_spec(cfg, contract)
     objective = make_objective(cfg, contract)
-    batch = state.batch_shapes(spec, mesh)
+    batch = state.batch_shapes(spec.views_spec(cfg, contract), mesh)
     shapes = state.state_shapes(objective, batch, cfg.seed, mesh, small)
     return objective, batch, shapes, state.create(objective, batch, cfg.seed, shapes)
 
