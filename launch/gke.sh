@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pretraining on TPU node pools of a GKE cluster, as a JobSet (launch/jobset.yaml) that restarts by training's exit codes:
+# Pretraining on TPU node pools of a GKE cluster, as a JobSet (launch/jobset.yaml) that restarts by exit codes:
 # 75 and lost nodes without counting, 65 and 78 never, anything else (70, a crash) counted against --max-restarts.
 #   launch/gke.sh create SETTINGS [--dry-run] -- ARGUMENTS OF skysense_jax.train
 #   launch/gke.sh status|logs|delete --name NAME [--dry-run]
@@ -7,7 +7,8 @@
 # Settings, as flags or as LAUNCH_NAME in the environment:
 #   --name             of the JobSet: lower case letters, digits and dashes, at most 40
 #   --image            container image whose working directory is this checkout (docs/launch.md has its four lines)
-#   --accelerator      node label cloud.google.com/gke-tpu-accelerator: tpu-v5-lite-podslice, tpu-v5p-slice, tpu-v6e-slice, tpu7x
+#   --accelerator      node label cloud.google.com/gke-tpu-accelerator: tpu-v5-lite-podslice,
+#                      tpu-v5p-slice, tpu-v6e-slice, tpu7x
 #   --topology         node label cloud.google.com/gke-tpu-topology: 16x16, 4x4x4 ...
 #   --hosts            hosts of one slice    --chips    TPU chips of one host    --slices    number of slices (1)
 #   --max-restarts     failures that are restarted (5)
@@ -19,7 +20,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$root/launch/settings.sh"
 command=${1-}
 case $command in create | status | logs | delete) shift ;; *) refuse "create, status, logs or delete?" ;; esac
-read_settings "name image accelerator topology hosts chips slices max-restarts service-account prepare" "" "env option" "$@"
+settings="name image accelerator topology hosts chips slices max-restarts service-account prepare"
+read_settings "$settings" "" "env option" "$@"
 slices=${slices:-1} max_restarts=${max_restarts:-5} service_account=${service_account:-default}
 
 need name "the JobSet"
@@ -45,7 +47,8 @@ json() {  # the words as elements of a list in double quotes, which YAML reads a
 
 manifest() {
     local arguments=(--extra tpu --processes $((hosts * slices))) pair text list
-    for pair in "TPU_TYPE=$accelerator" ${env[@]+"${env[@]}"}; do arguments+=(--env "$pair"); done  # TPU_TYPE: core/xla_flags.py
+    # TPU_TYPE: core/xla_flags.py
+    for pair in "TPU_TYPE=$accelerator" ${env[@]+"${env[@]}"}; do arguments+=(--env "$pair"); done
     [ -z "$prepare" ] || arguments+=(--prepare "$prepare")
     shopt -u patsub_replacement 2> /dev/null || true  # bash 5.2: an & in a value is an &
     text=$(cat "$root/launch/jobset.yaml")
@@ -85,6 +88,8 @@ case $command in
     status)
         kube get jobset "$name" -o wide
         kube get pods -l "jobset.sigs.k8s.io/jobset-name=$name" -o wide ;;
-    logs) kube logs -f -l "jobset.sigs.k8s.io/jobset-name=$name,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0" --tail=50 ;;
+    logs)
+        first="jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
+        kube logs -f -l "jobset.sigs.k8s.io/jobset-name=$name,$first" --tail=50 ;;
     delete) kube delete jobset "$name" ;;
 esac

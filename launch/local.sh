@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # SkySense end to end on this machine: environment, synthetic rasters, records, pretraining, evaluation, export.
-#   ./launch/local.sh [WORKDIR]        WORKDIR: ./workdir by default. Run it again to continue, or to hear that it is done.
-# PYTHON and VENV as in launch/setup.sh. CONFIG: the configuration (configs/skysense_smoke.py). PLACES: how many to render (320).
+#   ./launch/local.sh [WORKDIR]        WORKDIR: ./workdir by default. Run it again to
+#                                      continue, or to hear that it is done.
+# PYTHON and VENV as in launch/setup.sh. CONFIG: the configuration (configs/skysense_smoke.py). PLACES: how many to
+# render (320).
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 workdir=${1:-$root/workdir}
@@ -20,7 +22,8 @@ export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$workdir/compile_c
 # What a workdir was begun with stays: another size or configuration belongs in another folder.
 asked="config=$(basename "$config") places=$places"
 if [ -f "$workdir/asked" ] && [ "$(cat "$workdir/asked")" != "$asked" ]; then
-    echo "local: $workdir was begun with '$(cat "$workdir/asked")', now asked '$asked'; give another WORKDIR" >&2; exit 78
+    echo "local: $workdir was begun with '$(cat "$workdir/asked")', now asked '$asked'; give another WORKDIR" >&2
+    exit 78
 fi
 echo "$asked" > "$workdir/asked"
 

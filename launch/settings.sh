@@ -1,4 +1,5 @@
-# Sourced by tpu.sh, gke.sh, slurm.sh and worker.sh: how they read settings, refuse, and print a command instead of running it.
+# Sourced by tpu.sh, gke.sh, slurm.sh and worker.sh: how they read settings, refuse, and print a command instead of
+# running it.
 # Plain bash 3.2, so that it also runs on the bash of macOS.
 
 dry_run=${LAUNCH_DRY_RUN:-}
@@ -10,7 +11,8 @@ refuse() { echo "$(basename "$0"): $*" >&2; exit 78; }
 # Values: --name VALUE or --name=VALUE, else the environment's LAUNCH_NAME, into $name (a dash becomes an underscore).
 # Switches: --spot or LAUNCH_SPOT=1, into $spot ("" when off). Lists: --env may be repeated, into the array ${env[@]}.
 read_settings() {
-    local values=" $1 " switches=" $2 dry-run " lists=" $3 " _name _variable  # underscores: a setting may be called name
+    local values=" $1 " switches=" $2 dry-run " lists=" $3 "
+    local _name _variable  # underscores: a setting may be called name
     shift 3
     for _name in $values $switches; do
         _variable=LAUNCH_$(printf %s "$_name" | tr 'a-z-' 'A-Z_')
@@ -28,7 +30,10 @@ read_settings() {
             [ "$1" = "--$_name" ] || refuse "--$_name takes no value"
             printf -v "$_variable" 1; shift; continue ;;
         esac
-        case "$values$lists" in *" $_name "*) ;; *) refuse "unknown setting --$_name; known: $(echo $values $switches $lists)" ;; esac
+        case "$values$lists" in
+            *" $_name "*) ;;
+            *) refuse "unknown setting --$_name; known: $(echo $values $switches $lists)" ;;
+        esac
         if [ "$1" = "--$_name" ]; then
             [ $# -gt 1 ] || refuse "--$_name needs a value"
             shift
@@ -48,7 +53,10 @@ variable_of() { printf %s "$1" | tr - _; }
 append() {  # to the array named $1
     case $1 in
         env)
-            case ${2%%=*} in [!A-Za-z_]* | *[!A-Za-z0-9_]* | '' | "$2") refuse "--env=$2: NAME=VALUE, the name of letters, digits and _" ;; esac
+            case ${2%%=*} in
+                [!A-Za-z_]* | *[!A-Za-z0-9_]* | '' | "$2")
+                    refuse "--env=$2: NAME=VALUE, the name of letters, digits and _" ;;
+            esac
             env+=("$2") ;;
         option) option+=("$2") ;;
         ssh_option) ssh_option+=("$2") ;;
@@ -69,7 +77,10 @@ need_number() {  # need_number NAME "what it is" LEAST
     [ "${!variable}" -ge "$3" ] || refuse "--$1=${!variable}: at least $3, $2"
 }
 
-need_training() { [ ${#rest[@]} -gt 0 ] || refuse "give the arguments of skysense_jax.train after --, as in: -- --config configs/skysense_full.py --workdir DIR"; }
+need_training() {
+    [ ${#rest[@]} -gt 0 ] || refuse "give the arguments of skysense_jax.train after --, as in:" \
+        "-- --config configs/skysense_full.py --workdir DIR"
+}
 
 # The words as one line that any POSIX shell reads back as the same words.
 quoted() {

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Pretraining on a GPU cluster under Slurm: one process per node with all its GPUs; the job goes back into the queue when it was
-# preempted or reached its time limit (75, not counted) and after a failure (70, a crash; counted), and ends on 0, 65 and 78.
+# Pretraining on a GPU cluster under Slurm: one process per node with all its GPUs; the job goes back into the queue
+# when it was preempted or reached its time limit (75, not counted) and after a failure (70, a crash; counted), and
+# ends on 0, 65 and 78.
 #   launch/slurm.sh submit SETTINGS [--dry-run] -- ARGUMENTS OF skysense_jax.train
 #   launch/slurm.sh job    SETTINGS [--dry-run] -- ARGUMENTS     what the job itself runs; submit puts it there
 # The checkout, the workdir and the data lie on a file system that all nodes share.
@@ -35,14 +36,18 @@ submit() {
     for pair in ${env[@]+"${env[@]}"}; do passed+=(--env "$pair"); done
     need time "as in 24:00:00"
     act mkdir -p "$logs"
-    act sbatch --job-name="$name" --nodes="$nodes" --ntasks-per-node=1 --gpus-per-node="$gpus_per_node" --exclusive --time="$time" \
-        --signal="TERM@$grace" --requeue --open-mode=append --output="$logs/%x-%j.log" --chdir="$root" ${option[@]+"${option[@]}"} \
-        "$root/launch/slurm.sh" job --nodes "$nodes" --gpus-per-node "$gpus_per_node" --logs "$logs" --max-failures "$max_failures" \
+    act sbatch --job-name="$name" --nodes="$nodes" --ntasks-per-node=1 --gpus-per-node="$gpus_per_node" --exclusive \
+        --time="$time" \
+        --signal="TERM@$grace" --requeue --open-mode=append --output="$logs/%x-%j.log" --chdir="$root" \
+        ${option[@]+"${option[@]}"} \
+        "$root/launch/slurm.sh" job --nodes "$nodes" --gpus-per-node "$gpus_per_node" --logs "$logs" \
+        --max-failures "$max_failures" \
         ${passed[@]+"${passed[@]}"} -- "${rest[@]}"
 }
 
 again() {  # again CODE: back into the queue, or out with the code
-    act scontrol requeue "$SLURM_JOB_ID" || { echo "slurm.sh: the job could not be requeued; submit it again to go on" >&2; exit "$1"; }
+    act scontrol requeue "$SLURM_JOB_ID" || {
+        echo "slurm.sh: the job could not be requeued; submit it again to go on" >&2; exit "$1"; }
 }
 
 job() {
@@ -53,7 +58,8 @@ job() {
     for pair in ${env[@]+"${env[@]}"}; do act export "$pair"; done
     act launch/setup.sh gpu || exit  # here, so that not all nodes install at once into the checkout they share
     trap : TERM  # training answers the signal; this script waits for its exit code
-    act srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --gpus-per-node="$gpus_per_node" --wait=300 --kill-on-bad-exit=0 \
+    act srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --gpus-per-node="$gpus_per_node" --wait=300 \
+        --kill-on-bad-exit=0 \
         launch/worker.sh --extra gpu --processes "$nodes" --coordinator "$coordinator" -- "${rest[@]}" || code=$?
     [ -z "$dry_run" ] || return 0
     case $code in

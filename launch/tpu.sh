@@ -1,30 +1,40 @@
 #!/usr/bin/env bash
-# Pretraining on Cloud TPU: a queued resource of one or more slices, training on all its hosts, started again after preemptions.
+# Pretraining on Cloud TPU: a queued resource of one or more slices, training on all its hosts, started again after
+# preemptions.
 #   launch/tpu.sh create|status|logs|delete  SETTINGS [--dry-run]
 #   launch/tpu.sh run|watch                  SETTINGS [--dry-run] -- ARGUMENTS OF skysense_jax.train
-# create  asks for the queued resource and returns      run     sends this checkout to all hosts and starts training there
+# create  asks for the queued resource and returns      run     sends this checkout to all hosts, starts training
 # status  its state, and what training does on each host logs    follows the log of the first host
-# delete  gives everything back                          watch   all of it: creates, runs, starts again, deletes at the end
+# delete  gives everything back                          watch   all of it: creates, runs, starts again, deletes
 # Settings, as flags or as LAUNCH_NAME in the environment (LAUNCH_ZONE=...):
 #   --name --zone --project   of the queued resource
 #   --accelerator-type        slice to ask for: v5litepod-256, v5p-128, v6e-256 ... (create, run, watch)
-#   --runtime-version         image of the TPU VMs: v2-alpha-tpuv5-lite, v2-alpha-tpuv5, v2-alpha-tpuv6e ... (create, watch)
-#   --hosts                   hosts of one slice: its chips / 4; 1 where a v5e or v6e slice has at most 8 chips (run, watch)
+#   --runtime-version         image of the TPU VMs: v2-alpha-tpuv5-lite, v2-alpha-tpuv5, v2-alpha-tpuv6e
+#                             ... (create, watch)
+#   --hosts                   hosts of one slice: its chips / 4; 1 where a v5e or v6e slice has at most 8 chips
+#                             (run, watch)
 #   --slices                  number of slices (1)
 #   --spot                    may be preempted, costs less
-#   --option FLAG             handed to `queued-resources create`, repeatable: --option=--service-account=..., --option=--reserved
+#   --option FLAG             handed to `queued-resources create`, repeatable: --option=--service-account=...,
+#                             --option=--reserved
 #   --ssh-option FLAG         handed to `queued-resources ssh` and `scp`, repeatable: --ssh-option=--tunnel-through-iap
 #   --env --prepare           as in launch/worker.sh
-#   --poll                    seconds between two looks of watch (60; more for hundreds of hosts, each look asks them all)
-#   --max-failures            watch gives up when this many failures are counted (5); preemptions are counted apart, without a limit
+#   --poll                    seconds between two looks of watch (60; more for hundreds of hosts, each look asks
+#                             them all)
+#   --max-failures            watch gives up when this many failures are counted (5); preemptions are
+#                             counted apart, without a limit
 #   --keep                    watch leaves the queued resource standing when it ends
-# watch may itself be stopped and started: it takes up the run it finds, and counts from 0 again. Exit codes of watch: 0 done; 65 and
-# 78 as training said, not restarted; otherwise the code of the last failure (1 where there is none), after too many failures.
+# watch may itself be stopped and started: it takes up the run it finds, and counts from 0 again. Exit codes of
+# watch: 0 done; 65 and 78 as training said, not restarted; otherwise the code of the last failure (1 where there is
+# none), after too many failures.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$root/launch/settings.sh"
 command=${1-}
-case $command in create | run | status | logs | delete | watch) shift ;; *) refuse "create, run, status, logs, delete or watch?" ;; esac
+case $command in
+    create | run | status | logs | delete | watch) shift ;;
+    *) refuse "create, run, status, logs, delete or watch?" ;;
+esac
 read_settings "name zone project accelerator-type runtime-version hosts slices poll max-failures prepare" "spot keep" \
     "env option ssh-option" "$@"
 slices=${slices:-1} poll=${poll:-60} max_failures=${max_failures:-5}
@@ -61,23 +71,30 @@ create() {
 
 delete() { queued delete "$name" --force; }
 
-# On each host: ~/skysense_jax the checkout; ~/skysense_run/log, exit_code once training ended, and lock, held while it runs (a
-# process number could belong to somebody else after a reboot, a lock cannot). Training outlives the connection that starts it.
-stop_rest='flock -n lock true || { kill -TERM -- "-$(cat pid)"; flock -w 300 lock true; } || { kill -KILL -- "-$(cat pid)"; flock -w 60 lock true; }'
-ask_host='mkdir -p ~/skysense_run && cd ~/skysense_run && if ! flock -n lock true; then state=running; elif [ -s exit_code ]; then
-state=$(cat exit_code); elif [ -e pid ]; then state=lost; else state=none; fi && echo "skysense-host $(hostname) $state"'
+# On each host: ~/skysense_jax the checkout; ~/skysense_run/log, exit_code once training ended, and lock, held while
+# it runs (a process number could belong to somebody else after a reboot, a lock cannot). Training outlives the
+# connection that starts it.
+stop_rest='flock -n lock true || { kill -TERM -- "-$(cat pid)"; flock -w 300 lock true; } || '
+stop_rest+='{ kill -KILL -- "-$(cat pid)"; flock -w 60 lock true; }'
+ask_host='mkdir -p ~/skysense_run && cd ~/skysense_run && '
+ask_host+='if ! flock -n lock true; then state=running; elif [ -s exit_code ]; then
+state=$(cat exit_code); elif [ -e pid ]; then state=lost; else state=none; fi && '
+ask_host+='echo "skysense-host $(hostname) $state"'
 
 archive=${XDG_CACHE_HOME:-$HOME/.cache}/skysense_jax/$name.tar.gz
 
 pack() {  # once for a watch: a restart runs the code it began with, whatever happens to the checkout meanwhile
     act mkdir -p "$(dirname "$archive")"
     act tar -czf "$archive" -C "$root" --exclude=__pycache__ \
-        pyproject.toml README.md LICENSE constraints-py311.txt constraints-py312.txt configs launch skysense_jax
+        pyproject.toml setup.py README.md LICENSE constraints-py311.txt constraints-py312.txt \
+        configs launch skysense_jax
 }
 
 run() {
     local worker=(launch/worker.sh --extra tpu --processes $((hosts * slices))) pair
-    for pair in "TPU_TYPE=$accelerator_type" ${env[@]+"${env[@]}"}; do worker+=(--env "$pair"); done  # TPU_TYPE: core/xla_flags.py
+    local training='echo $$ > pid; trap : TERM; (cd ~/skysense_jax && exec "$@" 9>&-); echo $? > exit_code'
+    # TPU_TYPE: core/xla_flags.py
+    for pair in "TPU_TYPE=$accelerator_type" ${env[@]+"${env[@]}"}; do worker+=(--env "$pair"); done
     [ -z "$prepare" ] || worker+=(--prepare "$prepare")
     queued scp "$archive" "$name:skysense_jax.tar.gz" --node=all --worker=all ${ssh_option[@]+"${ssh_option[@]}"} &&
         on_hosts all "set -e
@@ -87,7 +104,7 @@ rm -rf ~/skysense_jax/configs ~/skysense_jax/launch ~/skysense_jax/skysense_jax
 tar -xzf ~/skysense_jax.tar.gz -C ~/skysense_jax
 rm -f exit_code
 exec 9>lock && flock -n 9
-setsid bash -c 'echo \$\$ > pid; trap : TERM; (cd ~/skysense_jax && exec \"\$@\" 9>&-); echo \$? > exit_code' start $(quoted "${worker[@]}" -- "${rest[@]}") >> log 2>&1 < /dev/null &"
+setsid bash -c '$training' start $(quoted "${worker[@]}" -- "${rest[@]}") >> log 2>&1 < /dev/null &"
 }
 
 state() {  # of the queued resource; NONE where there is none; UNKNOWN, with gcloud's message, where it cannot be asked
@@ -104,13 +121,14 @@ state() {  # of the queued resource; NONE where there is none; UNKNOWN, with gcl
     rm -f "$errors"
 }
 
-# What all hosts together say: silent (not all answered), none, running, done, or the code by which the run ended, followed by
-# "running" while some hosts have not noticed yet.
+# What all hosts together say: silent (not all answered), none, running, done, or the code by which the run ended,
+# followed by "running" while some hosts have not noticed yet.
 verdict() {
     local answers
     answers=$(on_hosts all "$ask_host" | tr -d '\r' | grep '^skysense-host ') || { echo silent; return; }
     awk -v expected=$((hosts * slices)) '
-        $3 == "running" { running++ } $3 == "none" { none++ } $3 == "65" || $3 == "78" { stop = $3 } $3 == "75" { preempted++ }
+        $3 == "running" { running++ } $3 == "none" { none++ }
+        $3 == "65" || $3 == "78" { stop = $3 } $3 == "75" { preempted++ }
         $3 == "lost" { $3 = 1 } $3 ~ /^[0-9]+$/ && $3 > 0 { failed = $3 }
         END {
             if (NR != expected) print "silent"
@@ -176,10 +194,11 @@ watch() {
                     done) tell "training is done"; finish 0 ;;
                     65 | 78)
                         tell "training ended with $now: it would end so again, not restarted"
-                        on_hosts all "cd ~/skysense_run && if [ \"\$(cat exit_code)\" = $now ]; then tail -n 40 log; fi" || true
+                        last="if [ \"\$(cat exit_code)\" = $now ]; then tail -n 40 log; fi"
+                        on_hosts all "cd ~/skysense_run && $last" || true
                         finish "$now" ;;
-                    *)  # Looked at twice, as a preempted slice takes the others down before it shows as SUSPENDED; and hosts
-                        # that still run get a while to end with a code of their own.
+                    *)  # Looked at twice, as a preempted slice takes the others down before it shows as SUSPENDED;
+                        # and hosts that still run get a while to end with a code of their own.
                         ended=$((ended + 1))
                         if [ "$ended" -ge 6 ] || { [ "$ended" -ge 2 ] && [ "$now" = "${now% running}" ]; }; then
                             ended=0 now=${now% running}

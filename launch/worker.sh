@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
-# What every host of a run executes, whoever starts it (tpu.sh, gke.sh, slurm.sh or you): installs this checkout, says which
-# process of how many this host is, and becomes the training process, so that signals and exit codes pass straight through.
+# What every host of a run executes, whoever starts it (tpu.sh, gke.sh, slurm.sh or you): installs this checkout,
+# says which
+# process of how many this host is, and becomes the training process, so that signals and exit codes pass through.
 #   launch/worker.sh --extra tpu|gpu|cpu --processes N [SETTINGS] [--dry-run] -- ARGUMENTS OF skysense_jax.train
 # Settings, as flags or as LAUNCH_NAME in the environment:
 #   --extra        what jax is installed for: tpu, gpu or cpu
-#   --processes    hosts of the whole run, one process each (SKYSENSE_PROCESSES); 1 for a single host. Never guessed: with a
+#   --processes    hosts of the whole run, one process each (SKYSENSE_PROCESSES); 1 for a single host.
+#                  Never guessed: with a
 #                  wrong number the run stops with both numbers instead of training many times over
 #   --coordinator  HOST:PORT of process 0 (SKYSENSE_COORDINATOR). Not on TPU, where jax finds the hosts by itself
 #   --index        this host's number, 0 .. processes-1 (SKYSENSE_PROCESS_INDEX); under Slurm, SLURM_PROCID
-#   --env          NAME=VALUE for setup and training, repeatable: JAX_COMPILATION_CACHE_DIR, PYTHON and VENV (launch/setup.sh), ...
+#   --env          NAME=VALUE for setup and training, repeatable: JAX_COMPILATION_CACHE_DIR, PYTHON and
+#                  VENV (launch/setup.sh), ...
 #   --prepare      a shell command run before the installation, for what an image lacks (a newer Python)
 # Exit codes: those of training (docs/launch.md); 78 for a bad setting; 1 where preparing or installing failed.
 set -euo pipefail
@@ -33,7 +36,8 @@ for pair in ${env[@]+"${env[@]}"}; do
 done
 
 act cd "$root"
-[ -z "$prepare" ] || act bash -c "$prepare" || { echo "worker.sh: --prepare failed with code $?: $prepare" >&2; exit 1; }
+[ -z "$prepare" ] || act bash -c "$prepare" || {
+    echo "worker.sh: --prepare failed with code $?: $prepare" >&2; exit 1; }
 if [ "$extra" = cpu ]; then act launch/setup.sh; else act launch/setup.sh "$extra"; fi
 act export SKYSENSE_PROCESSES="$processes"
 if [ -n "$coordinator" ]; then

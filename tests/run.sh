@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# The whole test suite in its own environments.   ./tests/run.sh [pytest arguments]
-# With arguments only what they ask for runs, in the first environment. Without, every file runs, two at a time (TEST_PROCESSES),
-# and two more environments are made, for what must not lie in the first one: Apache Beam, which holds other packages back, and the
-# TPU compiler (no TPU is needed). Their folders: VENV (.venv), BEAM_VENV (.venv-beam), TPU_VENV (.venv-tpu). PYTHON as in
-# launch/setup.sh. Tests that need what this machine lacks are skipped and say what they need.
+# The whole test suite in its own environments, after the formatter, the linter and the type checker.
+#   ./tests/run.sh [pytest arguments]
+# With arguments only what they ask for runs, in the first environment. Without, every file runs, two at a time
+# (TEST_PROCESSES), the ten slowest tests are printed, and two more environments are made, for what must not lie in the
+# first one: Apache Beam, which holds other packages back, and the TPU compiler (no TPU is needed). Their folders: VENV
+# (.venv), BEAM_VENV (.venv-beam), TPU_VENV (.venv-tpu). PYTHON as in launch/setup.sh. Tests that need what this machine
+# lacks are skipped and say what they need.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 "$root/launch/setup.sh" test
@@ -12,9 +14,17 @@ python=${VENV:-$root/.venv}/bin/python
 if [ $# -gt 0 ]; then
     exec "$python" -m pytest "$@"
 fi
-"$python" -m pytest --numprocesses "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder
-
+"$python" -m ruff format --check --quiet . || {
+    echo "run: not formatted: $python -m ruff format ." >&2; exit 1; }
+"$python" -m ruff check --quiet .
 version=$("$python" -c 'import sys; print("%d%d" % sys.version_info[:2])')
+if [ "$version" = 311 ]; then
+    "$python" -m mypy --no-error-summary
+else
+    echo "run: mypy did not run: it is held against the packages pinned for Python 3.11, this is $version"
+fi
+"$python" -m pytest --durations=10 --numprocesses "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder
+
 if [ -f "constraints-beam-py$version.txt" ]; then
     beam=${BEAM_VENV:-$root/.venv-beam}
     VENV=$beam "$root/launch/setup.sh" beam,pytest

@@ -126,7 +126,8 @@ class Cluster:
         script(bin_ / "tar", f'#!/bin/sh\n[ "$1" != -czf ] || echo >> "$FAKE/packed"\nexec {tar} "$@"\n')
         script(venv / "bin" / "python", PYTHON.replace("REAL", shlex.quote(sys.executable)))
         versions = "py311" if sys.version_info[:2] == (3, 11) else "py312"
-        stamp = (ROOT / "pyproject.toml").read_bytes() + (ROOT / f"constraints-{versions}.txt").read_bytes()
+        hashed = ("pyproject.toml", "setup.py", f"constraints-{versions}.txt")
+        stamp = b"".join((ROOT / name).read_bytes() for name in hashed)
         for extra in ("tpu", "gpu"):
             (venv / f".installed-{extra}").write_text(hashlib.sha256(stamp).hexdigest() + "\n")
         self.env = {
