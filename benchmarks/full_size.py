@@ -3,8 +3,8 @@
     python -m benchmarks.full_size DIR [--config FILE] [--keep]
 
 Random weights in the released layouts stand in for the real files: of SkySense one .pth per module, with the names and
-shapes of the release; for msGFM what its encoder can begin with (tests/helpers/swin_layouts.py), one after the other: GFM's
-checkpoint, a supervised Swin with its classifier, at 224 pixels with window 7, Swin-MoE's files of one process each,
+shapes of the release; for msGFM what its encoder can begin with (tests/helpers/swin_layouts.py), one after the other:
+GFM's checkpoint, a supervised Swin with its classifier, at 224 pixels with window 7, Swin-MoE's files of one process each,
 every expert in 4 slices, and SimMIM's checkpoint. Needs torch, and for configs/skysense_full.py about 30 GiB of disk
 and 16 GiB of memory (configs/msgfm_base.py: 5 and 5). Each command runs in a process of its own; its peak memory is
 what the kernel reports for that process (VmHWM: resident pages, those of mapped files included).
@@ -105,7 +105,7 @@ def write_swins(folder: pathlib.Path, cfg: Any) -> Released:
         if make is mixture:
             parts = {f".{part}": held for part, held in swin_layouts.shards(state, 4 * count, 4).items()}
         paths = [str(folder / f"{make.__name__}.pth{part}") for part in parts]
-        for path, held in zip(paths, parts.values()):
+        for path, held in zip(paths, parts.values(), strict=True):
             save({"model": {name: torch.from_numpy(np.array(value)) for name, value in held.items()}}, path)
         yield paths, lambda out, state=state: _same_swin(state, out)
 

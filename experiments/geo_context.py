@@ -263,7 +263,7 @@ def table(folder: pathlib.Path) -> str:
         if not scores:
             continue
 
-        def accuracy(probe: str, name: str) -> list[float]:
+        def accuracy(probe: str, name: str, scores: list[Any] = scores) -> list[float]:
             return [
                 entry["scores"]["accuracy"]["value"]
                 for one in scores

@@ -64,7 +64,7 @@ def learn(
             top, left = rng.integers(0, np.array(maps.shape[1:3]) - SIDE + 1)
             window = np.s_[number, top : top + SIDE, left : left + SIDE]
             parts.append((maps[window].reshape(SIDE * SIDE, -1), valid[window].reshape(-1)))
-        view, mask = (np.concatenate(one)[None, None] for one in zip(*parts))
+        view, mask = (np.concatenate(one)[None, None] for one in zip(*parts, strict=True))
         bank = step(bank, view, mask.astype(np.float32))
     [row] = np.flatnonzero(np.asarray(bank["visits"]))
     return np.asarray(bank["prototypes"][row])

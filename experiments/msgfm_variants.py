@@ -4,14 +4,15 @@
     python -m experiments.msgfm_variants FOLDER --table --out docs/msgfm.md      # the tables of what is there
 
 DATASET: places with hr, s2, s1, dsm and scene labels (PLACES=1600 ./launch/local.sh makes one). Everything is kept in
-FOLDER and nothing is made twice: FOLDER/paired and FOLDER/unpaired (see :func:`split_places`), FOLDER/teacher-SEED (see
+FOLDER and nothing is made twice: FOLDER/paired and FOLDER/unpaired (see `experiments.msgfm_split`), FOLDER/teacher-SEED (see
 :func:`teacher`), FOLDER/VARIANT-SEED.json with what a run scored. A seed is that of the network, the masks and the data
 order; the places are the same. All variants make the same number of updates with batches of the same size, step by step
 in turns.
 
 Scored on the held-out places ("test"): a linear probe and kNN on the frozen features of all sensors, fitted on the
 labels of FOLDER/paired, as `skysense-jax eval` has them; and the reconstruction of hidden pixels from each sensor to
-itself and to its pair, all variants behind the same masks (experiments.msgfm_held_out). Intervals over seeds are Student's.
+itself and to its pair, all variants behind the same masks (experiments.msgfm_held_out). Intervals over
+seeds are Student's.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import tensorflow_datasets as tfds
 
 from experiments import msgfm_held_out
 from experiments.common import mean_and_interval
+from experiments.msgfm_split import NAMES, split_places
 from skysense_jax import recipes
 from skysense_jax import train as training
 from skysense_jax.core import mesh as meshes
@@ -47,16 +48,9 @@ from skysense_jax.run import init_from, metrics, optim, state
 from skysense_jax.run import plan as plans
 from skysense_jax.run.step import make_step
 from skysense_jax.sensors import SENSORS
-from tests.helpers import noise_dataset
 
 CONFIG = pathlib.Path(__file__).resolve().parents[1] / "configs" / "msgfm_smoke.py"
-NAMES = ("hr", "s2", "s1", "dsm")
-RATIO, PAIRED, UNPAIRED = 4, 240, 480
-"""Of the experiment's datasets: HR pixels along a base pixel; training places with all sensors; further places whose
-images come one by one."""
 
-KEPT = ("format", "tile", "gsd", "label_classes", "label_map_classes", "synthetic", "statistics")
-"""What is said about the dataset's places and stays true of these."""
 
 SETTINGS = (
     "steps=1500",
@@ -99,54 +93,6 @@ TEACHERS = 1000
 
 DIRECTIONS = tuple(f"{name}-{target}" for name in NAMES for target in (name, SENSORS[name].pair))
 MARKS = "<!-- rows: python -m experiments.msgfm_variants -->", "<!-- end of rows -->"
-
-
-def split_places(data: pathlib.Path, folder: pathlib.Path) -> None:
-    """FOLDER/paired: the first PAIRED training places that have every sensor, and such test places. FOLDER/unpaired: of
-    each sensor the images of the next UNPAIRED / 4 training places, which lose their other sensors.
-
-    HR and surface model are averaged to RATIO pixels along a base pixel (only crops of 32 pixels are cut from them).
-    """
-    meta, builder = records.read_metadata(data), tfds.builder_from_directory(str(data))
-    tile, step = int(meta["tile"]), int(meta["ratio"]) // RATIO
-    features = records.record_features(NAMES, tile, RATIO, len(meta["label_classes"]))
-
-    def coarser(record: Mapping[str, Any]) -> dict[str, Any]:
-        record = dict(record)
-        for name in (name for name in NAMES if SENSORS[name].grid == "hr"):
-            for part in ("image", "valid", "clear"):
-                was = record[f"{name}_{part}"]
-                blocks = was.reshape(len(was), tile * RATIO, step, tile * RATIO, step, *was.shape[3:])
-                record[f"{name}_{part}"] = blocks.mean((2, 4)).astype(was.dtype)  # "valid": 1 where all of them are
-        return record
-
-    def alone(record: Mapping[str, Any], name: str) -> dict[str, Any]:
-        others = tuple(f"{one}_" for one in NAMES if one != name)
-        return {key: value[:0] if key.startswith(others) else value for key, value in record.items()}
-
-    def whole(record: Mapping[str, Any]) -> bool:
-        return all(record[f"{name}_valid"].any() for name in NAMES)
-
-    train = builder.as_data_source(split="train")
-    paired, unpaired = [], []
-    for record in (train[number] for number in range(len(train))):
-        if len(paired) < PAIRED:
-            if whole(record):
-                paired.append(coarser(record))
-        elif record[f"{(name := NAMES[len(unpaired) % len(NAMES)])}_valid"].any():
-            unpaired.append(coarser(alone(record, name)))
-        if len(unpaired) == UNPAIRED:
-            break
-    else:
-        raise ValueError(
-            f"{data} has too few training places: {len(paired)} of {PAIRED} with every sensor, "
-            f"{len(unpaired)} of {UNPAIRED} others"
-        )
-    test = [coarser(record) for record in builder.as_data_source(split="test") if whole(record)]
-    for name, splits in (("unpaired", {"train": unpaired}), ("paired", {"train": paired, "test": test})):
-        described = {key: meta[key] for key in KEPT if key in meta}
-        described |= {"ratio": RATIO, "sensors": list(NAMES), "dataset_id": f"{meta['dataset_id'][:12]}-{name}"}
-        noise_dataset.write_records(folder / name, features, splits, described)
 
 
 class Programs(NamedTuple):

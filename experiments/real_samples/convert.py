@@ -2,8 +2,8 @@
 
     python -m experiments.real_samples SRC --out DIR [--workers N] [--crops] [--no-build]
 
-SRC has one folder per source (experiments/real_samples/folders.py names them; their licences are in their own README). DIR receives
-rasters/, catalog.csv, catalog_crops.csv (the dense series again, with crop types as label map), folders.json (every
+SRC has one folder per source (experiments/real_samples/folders.py names them; their licences are in their own README).
+DIR receives rasters/, catalog.csv, catalog_crops.csv (the dense series again, with crop types as label map), folders.json (every
 folder used or refused, with the reason), and dataset/: the result of `data build` with tile 16, ratio 16, 10 m, so that
 HR imagery of 7 cm to 1 m is resampled to 0.625 m and a 40 m plot fills a sixteenth of its 160 m place (the rest is
 invalid). Needs h5py (test extra): it reads HDF5 and NetCDF-4.
@@ -159,9 +159,7 @@ def convert(source: Path, out: Path, every: int = 1) -> dict[str, dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.real_samples", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m experiments.real_samples", description=__doc__.split("\n")[0])
     parser.add_argument("source", type=Path, metavar="SRC", help="folder with the real data, one folder per source")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--workers", type=int, default=2, help="processes of the build")

@@ -78,7 +78,7 @@ def treesatai(folder: Path, writer: Writer) -> str:
     taken: set[tuple[str, str]] = set()
     with h5py.File(series) as file:
         masks = file["sen-2-masks"][:, :2]  # snow and cloud probability in percent; the other channels are empty
-        for product, dn, mask in zip(file["sen-2-products"][:], file["sen-2-data"][:], masks):
+        for product, dn, mask in zip(file["sen-2-products"][:], file["sen-2-data"][:], masks, strict=True):
             name = _text(product)
             date = datetime.date.fromisoformat(name[11:19])
             if ("s2", str(date)) in taken:
@@ -93,7 +93,7 @@ def treesatai(folder: Path, writer: Writer) -> str:
             writer.row(place, "mask:s2", "train", datetime=date, path=path, classes="2")
         twice = 0
         for orbit in ("asc", "des"):
-            for product, power in zip(file[f"sen-1-{orbit}-products"][:], file[f"sen-1-{orbit}-data"][:]):
+            for product, power in zip(file[f"sen-1-{orbit}-products"][:], file[f"sen-1-{orbit}-data"][:], strict=True):
                 date = datetime.date.fromisoformat(_text(product)[17:25])
                 if ("s1", str(date)) in taken:
                     twice += 1
@@ -149,7 +149,7 @@ def worldcereal_dense(folder: Path, writer: Writer) -> str:
             if sensor != "mask:s2":
                 fields = fields | {"bands": ",".join(bands)}
             times = _image_times(_text(file["timestamp"].attrs["units"]), file["timestamp"][:])
-            for when, image in zip(times[:: writer.every], values[:: writer.every]):
+            for when, image in zip(times[:: writer.every], values[:: writer.every], strict=True):
                 path = writer.raster(f"{place}/{bands[0]}_{when:%Y%m%d}.tif", image, crs, grid, 0)
                 writer.row(place, sensor, split, datetime=when.isoformat(), path=path, **fields)
     for file in files.values():
@@ -175,7 +175,7 @@ def worldcereal_cubes(folder: Path, writer: Writer) -> str:
     cut = ground_cut(grid.c, grid.a, s2.shape[-1])
     for block, split, columns in (("west", "train", slice(0, cut)), ("east", "test", slice(cut, None))):
         place, here = f"worldcereal_cube_{block}", shifted(grid, columns.start, 0)
-        for month, optical, radar in zip(months, s2[..., columns], s1[..., columns]):
+        for month, optical, radar in zip(months, s2[..., columns], s1[..., columns], strict=True):
             target = writer.raster(f"{place}/s2_{month}.tif", optical, crs, here, 65535)
             # No offset: the 2nd percentile of B02 lies between 178 and 673 in every clear month, 2022 included.
             writer.row(place, "s2", split, datetime=month, path=target, bands=",".join(names), units="dn", offset=0)
