@@ -4,10 +4,10 @@
 
 Random weights in the released layouts stand in for the real files: of SkySense one .pth per module, with the names and
 shapes of the release; for msGFM what its encoder can begin with (tests/helpers/swin_layouts.py), one after the other:
-GFM's checkpoint, a supervised Swin with its classifier, at 224 pixels with window 7, Swin-MoE's files of one process each,
-every expert in 4 slices, and SimMIM's checkpoint. Needs torch, and for configs/skysense_full.py about 30 GiB of disk
-and 16 GiB of memory (configs/msgfm_base.py: 5 and 5). Each command runs in a process of its own; its peak memory is
-what the kernel reports for that process (VmHWM: resident pages, those of mapped files included).
+GFM's checkpoint, a supervised Swin with its classifier, at 224 pixels with window 7, Swin-MoE's files of one process
+each, every expert in 4 slices, and SimMIM's checkpoint. Needs torch, and for configs/skysense_full.py about 30 GiB of
+disk and 16 GiB of memory (configs/msgfm_base.py: 5 and 5). Each command runs in a process of its own; its peak memory
+is what the kernel reports for that process (VmHWM: resident pages, those of mapped files included).
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@
     python -m experiments.msgfm_variants FOLDER --table --out docs/msgfm.md      # the tables of what is there
 
 DATASET: places with hr, s2, s1, dsm and scene labels (PLACES=1600 ./launch/local.sh makes one). Everything is kept in
-FOLDER and nothing is made twice: FOLDER/paired and FOLDER/unpaired (see `experiments.msgfm_split`), FOLDER/teacher-SEED (see
-:func:`teacher`), FOLDER/VARIANT-SEED.json with what a run scored. A seed is that of the network, the masks and the data
-order; the places are the same. All variants make the same number of updates with batches of the same size, step by step
-in turns.
+FOLDER and nothing is made twice: FOLDER/paired and FOLDER/unpaired (see `experiments.msgfm_split`), FOLDER/teacher-SEED
+(see :func:`teacher`), FOLDER/VARIANT-SEED.json with what a run scored. A seed is that of the network, the masks and the
+data order; the places are the same. All variants make the same number of updates with batches of the same size, step by
+step in turns.
 
 Scored on the held-out places ("test"): a linear probe and kNN on the frozen features of all sensors, fitted on the
 labels of FOLDER/paired, as `skysense-jax eval` has them; and the reconstruction of hidden pixels from each sensor to

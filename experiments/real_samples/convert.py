@@ -3,10 +3,10 @@
     python -m experiments.real_samples SRC --out DIR [--workers N] [--crops] [--no-build]
 
 SRC has one folder per source (experiments/real_samples/folders.py names them; their licences are in their own README).
-DIR receives rasters/, catalog.csv, catalog_crops.csv (the dense series again, with crop types as label map), folders.json (every
-folder used or refused, with the reason), and dataset/: the result of `data build` with tile 16, ratio 16, 10 m, so that
-HR imagery of 7 cm to 1 m is resampled to 0.625 m and a 40 m plot fills a sixteenth of its 160 m place (the rest is
-invalid). Needs h5py (test extra): it reads HDF5 and NetCDF-4.
+DIR receives rasters/, catalog.csv, catalog_crops.csv (the dense series again, with crop types as label map),
+folders.json (every folder used or refused, with the reason), and dataset/: the result of `data build` with tile 16,
+ratio 16, 10 m, so that HR imagery of 7 cm to 1 m is resampled to 0.625 m and a 40 m plot fills a sixteenth of its 160 m
+place (the rest is invalid). Needs h5py (test extra): it reads HDF5 and NetCDF-4.
 
 Split: never by tile. Single-scene sources are cut into blocks written as separate rasters: each block is a place of the
 catalog with its own split.
