@@ -113,6 +113,30 @@ def join(*parts: Any) -> str:
     return "_".join(str(p) for p in parts if p != "")
 
 
+def runs(case: Case, variant: Variant, words: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Variant]]:
+    """The runs of one input: where array names carry a variant, a run for each.
+
+    Args:
+        case: whose outputs are named.
+        variant: the input.
+        words: word in a name -> the arguments it stands for ("nopad" -> pad_small_map false).
+
+    Returns:
+        (word after the input's name in its outputs, or "", and the input with the arguments of that run). A word in the
+        input's own name stands for its arguments too, where `inputs` does not state them.
+    """
+    names = {w: join(variant.name, w) for w in words}
+    inputs = {*case.inputs, *(k[2:] for k in case.has("x_"))}
+    carried = [
+        w
+        for w, name in names.items()
+        if name not in inputs and any(re.match(rf"y_{re.escape(name)}(_|$)", key) for key in case.arrays)
+    ]
+    told = {k: v for w in variant.name.split("_") for k, v in words.get(w, {}).items()}
+    plain = variant._replace(settings=told | variant.settings)
+    return [(w, plain._replace(settings=plain.settings | words[w])) for w in carried] or [("", plain)]
+
+
 def output_names(case: Case, prefix: str, indices: Sequence[int]) -> list[str]:
     """Names of a module's outputs without their "y_", one per entry of `indices` (the reference's out_indices).
 

@@ -33,19 +33,23 @@ from tests.parity.case import (
     nchw,
     nhwc,
     output_names,
+    runs,
     take,
     with_class_rows,
     without_class_rows,
 )
 
-
 # ----------------------------------------------------------------------------------------------------------- Swin-V2
+PADDING = {"pad": {"pad_small_map": True}, "nopad": {"pad_small_map": False}}
+"""Word in a name -> the arguments of the run that made the array."""
+
+
 def swinv2_block(case: Case) -> Arrays:
     """One block; `hw` is the map's height and width."""
-    return merged(_swinv2_block(case, variant) for variant in case.variants())
+    return merged(_swinv2_block(case, run, word) for v in case.variants() for word, run in runs(case, v, PADDING))
 
 
-def _swinv2_block(case: Case, variant: Variant) -> Arrays:
+def _swinv2_block(case: Case, variant: Variant, word: str) -> Arrays:
     height, width = variant.settings.pop("hw", None) or case.setting("hw")
     a = take(
         case.arguments(variant),
@@ -78,12 +82,12 @@ def _swinv2_block(case: Case, variant: Variant) -> Arrays:
         y = norm.apply({"params": p["norm3"]}, y) if a["extra_norm"] else y
         return y.reshape(x.shape)
 
-    x, name = jnp.asarray(variant.x), variant.name
-    g = case.cotangent(name)
+    x, name = jnp.asarray(variant.x), join(variant.name, word)
+    g = case.cotangent(variant.name, word)
     if g is None:
         return {join("y", name): jax.jit(run)(params, x)}
     y, _, gradients, dx = differentiate(run, lambda y: jnp.sum(y * g), params, x, entries)
-    return {join("y", name): y, join("dx", name): dx} | gradients
+    return {join("y", name): y, join("dx", name): dx, join("dx", variant.name): dx} | gradients
 
 
 ARCHITECTURES = {  # mmcls 0.25 SwinTransformerV2.arch_zoo: width, depths, heads, extra norm every
@@ -140,15 +144,15 @@ def swin_arguments(args: Mapping[str, Any]) -> dict[str, Any]:
 
 def swinv2(case: Case) -> Arrays:
     """The whole network: outputs `y_<input>_<stage>`."""
-    return merged(_swinv2(case, variant) for variant in case.variants())
+    return merged(_swinv2(case, run, word) for v in case.variants() for word, run in runs(case, v, PADDING))
 
 
-def _swinv2(case: Case, variant: Variant) -> Arrays:
+def _swinv2(case: Case, variant: Variant, word: str) -> Arrays:
     a = swin_arguments(case.arguments(variant))
     channels = a.pop("channels")
     entries = keymap.swin_entries(a["depths"], a["extra_norm_every"], a["outputs"])
     module = SwinTransformerV2(**a, dtype=case.dtype)
-    x, name = nhwc(variant.x), variant.name
+    x, name = nhwc(variant.x), join(variant.name, word)
     params = load(module, entries, case.weights, (1, *x.shape[1:3], channels))
     names = output_names(case, name, a["outputs"])
     stored = {i: case.cotangent(output) for i, output in enumerate(names)}
@@ -163,7 +167,7 @@ def _swinv2(case: Case, variant: Variant) -> Arrays:
     out: Arrays = {}
     if cotangents:
         maps, out[join("y64", "loss", name)], gradients, dx = differentiate(run, weigh, params, x, entries)
-        out |= gradients | {join("dx", name): nchw(dx)}
+        out |= gradients | {join("dx", name): nchw(dx), join("dx", variant.name): nchw(dx)}
     else:
         maps = jax.jit(run)(params, x)
     return out | {join("y", output): nchw(m) for output, m in zip(names, maps, strict=True)}
@@ -209,24 +213,24 @@ def vit_arguments(args: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-CLASS_TOKEN = {"cls": True, "nocls": False}
-"""Word in an output's name -> with_cls_token of the run that made it."""
+CLASS_TOKEN = {"cls": {"with_cls_token": True}, "nocls": {"with_cls_token": False}}
+"""Word in a name -> the arguments of the run that made the array."""
 
 
 def vit(case: Case) -> Arrays:
     """The ViT, for every input with the class token or without: as the outputs' names say, else as the arguments do."""
     parts = []
     for variant in case.variants():
-        named = [
-            w for w in CLASS_TOKEN if re.search(rf"y_{re.escape(join(variant.name, w))}(_|\b)", " ".join(case.arrays))
-        ]
-        parts += [_vit(case, variant, word, named) for word in named or [""]]
+        named = runs(case, variant, CLASS_TOKEN)
+        # A cotangent without the word belongs to the last output of the released setting (no class token).
+        weighed = "nocls" if "nocls" in dict(named) else named[-1][0]
+        plain = case.cotangent(variant.name)
+        parts += [_vit(case, run, word, plain if word == weighed else None) for word, run in named]
     return merged(parts)
 
 
-def _vit(case: Case, variant: Variant, word: str, named: list[str]) -> Arrays:
+def _vit(case: Case, variant: Variant, word: str, plain: np.ndarray | None) -> Arrays:
     a = vit_arguments(case.arguments(variant))
-    a["cls_token"] = CLASS_TOKEN.get(word, a["cls_token"])
     weights, added = with_class_rows(case.weights, {"pos_embed": a["table_grid"]})
     if added and a["cls_token"]:
         raise ValueError(
@@ -238,9 +242,7 @@ def _vit(case: Case, variant: Variant, word: str, named: list[str]) -> Arrays:
     params = load(module, entries, weights, x.shape)
     names = output_names(case, join(variant.name, word), [i % a["depth"] for i in a["outputs"]])
     stored = {i: case.cotangent(output) for i, output in enumerate(names)}
-    # A cotangent without the word belongs to the last output of the released setting (no class token).
-    plain = case.cotangent(variant.name)
-    if plain is not None and (word == "nocls" or "nocls" not in named):
+    if plain is not None:
         stored[len(names) - 1] = plain
     cotangents = {i: nhwc(g) for i, g in stored.items() if g is not None}
 
@@ -253,7 +255,8 @@ def _vit(case: Case, variant: Variant, word: str, named: list[str]) -> Arrays:
     out: Arrays = {}
     if cotangents:
         maps, _, gradients, dx = differentiate(run, weigh, params, x, entries)
-        out |= without_class_rows(gradients, added) | {join("dx", variant.name): nchw(dx)}
+        out |= without_class_rows(gradients, added)
+        out |= {key: nchw(dx) for key in (join("dx", variant.name), join("dx", variant.name, word))}
     else:
         maps = jax.jit(run)(params, x)
     return out | {join("y", output): nchw(m) for output, m in zip(names, maps, strict=True)}

@@ -77,7 +77,7 @@ def _fusion(case: Case, variant: Variant) -> Arrays:
     module = Fusion(**fusion_arguments(case.arguments(variant)), dtype=case.dtype)
     entries, x, name = keymap.fusion_entries(module.depth), jnp.asarray(variant.x), variant.name
     params = load(module, entries, case.weights, x.shape)
-    stored = {word: case.cotangent(*filter(None, (name, word))) for word in SLICES}
+    stored = {word: case.cotangent(name, word) for word in SLICES}
     cotangents = {word: g for word, g in stored.items() if g is not None}
 
     def run(p: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -123,7 +123,7 @@ def _dino_head(case: Case, variant: Variant, word: str) -> Arrays:
     def run(p: Any, x: jax.Array) -> jax.Array:
         return module.apply({"params": p}, x)
 
-    if (g := case.cotangent(*filter(None, (variant.name, word)))) is None:
+    if (g := case.cotangent(variant.name, word)) is None:
         return {key: jax.jit(run)(params, x)}
     y, _, gradients, dx = differentiate(run, lambda y: jnp.sum(y * g), params, x, entries)
     return {key: y, join("dx", variant.name): dx} | gradients
