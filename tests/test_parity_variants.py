@@ -3,12 +3,15 @@ of their own: made here, with the plain torch modules or numpy, and judged by th
 """
 
 import json
+import pathlib
+import re
 
 import numpy as np
 import pytest
 
 from tests.parity import command
 
+GOLDEN = pathlib.Path(__file__).parent / "golden"
 STANDARD = {"out_rel_l2": 3e-5, "out_max_over_scale": 1e-4, "grad_rel_l2": 1e-4}
 DINO = {"loss_rel": 1e-5, "sinkhorn_max_abs": 1e-5, "grad_rel_l2": 1e-4}
 
@@ -127,7 +130,7 @@ def test_one_array_under_two_settings(tmp_path, networks):
     """Stage 1 is as large as the window: pad_small_map alone decides whether it shifts. Outputs are named by stage."""
     x, inputs = normal(1, 3, 32, 32), {"shifts": {"pad_small_map": True}, "stays": {"pad_small_map": False}}
     arrays = networks.weights("norm0") | {"x": x}
-    arrays |= {f"y_{name}_1": networks.maps(own["pad_small_map"], x)[1] for name, own in inputs.items()}
+    arrays |= {f"y_{name}_1": networks.maps(settings["pad_small_map"], x)[1] for name, settings in inputs.items()}
     assert not failed(write(tmp_path / "case.npz", swin_meta([1], inputs), arrays))
     exchanged = {"shifts": inputs["stays"], "stays": inputs["shifts"]}
     assert failed(write(tmp_path / "case.npz", swin_meta([1], exchanged), arrays)) == {"y_shifts_1", "y_stays_1"}
@@ -153,6 +156,30 @@ def test_what_an_input_may_not_state(tmp_path, two_inputs, inputs, message):
         command.run_case(write(tmp_path / "case.npz", meta | {"inputs": inputs}, arrays))
 
 
+@pytest.mark.parametrize("name", ["uphead_grad", "fusion_grad", "dino_head", "swin_block_mask_is_minus100"])
+def test_every_module_takes_several_inputs(tmp_path, name):
+    """A stored case cut into two inputs along its batch: the gradients of its weights are the sum of theirs."""
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        arrays = {k: file[k] for k in file.files}
+    meta, halves = json.loads(str(arrays.pop("meta_json"))), {}
+    for key in [k for k in arrays if re.match(r"(x|y|g_y|dx)(_|$)", k)]:
+        whole, (start, words) = arrays.pop(key), re.fullmatch(r"(x|y|g_y|dx)(_.*)?", key).groups()
+        half = len(whole) // 2
+        halves |= {f"{start}_a{words or ''}": whole[:half], f"{start}_b{words or ''}": whole[half:]}
+    assert not failed(write(tmp_path / "case.npz", meta, arrays | halves))
+
+
+def test_entries_that_are_not_read_are_listed(tmp_path, capsys):
+    """They may be notes; where something was not computed, they may say why."""
+    with np.load(GOLDEN / "uphead_grad.npz") as file:
+        arrays = {k: file[k] for k in file.files}
+    meta = json.loads(str(arrays.pop("meta_json"))) | {"seed": 3}
+    assert command.main([str(write(tmp_path / "case.npz", meta, arrays))]) == 0
+    assert "not read in meta_json: seed" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="case.npz: nothing computed for .*y_more.*meta_json holds seed, not read"):
+        command.run_case(write(tmp_path / "case.npz", meta, arrays | {"y_more": arrays["y"]}))
+
+
 # ----------------------------------------------------------------------------------------------------- position tables
 def resized(torch, table, grid, size):
     """Rows of the grid alone, by torch's bicubic interpolation in float64."""
@@ -165,14 +192,14 @@ def resized(torch, table, grid, size):
 def test_position_tables_with_and_without_a_class_row(tmp_path, inputs):
     torch = pytest.importorskip("torch", reason="needs torch (the extra `torch`), whose resize makes the case")
     shape = (3, 4) if inputs else (4, 4)  # the other table's grid, unless the file states one
-    table, alone = normal(1, 17, 6), normal(1, shape[0] * shape[1], 6, seed=1)
+    table, grid_alone = normal(1, 17, 6), normal(1, shape[0] * shape[1], 6, seed=1)
     rows = resized(torch, table[:, 1:], (4, 4), (6, 5))
     arrays = {
         "x_pos_embed": table,
-        "x_pos_embed_nocls": alone,
+        "x_pos_embed_nocls": grid_alone,
         "y_6x5": np.concatenate([table[:, :1], rows], axis=1),
-        "y_nocls_6x5": resized(torch, alone, shape, (6, 5)),
-        "y_nocls_2x7": resized(torch, alone, shape, (2, 7)),
+        "y_nocls_6x5": resized(torch, grid_alone, shape, (6, 5)),
+        "y_nocls_2x7": resized(torch, grid_alone, shape, (2, 7)),
     }
     meta = {"kind": "pos_resize", "grid": [4, 4], "mode": "bicubic", "inputs": inputs, "tol": STANDARD}
     assert verdicts(write(tmp_path / "case.npz", meta, arrays)) == dict.fromkeys(

@@ -132,8 +132,8 @@ def runs(case: Case, variant: Variant, words: Mapping[str, Mapping[str, Any]]) -
         for w, name in names.items()
         if name not in inputs and any(re.match(rf"y_{re.escape(name)}(_|$)", key) for key in case.arrays)
     ]
-    told = {k: v for w in variant.name.split("_") for k, v in words.get(w, {}).items()}
-    plain = variant._replace(settings=told | variant.settings)
+    named_settings = {k: v for w in variant.name.split("_") for k, v in words.get(w, {}).items()}
+    plain = variant._replace(settings=named_settings | variant.settings)
     return [(w, plain._replace(settings=plain.settings | words[w])) for w in carried] or [("", plain)]
 
 

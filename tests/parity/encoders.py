@@ -309,8 +309,8 @@ def table_grid(case: Case, table: str, rows: int) -> tuple[int, int]:
     Raises:
         ValueError: where none fits.
     """
-    grid, alone = case.meta.get("grid"), case.meta.get(table) if table else None
-    stated = [case.inputs.get(table, {}).get("grid"), alone, grid]
+    of_table = case.meta.get(table) if table else None
+    stated = [case.inputs.get(table, {}).get("grid"), of_table, case.meta.get("grid")]
     stated = [s.get("grid", s.get(table)) if isinstance(s, Mapping) else s for s in stated]
     for pair in stated:
         if isinstance(pair, (list, tuple)) and len(pair) == 2 and rows - pair[0] * pair[1] in (0, 1):

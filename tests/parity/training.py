@@ -21,7 +21,7 @@ from tests.parity.case import Arrays, Case, take
 CHUNK = 4
 """Rows of a piece in `contrast.distil`: fewer than the crops of the stored case, so that its scan runs."""
 
-OWN_MOMENTUM = 0.9
+DINOV2_MOMENTUM = 0.9
 """center_momentum of dinov2's DINOLoss where its constructor is not told."""
 
 
@@ -138,7 +138,7 @@ def lazy_momentum(case: Case, momentum: float) -> float:
         return float(stated)
     start, after = case.arrays["x_center0"], case.arrays["y_v2_center_after"]
     batch = case.arrays["x_sk"].mean(0, keepdims=True)
-    distances = {m: np.linalg.norm(m * start + (1 - m) * batch - after) for m in (momentum, OWN_MOMENTUM)}
+    distances = {m: np.linalg.norm(m * start + (1 - m) * batch - after) for m in (momentum, DINOV2_MOMENTUM)}
     return min(distances, key=lambda m: distances[m])
 
 
