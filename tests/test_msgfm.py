@@ -11,12 +11,13 @@ from ml_collections import config_dict
 
 from skysense_jax import cli, recipes, sensors
 from skysense_jax.configs import msgfm_base
-from skysense_jax.convert import keymap
 from skysense_jax.models import msgfm
 from skysense_jax.nn.swin import OTHER_REGION, relative_index, shift_regions
 from skysense_jax.nn.swin_v1 import Block, position_bias
-from skysense_jax.ops.masking import masked_l1, pixel_mask
+from skysense_jax.ops.masking import pixel_mask
 from tests import resolved_configs
+from tests.parity.names import simmim_entries
+from tests.parity.reference_forms import masked_l1
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONTRACT = sensors.input_contract({"hr": ("R", "G", "B"), "s1": ("VV", "VH")}, 4)
@@ -83,7 +84,7 @@ def test_full_size_parameter_counts(stages, expected):
         "dsm": 1_049_600,
     }
     if not stages:
-        entries = keymap.simmim_entries(full.model, "hr")
+        entries = simmim_entries(full.model, "hr")
         assert len([e for e in entries if e.torch.startswith("encoder.") and "mask_token" not in e.torch]) == 327
 
 

@@ -26,6 +26,7 @@ from skysense_jax.core import trees
 from skysense_jax.models import msgfm
 from skysense_jax.run import checkpoint, init_from, state
 from tests.helpers import swin_layouts as layouts
+from tests.parity.names import simmim_entries
 from tests.test_msgfm import DENSE, config, random_params
 
 NEEDS_TORCH = "needs torch (the extra `torch`) to write .pth files and to run the exported folder"
@@ -677,7 +678,7 @@ def test_what_is_imported_goes_out_again_without_the_parts_it_lacks(tmp_path):
 def test_full_size_names_are_distinct_and_complete():
     """327 tensors of a dense encoder with RGB, as SimMIM has them; a mixture has one more than an MLP."""
     full = msgfm_base.get_config().model
-    names = [e.torch for e in keymap.simmim_entries(full, "hr")]
+    names = [e.torch for e in simmim_entries(full, "hr")]
     assert len(set(names)) == len(names) == 327 + 9 + 3
     entries = keymap.msgfm_entries(full, msgfm.module_names(full, CONTRACT))
     assert {e.name for e in entries} == set(trees.flatten(msgfm.param_shapes(full, CONTRACT)))

@@ -2,6 +2,7 @@
 reference code.
 """
 
+import functools
 import json
 import pathlib
 
@@ -13,9 +14,13 @@ import pytest
 from skysense_jax.ops import clusters, contrast
 from skysense_jax.ops.ema import ema
 from skysense_jax.ops.sinkhorn import sinkhorn
+from tests.parity import reference_forms
+from tests.parity.training import Views, assignments, distilled, logits_of, pair_weights
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "dino_loss_sinkhorn.npz")
 META = json.loads(str(GOLDEN["meta_json"]))
+KINDS_OF_REDUCTION = {"v2": "y64_v2_loss", "v3": "y64_v3_loss", "v3_ignore_diagonal": "y64_v3_loss_ignore_diag"}
+"""Member of the DINO family -> its stored loss."""
 
 
 # ---------------------------------------------------------------------------------------------------------- numpy twins
@@ -118,36 +123,52 @@ def test_sinkhorn_is_finite_at_any_temperature():
 # ----------------------------------------------------------------------------------------------------------------- DINO
 @pytest.mark.parametrize("call", [0, 1])
 def test_dino_v1_loss_gradient_and_centre(call):
-    """dino main_dino.DINOLoss: the call uses the centre from before its own update."""
+    """dino main_dino.DINOLoss: the call uses the centre from before its own update. What training runs is compared with
+    the stored values, and with the loss as its paper writes it.
+    """
     args = META["args"]
     centre = jnp.asarray(GOLDEN["x_center0"] if call == 0 else GOLDEN["y_center_0"])
     temperature = float(GOLDEN["y_teacher_temps"][META["epoch"]])
     batch, k = META["batch"], args["out_dim"]
-    teacher = jnp.asarray(GOLDEN[f"x_teacher_{call}"])
-    probs = contrast.centred_softmax(teacher, centre, temperature).reshape(2, batch, k)
+    rows, student = jnp.asarray(GOLDEN[f"x_teacher_{call}"]), jnp.asarray(GOLDEN[f"x_student_{call}"])
 
-    def loss(student):
-        return contrast.dino_reduction(student.reshape(-1, batch, k), probs, args["student_temp"], "v1")
+    def trained(student, chunk):
+        views = Views(student.reshape(-1, batch, k), rows.reshape(2, batch, k), pair_weights("v1", args["ncrops"], 2))
+        return distilled(views, centre, args["student_temp"], temperature, chunk)
 
-    value, gradient = jax.value_and_grad(loss)(jnp.asarray(GOLDEN[f"x_student_{call}"]))
-    assert abs(value / GOLDEN[f"y64_loss_{call}"] - 1) <= META["tol"]["loss_rel"]
+    def written(student):
+        probs = reference_forms.centred_softmax(rows, centre, temperature).reshape(2, batch, k)
+        return reference_forms.dino_reduction(student.reshape(-1, batch, k), probs, args["student_temp"], "v1")
+
     reference = GOLDEN[f"dx_student_{call}"]
-    assert np.linalg.norm(gradient - reference) <= META["tol"]["grad_rel_l2"] * np.linalg.norm(reference)
-    after = contrast.update_centre(centre, teacher.mean(0, keepdims=True), jnp.float32(1), args["center_momentum"])
+    whole, pieces = (jax.value_and_grad(functools.partial(trained, chunk=chunk))(student) for chunk in (100, 2))
+    for value, gradient in (whole, pieces, jax.value_and_grad(written)(student)):
+        assert abs(value / GOLDEN[f"y64_loss_{call}"] - 1) <= META["tol"]["loss_rel"]
+        assert np.linalg.norm(gradient - reference) <= META["tol"]["grad_rel_l2"] * np.linalg.norm(reference)
+    after = contrast.update_centre(centre, rows.mean(0, keepdims=True), jnp.float32(1), args["center_momentum"])
     np.testing.assert_allclose(after, GOLDEN[f"y_center_{call}"], atol=1e-6)
 
 
 def test_dino_v2_and_v3_reductions():
+    """The weights of pairs in what training runs, and the losses as the later versions write them."""
     student, probs = jnp.asarray(GOLDEN["x_v23_student"]), jnp.asarray(GOLDEN["x_v23_teacher_probs"])
-    temperature = META["args"]["student_temp"]
-    for kind, name in (("v2", "y64_v2_loss"), ("v3", "y64_v3_loss"), ("v3_ignore_diagonal", "y64_v3_loss_ignore_diag")):
-        value = contrast.dino_reduction(student, probs, temperature, kind)
-        assert abs(value / GOLDEN[name] - 1) <= META["tol"]["loss_rel"], kind
-    gradient = jax.grad(lambda s: contrast.dino_reduction(s, probs, temperature, "v2"))(student)
+    temperature, centre = META["args"]["student_temp"], jnp.zeros(student.shape[-1])
+
+    def trained(student, kind):
+        views = Views(student, logits_of(probs), pair_weights(kind, len(student), len(probs)))
+        return distilled(views, centre, temperature, 1.0, 4)
+
+    def written(student, kind):
+        return reference_forms.dino_reduction(student, probs, temperature, kind)
+
     reference = GOLDEN["dx_v2_student"]
-    assert np.linalg.norm(gradient - reference) <= META["tol"]["grad_rel_l2"] * np.linalg.norm(reference)
+    for loss in (trained, written):
+        for kind, name in KINDS_OF_REDUCTION.items():
+            assert abs(loss(student, kind) / GOLDEN[name] - 1) <= META["tol"]["loss_rel"], kind
+        gradient = jax.grad(loss)(student, "v2")
+        assert np.linalg.norm(gradient - reference) <= META["tol"]["grad_rel_l2"] * np.linalg.norm(reference)
     with pytest.raises(ValueError, match="v3_ignore_diagonal"):
-        contrast.dino_reduction(student, probs, temperature, "v4")
+        written(student, "v4")
 
 
 def test_dino_v2_centre_is_lazy():
@@ -156,12 +177,13 @@ def test_dino_v2_centre_is_lazy():
     """
     t, logits = META["teacher_temp_used"], jnp.asarray(GOLDEN["x_sk"])
     start = jnp.asarray(GOLDEN["x_center0"])
-    np.testing.assert_allclose(contrast.centred_softmax(logits, start, t), GOLDEN["y_v2_softmax_first"], atol=1e-5)
     centre = contrast.update_centre(
         start, logits.mean(0, keepdims=True), jnp.float32(1), META["args"]["center_momentum"]
     )
     np.testing.assert_allclose(centre, GOLDEN["y_v2_center_after"], atol=1e-6)
-    np.testing.assert_allclose(contrast.centred_softmax(logits, centre, t), GOLDEN["y_v2_softmax_second"], atol=1e-5)
+    for assigned in (assignments, reference_forms.centred_softmax):
+        np.testing.assert_allclose(assigned(logits, start, t), GOLDEN["y_v2_softmax_first"], atol=1e-5)
+        np.testing.assert_allclose(assigned(logits, centre, t), GOLDEN["y_v2_softmax_second"], atol=1e-5)
     np.testing.assert_array_equal(
         contrast.update_centre(start, logits.mean(0, keepdims=True), jnp.float32(0), 0.9), start
     )

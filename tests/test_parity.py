@@ -9,7 +9,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from tests import parity
+from tests.parity import command
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 LARGE = (
@@ -25,7 +25,7 @@ LARGE = (
 
 
 def failures(path):
-    return [str(row) for row in parity.run_case(path) if not row.passed]
+    return [str(row) for row in command.run_case(path) if not row.passed]
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in GOLDEN.glob("*.npz")))
@@ -53,9 +53,9 @@ def altered(tmp_path, name, edit):
 
 
 def test_the_command_fails_where_it_should(tmp_path, capsys):
-    assert parity.main([str(GOLDEN / "uphead_grad.npz")]) == 0
+    assert command.main([str(GOLDEN / "uphead_grad.npz")]) == 0
     wrong = altered(tmp_path, "uphead_grad", lambda arrays, meta: arrays.update(y=arrays["y"] * 1.001))
-    assert parity.main([str(wrong)]) == 1
+    assert command.main([str(wrong)]) == 1
     assert "FAIL y" in capsys.readouterr().out
     gradient = altered(tmp_path, "fusion_grad", lambda a, m: a.update({"d:cls_token": a["d:cls_token"] * 1.001}))
     assert failures(gradient)
@@ -74,4 +74,4 @@ def test_the_command_fails_where_it_should(tmp_path, capsys):
 )
 def test_what_a_case_may_not_hold(tmp_path, edit, message):
     with pytest.raises(ValueError, match=message):
-        parity.run_case(altered(tmp_path, "uphead_grad", edit))
+        command.run_case(altered(tmp_path, "uphead_grad", edit))

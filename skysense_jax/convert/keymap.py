@@ -160,14 +160,6 @@ def geo_entries(cfg: Any) -> list[Entry]:
     return query + [Entry(name, f"bank/{name}") for name in names]
 
 
-def dino_head_entries(layers: int, gain: bool) -> list[Entry]:
-    """DINOHead in facebookresearch/dino's names; its gain (weight_g) only where the module has it as a parameter."""
-    layers = max(layers, 1)
-    entries = [e for i in range(layers) for e in _affine(f"mlp.{2 * i}" if layers > 1 else "mlp", f"mlp{i}", None)]
-    entries.append(Entry("last_layer.weight_v", "last_layer_v", None, "linear"))
-    return entries + ([Entry("last_layer.weight_g", "last_layer_g", None, "column")] if gain else [])
-
-
 def placed(entries: Iterable[Entry], torch: str, name: str) -> list[Entry]:
     """The entries of a module under a torch prefix ("fusion.") and one of ours ("fusion/")."""
     return [e._replace(torch=torch + e.torch, name=name + e.name) for e in entries]
@@ -259,14 +251,6 @@ def msgfm_entries(cfg: Any, modules: Iterable[str]) -> list[Entry]:
             torch = f"decoders.{module.removeprefix(decoder)}.0"
             entries += placed(_affine("", "proj", None, "conv1x1"), torch, f"{module}/")
     return entries
-
-
-def simmim_entries(cfg: Any, sensor: str) -> list[Entry]:
-    """The part of a msGFM model that a SimMIM or GFM checkpoint holds, in its names: encoder and mask token, and, there
-    for RGB, the patch embedding and the decoder of one sensor.
-    """
-    modules = (msgfm.ENCODER, msgfm.MASK_TOKEN, msgfm.EMBED.format(sensor), msgfm.DECODER.format(sensor))
-    return [entry._replace(torch=one_sensor(entry.torch, sensor)) for entry in msgfm_entries(cfg, modules)]
 
 
 def one_sensor(torch: str, sensor: str) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import numpy as np
 
 SINGLE_LABEL = ("accuracy", "mean_class_accuracy", "macro_f1")
-MULTI_LABEL = ("macro_map",)
 
 
 def confusion(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:

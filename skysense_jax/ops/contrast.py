@@ -3,8 +3,8 @@
 Rows carry weights (0 = padded date, invalid cell, no overlap); every mean divides safely, so that a term without a
 single row is exactly 0 with zero gradient. Reductions run over the global batch: under jit with a sharded batch the
 compiler inserts the collectives. Reductions of the DINO family differ (checked against the reference code): v1 = mean
-over pairs of unequal views, v2 = sum over all pairs, v3 = mean over all pairs, or over unequal ones
-(:func:`dino_reduction`).
+over pairs of unequal views, v2 = sum over all pairs, v3 = mean over all pairs, or over unequal ones; the weights of
+:func:`distil` express all of them.
 """
 
 from __future__ import annotations
@@ -31,42 +31,11 @@ def normalise(x: jax.Array, eps: float = 1e-12) -> jax.Array:
     return x / jnp.sqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), eps * eps))
 
 
-def centred_softmax(logits: jax.Array, centre: jax.Array, temperature: jax.Array | float) -> jax.Array:
-    """The teacher's assignment softmax((logits - centre) / temperature); logits [..., K], centre broadcastable to
-    them.
-    """
-    return jax.nn.softmax((logits - centre) / temperature, axis=-1)
-
-
 def update_centre(centre: jax.Array, mean_logits: jax.Array, seen: jax.Array, momentum: float) -> jax.Array:
     """DINO's centre after a batch: momentum * centre + (1 - momentum) * mean teacher logits; unchanged where `seen`
     (scalar) is 0.
     """
     return jnp.where(seen > 0, momentum * centre + (1 - momentum) * mean_logits, centre)
-
-
-def cross_entropy(student_logits: jax.Array, teacher_probs: jax.Array, temperature: float) -> jax.Array:
-    """-sum_K p log softmax(student / temperature): [..., K], [..., K] -> [...]."""
-    return -jnp.sum(teacher_probs * jax.nn.log_softmax(student_logits / temperature, axis=-1), axis=-1)
-
-
-def dino_reduction(student_logits: jax.Array, teacher_probs: jax.Array, temperature: float, kind: str) -> jax.Array:
-    """The whole loss over views as each member of the family reduces it.
-
-    student_logits: [S, B, K] views of the student; teacher_probs: [T, B, K], the same first T views through the
-    teacher. kind: "v1" (dino main_dino.DINOLoss: mean over pairs with different index), "v2" (dinov2 DINOLoss.forward:
-    sum over all pairs), "v3" (dinov3: mean over all pairs), "v3_ignore_diagonal". All take the mean over B. Returns a
-    scalar. Raises ValueError for another kind.
-    """
-    if kind not in ("v1", "v2", "v3", "v3_ignore_diagonal"):
-        raise ValueError(f"unknown reduction {kind!r}; known: v1, v2, v3, v3_ignore_diagonal")
-    pairs = cross_entropy(student_logits[:, None], teacher_probs[None], temperature).mean(-1)  # [S, T]
-    if kind == "v2":
-        return pairs.sum()
-    if kind == "v3":
-        return pairs.mean()
-    unequal = 1.0 - jnp.eye(*pairs.shape, dtype=pairs.dtype)
-    return (pairs * unequal).sum() / unequal.sum()
 
 
 def distil(

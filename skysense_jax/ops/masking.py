@@ -22,17 +22,6 @@ def pixel_mask(mask: jax.Array, patch: int) -> jax.Array:
     return jnp.repeat(jnp.repeat(mask, patch, axis=1), patch, axis=2)
 
 
-def masked_l1(prediction: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean absolute error over masked pixels and channels of the whole batch, as SimMIM normalises it.
-
-    prediction, target: [B,H,W,C]. mask: [B,H,W], nonzero = the pixel counts. Returns a scalar, float32 or wider: sum of
-    |target - prediction| over masked pixels / (masked pixels + 1e-5) / C, the divisor rounded to float32 as the
-    reference's is (GFM, models/simmim.py); 0 where nothing is masked.
-    """
-    error, pixels = masked_sums(prediction, target, mask[..., None])
-    return error / (pixels + jnp.float32(1e-5))
-
-
 def masked_sums(prediction: jax.Array, target: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(sum of |target - prediction| over what counts / C, number of pixels that count), scalars, float32 or wider.
 

@@ -1,10 +1,14 @@
 """Numerical parity with the reference PyTorch code.    python -m tests.parity FILE.npz...
 
 Each file is one case: arrays run through the official module in float64 (`w:` weights, `x` inputs, `y` outputs, `g`
-cotangents, `dx` and `d:` gradients) and `meta_json` with the constructor's arguments. The module is built from the
-arguments, the weights go through the importer users use (convert.torch_import.fill), gradients come back through the
-exporter, so every transpose is tested. Every output and gradient the file holds must be produced. Prints a row each;
-exit code 1 on any failure.
+cotangents, `dx` and `d:` gradients) and `meta_json` with the constructor's arguments (`args`). The module is built from
+the arguments, the weights go through the importer users use (convert.torch_import.fill), gradients come back through
+the exporter, so every transpose is tested. Every output and gradient the file holds must be produced. Prints a row
+each; exit code 1 on any failure.
+
+A file may hold several inputs `x_NAME` with outputs `y_NAME_...`. Arguments that one input has instead of those in
+`args` stand in `meta_json`: `"inputs": {"NAME": {"pad_small_map": true, "shape": [2, 3, 90, 70]}}`. An unknown argument
+is an error, there and in `args`. The command lists the other entries of `meta_json` that a kind does not read.
 
 Outputs are judged in float32. So are gradients; one that float32 cannot reach (a scalar that is a sum of cancelling
 terms: torch's own float32 misses there too) is judged by a second run in float64 at the float64 tolerance of 1e-6, and
@@ -15,15 +19,14 @@ from __future__ import annotations
 
 import json
 import pathlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from tests import parity_mim, parity_model, parity_modules, parity_training
-from tests.parity_modules import Arrays, Case
+from tests.parity import encoders, mim, model, modules, training
+from tests.parity.case import Arrays, Case
 
 FLOAT64_REL_L2 = 1e-6
 """The reference's tolerance for a float64 run (its arrays are stored rounded to float32)."""
@@ -40,25 +43,34 @@ class Row(NamedTuple):
     note: str = ""
 
 
-KINDS: dict[str, Callable[[Case], Arrays]] = {
-    **{
-        f.__name__: f
-        for f in (
-            parity_modules.swinv2,
-            parity_modules.swinv2_block,
-            parity_modules.vit,
-            parity_modules.pos_resize,
-            parity_modules.uphead,
-            parity_modules.fusion,
-            parity_modules.dino_head,
-            parity_model.assembly,
-            parity_model.factorised,
-            parity_mim.simmim,
-            parity_training.dino_loss,
-            parity_training.adamw,
-        )
-    }
+class Kind(NamedTuple):
+    """A kind of case: what computes its arrays, the entries of meta_json it reads beside the common ones, and the
+    widest type the functions under test compute in.
+    """
+
+    run: Callable[[Case], Arrays]
+    settings: tuple[str, ...] = ()
+    widest: str = "float64"
+
+
+KINDS = {
+    "swinv2": Kind(encoders.swinv2),
+    "swinv2_block": Kind(encoders.swinv2_block, ("hw",)),
+    "vit": Kind(encoders.vit),
+    "pos_resize": Kind(encoders.pos_resize, ("grid", "mode", "align_corners", "nocls")),
+    "uphead": Kind(modules.uphead),
+    "fusion": Kind(modules.fusion),
+    "dino_head": Kind(modules.dino_head),
+    "assembly": Kind(model.assembly, ("hw",)),
+    "factorised": Kind(model.factorised, ("cfg",)),
+    "simmim": Kind(mim.simmim, ("encoder_stride",)),
+    "dino_loss": Kind(training.dino_loss, ("batch", "epoch", "teacher_temp_used", "center_momentum"), "float32"),
+    "adamw": Kind(training.adamw, training.ADAMW_SETTINGS),
 }
+"""`kind` of a case -> how it is run."""
+
+COMMON = ("kind", "args", "inputs", "tol", "module", "torch", "loss")
+"""Entries of meta_json that every kind may have."""
 
 
 def measure(name: str, ours: Any, reference: np.ndarray, tol: Mapping[str, float], largest_gradient: float) -> Row:
@@ -94,29 +106,59 @@ def measure(name: str, ours: Any, reference: np.ndarray, tol: Mapping[str, float
         ]
     limits = [(value, limit) for value, limit in limits if limit is not None]
     passed = bool(limits) and all(np.isfinite(value) and value <= limit for value, limit in limits)
-    return Row(name, rel_l2, max_abs, over, passed)
+    return Row(name, rel_l2, max_abs, over, passed, "" if limits else "meta_json.tol has no tolerance for it")
+
+
+def read(path: str | pathlib.Path) -> Case:
+    """The case of a file. Raises ValueError where its meta_json lacks the kind or the tolerances, or has another kind
+    than those of :data:`KINDS`.
+    """
+    with np.load(path) as file:
+        if "meta_json" not in file.files:
+            raise ValueError("the file holds no meta_json; store it as a 0-d string")
+        arrays, meta = {k: file[k] for k in file.files if k != "meta_json"}, json.loads(str(file["meta_json"]))
+    if meta.get("kind") not in KINDS:
+        raise ValueError(f"kind {meta.get('kind')!r} not supported yet; supported: {', '.join(KINDS)}")
+    if not isinstance(meta.get("tol"), dict):
+        raise ValueError("meta_json lacks `tol`, the tolerances; write the numbers of the reference's table")
+    return Case(arrays, meta)
+
+
+def unread(meta: Mapping[str, Any]) -> list[str]:
+    """Entries of meta_json that the kind does not read: notes of how a file was made, or settings not built here."""
+    known = {*COMMON, *KINDS[meta["kind"]].settings}
+    return [key for key in meta if key not in known and not key.startswith("fp32_")]
 
 
 def run_case(path: str | pathlib.Path) -> list[Row]:
-    """All rows of one file. Raises ValueError for a kind or an argument that is not built, or an array nothing was
-    computed for.
+    """All rows of one file.
+
+    Raises:
+        ValueError: for a kind, an input or an argument that is not built, or an array nothing was computed for; the
+            message begins with the file's name.
     """
-    with np.load(path) as file:
-        arrays, meta = {k: file[k] for k in file.files if k != "meta_json"}, json.loads(str(file["meta_json"]))
-    if meta["kind"] not in KINDS:
-        raise ValueError(f"kind {meta['kind']!r} not supported yet; supported: {', '.join(KINDS)}")
-    run, tol = KINDS[meta["kind"]], meta["tol"]
+    try:
+        return judged(read(path))
+    except ValueError as error:
+        raise ValueError(f"{pathlib.Path(path).name}: {error}") from error
+
+
+def judged(case: Case) -> list[Row]:
+    """All rows of a case. Raises ValueError as :func:`run_case` does."""
+    arrays, meta = case.arrays, case.meta
+    run, tol = KINDS[meta["kind"]].run, meta["tol"]
     with jax.default_matmul_precision("highest"):
-        ours = run(Case(arrays, meta))
+        ours = run(case)
     names = [k for k in arrays if k.startswith(("y", "d:", "dx"))]
     absent = [k for k in names if k not in ours]
     if absent or not names:
-        raise ValueError(f"nothing computed for {absent or 'this file: it holds no outputs'}")
+        hint = f"; meta_json holds {', '.join(unread(meta))}, not read by this kind" if unread(meta) else ""
+        raise ValueError(f"nothing computed for {absent or 'this file: it holds no outputs'}{hint}")
     largest = max((float(np.linalg.norm(arrays[k])) for k in names if k.startswith("d")), default=0.0)
     rows = [measure(k, ours[k], arrays[k], tol, largest) for k in names]
     # Gradients, and losses kept in float64: sums that cancel are below float32's noise.
     doubtful = [r.name for r in rows if not r.passed and r.name.startswith(("d:", "dx", "y64_"))]
-    if doubtful and "grad_rel_l2" in tol:
+    if doubtful and "grad_rel_l2" in tol and KINDS[meta["kind"]].widest == "float64":
         wide = {k: v.astype(np.float64) if k[0] in "xg" and v.dtype.kind == "f" else v for k, v in arrays.items()}
         with jax.enable_x64(True):
             ours = run(Case(wide, meta, "float64"))
@@ -138,7 +180,7 @@ def main(paths: Sequence[str]) -> int:
         return 2
     failed = []
     for path in paths:
-        print(f"{pathlib.Path(path).name}")
+        print(pathlib.Path(path).name)
         try:
             rows = run_case(path)
         except ValueError as error:
@@ -151,11 +193,9 @@ def main(paths: Sequence[str]) -> int:
                 f"  {verdict} {row.name:60s} rel L2 {row.rel_l2:.2e}  max/scale {row.max_over_scale:.2e}  "
                 f"max {row.max_abs:.2e}  {row.note}".rstrip()
             )
+        if ignored := unread(read(path).meta):
+            print(f"  not read in meta_json: {', '.join(ignored)}")
         if not all(row.passed for row in rows):
             failed.append(path)
     print(f"{len(paths) - len(failed)} of {len(paths)} files pass" + "".join(f"\n  failed: {path}" for path in failed))
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,5 @@
-"""Parity of masked image modelling: SimMIM on Swin-V1 through `models.msgfm` with one sensor (see tests.parity)."""
+"""Parity of masked image modelling: SimMIM on Swin-V1 through `models.msgfm` with one sensor (see
+tests.parity.command)."""
 
 from __future__ import annotations
 
@@ -10,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import config_dict
 
-from skysense_jax.convert import keymap
 from skysense_jax.convert.tensor_files import in_memory
 from skysense_jax.convert.torch_import import import_swin
 from skysense_jax.models import msgfm
 from skysense_jax.nn.swin_v1 import position_bias
-from skysense_jax.ops.masking import masked_l1, pixel_mask
-from tests.parity_modules import Arrays, Case, differentiate, nchw, nhwc, take
+from skysense_jax.ops.masking import pixel_mask
+from tests.parity.case import Arrays, Case, differentiate, nchw, nhwc, take
+from tests.parity.names import simmim_entries
+from tests.parity.reference_forms import masked_l1
 
 SENSOR = "hr"
 
@@ -24,7 +26,7 @@ SENSOR = "hr"
 def model_config(case: Case) -> tuple[config_dict.ConfigDict, dict[str, Any]]:
     """config.model and an input contract with the case's one sensor."""
     a = take(
-        case.meta["args"],
+        case.setting("args"),
         {"ape": False, "patch_norm": True, "qk_scale": None, "qkv_bias": True, "num_classes": 0},
         img_size=224,
         patch_size=4,
@@ -55,14 +57,17 @@ def model_config(case: Case) -> tuple[config_dict.ConfigDict, dict[str, Any]]:
             "moe": {"stages": ()},
         }
     )
-    if case.meta.get("encoder_stride", msgfm.stride(cfg)) != msgfm.stride(cfg):
-        raise ValueError(f"encoder_stride {case.meta['encoder_stride']}: the encoder's stride is {msgfm.stride(cfg)}")
+    if (stated := case.setting("encoder_stride", msgfm.stride(cfg))) != msgfm.stride(cfg):
+        raise ValueError(f"encoder_stride {stated}: the encoder's stride is {msgfm.stride(cfg)}")
     return cfg, {"sensors": {SENSOR: {"bands": [f"band{i}" for i in range(a["in_chans"])]}}}
 
 
 def simmim(case: Case) -> Arrays:
+    """SimMIM from the tokens to the loss, and the loss's gradients."""
+    if case.inputs:
+        raise ValueError("meta_json.inputs: kind simmim takes one input, x with x_mask; write a file for each")
     cfg, contract = model_config(case)
-    model, entries = msgfm.make_model(cfg, contract), keymap.simmim_entries(cfg, SENSOR)
+    model, entries = msgfm.make_model(cfg, contract), simmim_entries(cfg, SENSOR)
     params = import_swin(in_memory(case.weights), SENSOR, cfg, contract)[0].params
     mask = jnp.asarray(case.arrays["x_mask"])
 
@@ -74,7 +79,10 @@ def simmim(case: Case) -> Arrays:
         return {"tokens": tokens, "stages": encoded.stages, "z": encoded.final, "rec": rec, "loss": loss}
 
     result, _, out, dx = differentiate(run, lambda r: r["loss"], params, nhwc(case.arrays["x"]), entries)
-    flat = lambda x: x.reshape(x.shape[0], -1, x.shape[-1])
+
+    def flat(x: jax.Array) -> jax.Array:  # [B,h,w,C] -> (B,h*w,C)
+        return x.reshape(x.shape[0], -1, x.shape[-1])
+
     out |= {
         "dx": nchw(dx),
         "y_tokens0": flat(result["tokens"]),

@@ -1,5 +1,5 @@
 """Parity of the assembled model: the fusion's input sequence, and the whole factorised forward through `make_model`
-(see tests.parity).
+(see tests.parity.command).
 """
 
 from __future__ import annotations
@@ -15,21 +15,14 @@ from ml_collections import config_dict
 from skysense_jax.convert import layouts
 from skysense_jax.convert.torch_import import params_from_torch
 from skysense_jax.models.skysense import build_modules, fusion_sequence, make_model
-from tests.parity_modules import (
-    Arrays,
-    Case,
-    differentiate,
-    fusion_arguments,
-    nchw,
-    nhwc,
-    swin_arguments,
-    vit_arguments,
-)
+from tests.parity.case import Arrays, Case, differentiate, nchw, nhwc, with_class_rows, without_class_rows
+from tests.parity.encoders import swin_arguments, vit_arguments
+from tests.parity.modules import fusion_arguments
 
 
 def assembly(case: Case) -> Arrays:
     """The official sequence gives the first 256 of its 512 cells the dates `x_ct` and the others `x_ct2`."""
-    (b, _), (h, w) = case.arrays["x_ct"].shape, case.meta["hw"]
+    (b, _), (h, w) = case.arrays["x_ct"].shape, case.setting("hw")
     maps, masks = {}, {}
     for sensor in ("hr", "s2", "s1"):
         if f"x_f_{sensor}" in case.arrays:
@@ -46,9 +39,21 @@ def assembly(case: Case) -> Arrays:
     return {"y_seq": joined.reshape(b * h * w, *joined.shape[2:])}
 
 
+def constructor_arguments(case: Case) -> dict[str, dict[str, Any]]:
+    """The reference constructors' arguments: `cfg`, an entry per module, overridden by what an input (hr, s2, s1)
+    states.
+    """
+    reference = dict(case.setting("cfg"))
+    for name, settings in case.inputs.items():
+        if name not in ("hr", "s2", "s1") or name not in reference:
+            raise ValueError(f"meta_json.inputs.{name}: this kind has the inputs hr, s2 and s1; state no other")
+        reference[name] = {**reference[name], **{k: v for k, v in settings.items() if k != "shape"}}
+    return reference
+
+
 def model_config(case: Case) -> tuple[config_dict.ConfigDict, dict[str, Any]]:
     """config.model and an input contract that leaves values as they are, from a factorised case."""
-    reference = case.meta["cfg"]
+    reference = constructor_arguments(case)
     hr, f = swin_arguments(reference["hr"]), fusion_arguments(reference["fusion"])
     stages = len(hr["depths"])
     ratio = hr["patch"] * 2 ** (stages - 1)
@@ -113,9 +118,12 @@ def model_config(case: Case) -> tuple[config_dict.ConfigDict, dict[str, Any]]:
 
 
 def factorised(case: Case) -> Arrays:
+    """The whole forward of the factorised encoder, and the gradients of sum(y_fused * g_fused)."""
     cfg, contract = model_config(case)
     model, entries = make_model(cfg, contract), layouts.model_entries(cfg, contract)
-    params = params_from_torch(case.weights, cfg, contract)
+    grids = {f"backbone_{s}.pos_embed": (cfg[s].img_size // cfg[s].patch,) * 2 for s in ("s2", "s1") if s in cfg}
+    weights, added = with_class_rows(case.weights, grids)
+    params = params_from_torch(weights, cfg, contract)
     images = {}
     for sensor in contract["sensors"]:  # (B,C,H,W) or (B,C,T,H,W) -> [B,T,H,W,C]
         x = case.arrays[f"x_{sensor}"]
@@ -134,17 +142,22 @@ def factorised(case: Case) -> Arrays:
         return inputs
 
     inputs, out = place(images), {}
-    run = lambda p, x: model.apply(p, place(x))
-    flat = lambda x: nchw(x.reshape(-1, *x.shape[2:]))
+
+    def run(p: Any, x: Mapping[str, jax.Array]) -> Any:
+        return model.apply(p, place(x))
+
+    def flat(x: jax.Array) -> np.ndarray:  # [B,T,h,w,C] -> (B*T,C,h,w)
+        return nchw(x.reshape(-1, *x.shape[2:]))
+
     if "g_fused" in case.arrays:
         g = nhwc(case.arrays["g_fused"])
         result, _, d, dx = differentiate(run, lambda outputs: jnp.sum(outputs["fused"] * g), params, images, entries)
-        out |= d
+        out |= without_class_rows(d, added)
         for sensor, x in dx.items():
             out[f"dx_{sensor}"] = np.moveaxis(np.asarray(x), -1, 1).reshape(case.arrays[f"x_{sensor}"].shape)
     else:
         result = jax.jit(run)(params, images)
-    stages = swin_arguments(case.meta["cfg"]["hr"])["outputs"]
+    stages = swin_arguments(constructor_arguments(case)["hr"])["outputs"]
     out |= {f"y_hr_{k}": flat(result["hr_stages"][i]) for k, i in enumerate(stages)}
     out |= {f"y_{s}_vit": flat(x) for s, x in result["vit"].items()}
     out |= {f"y_{s}_up": flat(result["maps"][s]) for s in result["vit"]}
