@@ -22,7 +22,7 @@ from skysense_jax.objectives.skysense import make_objective
 from skysense_jax.ops import prototypes, regions
 from skysense_jax.run import checkpoint, init_from, optim, state
 from skysense_jax.run import step as run_step
-from tests import test_objective, toy
+from tests import objective_case, toy
 from tests import tiny as tiny_data
 from tests import tiny_model as tiny
 from tests.test_ops import np_sinkhorn
@@ -453,13 +453,13 @@ def test_partial_weights_with_and_without_the_bank(tmp_path):
 
 # -------------------------------------------------------------------------------- pretraining
 def test_flops_with_a_bank_are_the_products_of_the_traced_step():
-    c = test_objective.tiny()
+    c = objective_case.tiny()
     c.model.geo_context.update({"bank": "on", "regions": 4, "prototypes": 200, "width": 64})
-    contract = test_objective.contract_of(c)
+    contract = objective_case.contract_of(c)
     objective = make_objective(c, contract)
 
     def made():
-        batch = test_objective.make_batch(c, contract, places=2)
+        batch = objective_case.make_batch(c, contract, places=2)
         return batch | {"place": {"lon": np.zeros(2, np.float32), "lat": np.zeros(2, np.float32)}}
 
     batch = jax.eval_shape(made)
@@ -474,10 +474,10 @@ def test_flops_with_a_bank_are_the_products_of_the_traced_step():
 
 @pytest.mark.parametrize("field, value", [("sinkhorn_eps", 0.0), ("prototype_momentum", 1.0)])
 def test_an_update_that_means_nothing_is_refused(field, value):
-    c = test_objective.tiny()
+    c = objective_case.tiny()
     c.model.geo_context.bank, c.objective[field] = "on", value
     with pytest.raises(ValueError, match=f"objective.{field}={value}"):
-        make_objective(c, test_objective.contract_of(c))
+        make_objective(c, objective_case.contract_of(c))
 
 
 def test_a_step_moves_the_bank_and_one_that_is_not_finite_does_not():
