@@ -190,10 +190,9 @@ def wide(tree):
     return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
 
 
-def whole_loss(case, batch):
-    """All "loss/..." metrics, and the mean of the teacher's logits by head."""
+def whole_loss(case, apply, batch):
+    """All "loss/..." metrics, and the mean of the teacher's logits by head. apply: of the model."""
     o = case.cfg.objective
-    apply = jax.jit(make_model(case.cfg.model, case.contract).apply)
 
     def encode(encoder, scope):
         b, s, h, w = batch[scope]["coords"].shape[:4]
@@ -256,12 +255,17 @@ def with_holes(batch):
     return batch
 
 
+@pytest.fixture(scope="module")
+def apply(case):
+    return jax.jit(make_model(case.cfg.model, case.contract).apply)
+
+
 @pytest.fixture(scope="module", params=["all there", "holes"])
-def values(request, case):
+def values(request, case, apply):
     """(JAX's metrics, JAX's settle inputs, the twin's metrics, the twin's mean logits) of a batch."""
     batch = case.batch if request.param == "all there" else with_holes(case.batch)
     _, metrics, settle_inputs, _ = case.run(batch)
-    return metrics, settle_inputs, *whole_loss(case, batch)
+    return metrics, settle_inputs, *whole_loss(case, apply, batch)
 
 
 @pytest.mark.parametrize("name", HEADS)

@@ -27,8 +27,8 @@ vectors first, and `contrast.distil` multiplies with the prototypes, chunk by ch
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +113,8 @@ def through_heads(
     """
 
     def bottleneck(weights: Tree, x: jax.Array) -> jax.Array:
-        return head.apply({"params": weights}, x, bottleneck=True).astype(head.dtype)
+        vectors = cast(jax.Array, head.apply({"params": weights}, x, bottleneck=True))
+        return vectors.astype(head.dtype)
 
     apply = jax.checkpoint(bottleneck) if head.remat else bottleneck
     vectors: dict[str, list[jax.Array]] = {kind: [] for kind in features}
@@ -237,27 +238,49 @@ def last_layers(
 def mean_logits(vectors: Mapping[str, jax.Array], weights: Mapping[str, jax.Array], prototypes: jax.Array) -> Scalars:
     """Mean of the teacher's logits over its rows, the granularities counting alike as they do in the loss.
 
-    The last layer is linear, so it is the last layer of the mean vector: no logits are needed. vectors [..., d],
-    weights [...], prototypes [d, K]. Returns {"logits": [K], "seen": number of granularities with any row}.
+    The last layer is linear, so it is the last layer of the mean vector: no logits are needed.
+
+    Args:
+        vectors: {granularity: [..., d]} of the teacher.
+        weights: {granularity: [...]} of its rows.
+        prototypes: [d, K] of the teacher.
+
+    Returns:
+        {"logits": [K], "seen": number of granularities with any row}.
     """
     axes = {kind: tuple(range(w.ndim)) for kind, w in weights.items()}
     sums = {
         kind: jnp.sum(x * weights[kind][..., None], axis=axes[kind], dtype=jnp.float32) for kind, x in vectors.items()
     }
-    seen = sum((w.sum() > 0).astype(jnp.float32) for w in weights.values())
-    mean = contrast.safe_mean(sum(contrast.safe_mean(sums[kind], w.sum()) for kind, w in weights.items()), seen)
+    seen = add_up((w.sum() > 0).astype(jnp.float32) for w in weights.values())
+    mean = contrast.safe_mean(add_up(contrast.safe_mean(sums[kind], w.sum()) for kind, w in weights.items()), seen)
     return {"logits": jnp.dot(mean, prototypes, precision="highest"), "seen": seen}
+
+
+def add_up(values: Iterable[jax.Array]) -> jax.Array:
+    """The sum of float32 arrays of one shape; 0 of none."""
+    return sum(values, start=jnp.float32(0))
 
 
 def teacher_monitors(
     totals: Mapping[str, granularity.Totals], losses: Scalars, usage: jax.Array, centre: jax.Array
 ) -> Scalars:
-    """Means over the granularities that have rows; see objectives.skysense for the meaning of each."""
-    kinds_with_rows = sum((x.weight > 0).astype(jnp.float32) for x in totals.values())
-    entropy = contrast.safe_mean(sum(contrast.safe_mean(x.entropy, x.weight) for x in totals.values()), kinds_with_rows)
+    """Means over the granularities that have rows; see objectives.skysense for the meaning of each.
+
+    Args:
+        totals: {granularity: sums over its rows}.
+        losses: {granularity: mean cross-entropy}.
+        usage: [K] the summed assignment of the teacher.
+        centre: [K] of the teacher's logits.
+
+    Returns:
+        {"teacher/...": scalar}.
+    """
+    seen = add_up((x.weight > 0).astype(jnp.float32) for x in totals.values())
+    entropy = contrast.safe_mean(add_up(contrast.safe_mean(x.entropy, x.weight) for x in totals.values()), seen)
     return {
         "teacher/entropy": entropy / math.log(centre.shape[-1]),
-        "teacher/kl": contrast.safe_mean(sum(losses.values()), kinds_with_rows) - entropy,
+        "teacher/kl": contrast.safe_mean(add_up(losses.values()), seen) - entropy,
         "teacher/usage": prototype_usage(usage),
         "teacher/centre": jnp.sqrt(jnp.mean(centre**2)),
     }
@@ -271,10 +294,15 @@ def prototype_usage(assigned: jax.Array) -> jax.Array:
 
 
 def feature_std(features: jax.Array, mask: jax.Array) -> jax.Array:
-    """Std over the views of the batch of L2-normalised, date-averaged image features, mean over channels, x
-    sqrt(width).
+    """How far image features spread: 0 = they are constant, 1 = isotropic.
 
-    features: [B, S, T, 1, D]; mask: [B, S, T, 1].
+    Args:
+        features: [B, S, T, 1, D].
+        mask: [B, S, T, 1].
+
+    Returns:
+        The standard deviation over the views of the batch of L2-normalised, date-averaged features, mean over channels,
+        times sqrt(D).
     """
     features, mask = jax.lax.stop_gradient((features, mask))
     x = contrast.normalise(jnp.sum(features * mask[..., None], axis=(2, 3), dtype=jnp.float32))  # [B, S, D]

@@ -268,7 +268,15 @@ def distil_rows(row_sets: Sequence[Mapping[str, Rows]], prototypes: Prototypes) 
     assigned = jnp.zeros(prototypes.centre.shape, jnp.float32)
     for row_set in row_sets:
         joined = Rows(*(jnp.concatenate(part, axis=1) for part in zip(*row_set.values(), strict=True)))
-        ce, entropy, share = contrast.distil(*joined, *prototypes)
+        ce, entropy, share = contrast.distil(
+            *joined,
+            prototypes.student,
+            prototypes.teacher,
+            prototypes.centre,
+            prototypes.student_temp,
+            prototypes.teacher_temp,
+            prototypes.chunk,
+        )
         assigned, start = assigned + share, 0
         for kind, part in row_set.items():
             name, stop = kind.split("/")[0], start + part.weight.shape[1]
