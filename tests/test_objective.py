@@ -76,7 +76,7 @@ def test_objects_compare_the_same_ground():
     np.testing.assert_allclose(a, b, atol=1e-4)
     assert float(weight.max()) <= 1 and float(weight.min()) >= 0
     crossed = granularity.objects(student, teacher, assigned, jnp.asarray(match)[:, :, None], granularity.cross_views)
-    for x, y in zip(crossed, (a, b, weight)):
+    for x, y in zip(crossed, (a, b, weight), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)
 
 
@@ -96,7 +96,7 @@ def test_last_layer_stands_still_while_frozen(case):
     loss, _, _, (free, _, _) = case.run()
     frozen_loss, _, _, (frozen, _, _) = case.run(schedule={"last_layer_frozen": 1.0})
     assert abs(loss / frozen_loss - 1) < 1e-6
-    for name, grad in frozen["heads"].items():
+    for grad in frozen["heads"].values():
         assert norm(grad["last_layer_v"]) == 0 and norm(grad["mlp0"]) > 0
     np.testing.assert_allclose(frozen["encoder"]["ctpe"], free["encoder"]["ctpe"], rtol=1e-3, atol=1e-6)
 
@@ -109,6 +109,7 @@ def test_settle_by_hand(case):
         trees.flatten(teacher).items(),
         jax.tree.leaves(case.teacher),
         (trees.flatten(case.params)[name] for name in trees.flatten(teacher)),
+        strict=True,
     ):
         np.testing.assert_allclose(new, 0.9 * old + 0.1 * student, rtol=1e-5, atol=1e-7, err_msg=name)
     for name, centre in memory["centre"].items():
@@ -262,7 +263,7 @@ def test_rules_cover_every_leaf_once_for_any_subset_of_sensors():
     objective = make_objective(c, contract)
     batch = make_batch(c, contract)
     shapes = jax.eval_shape(lambda key: objective.init(key, batch), jax.random.key(0))
-    tree = dict(zip(("params", "teacher", "memory"), shapes))
+    tree = dict(zip(("params", "teacher", "memory"), shapes, strict=True))
     assert set(trees.match(list(trees.flatten(tree)), objective.rules, "sharding").values()) == {"fsdp", "replicate"}
     assert set(shapes[0]["heads"]) == {"s2", "fused"} and set(shapes[0]["align"]) == {"s2"}
 
@@ -278,7 +279,7 @@ def test_features_of_student_teacher_and_subsets(case):
         **{f"{s}_image": (8, 16) for s in ("hr", "s2", "s1")},
         **{f"{s}_pixel": (8, 4, 4, 16) for s in ("hr", "s2", "s1")},
     }
-    assert any(np.abs(a - b).max() > 1e-4 for a, b in zip(both[0].values(), both[1].values()))
+    assert any(np.abs(a - b).max() > 1e-4 for a, b in zip(both[0].values(), both[1].values(), strict=True))
     np.testing.assert_allclose(both[0]["image"], both[0]["pixel"].mean((1, 2)), atol=1e-5)
     np.testing.assert_allclose(both[0]["s2_image"], both[0]["s2_pixel"].mean((1, 2)), atol=1e-5)
     alone = case.objective.features(case.params, {"s1": inputs["s1"]})

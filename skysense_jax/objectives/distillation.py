@@ -13,6 +13,7 @@ numpy):
                 object += CE(mean of t[m] by share[m, c], mean of s[n] by share[m, c])   weight min(sum share, 1) / C
             image += CE(mean of the valid cells of t, mean of the valid cells of s)      weight 1
     term = sum of weight * CE / sum of weight                                            by head and granularity
+    mean logits = mean over granularities of teacher_head(cells, objects, images of t)   what the centre follows
 
     CE(y, x) = -sum over K of p * log q    p = softmax((teacher_head(y) - centre) / teacher_temp)
                                            q = softmax(student_head(x) / student_temp)
@@ -148,9 +149,10 @@ def head_group_terms(
     dates = [views.student[name].mask.shape[2] for name in names]
     spans = {name: slice(sum(dates[:i]), sum(dates[: i + 1])) for i, name in enumerate(names)}
     student_cells, teacher_cells = join(views.student, names), join(views.teacher, names)
+
+    # Features, by granularity: cells, means of clusters over common ground, means of images.
     assigned = granularity.assignment(teacher_cells, settings.seeds, o.sinkhorn_eps, o.sinkhorn_iters)
-    # View 0 of the student meets view 1 of the teacher, and view 1 view 0.
-    swapped_cells = swap_views(teacher_cells)
+    swapped_cells = swap_views(teacher_cells)  # view 0 of the student meets view 1 of the teacher, and view 1 view 0
     student_images, teacher_images = granularity.image_means(student_cells), granularity.image_means(teacher_cells)
     swapped_images = swap_views(teacher_images)
     student_objects, teacher_objects, object_weight = granularity.objects(
@@ -171,10 +173,11 @@ def head_group_terms(
         }
         teacher_features |= {"object/local": teacher_local_objects}
 
+    # Vectors: all features through the heads but for the last layer.
     student_vectors = through_heads(settings.head, heads.student, student_features, spans)
     teacher_vectors = jax.lax.stop_gradient(through_heads(settings.head, heads.teacher, teacher_features, spans))
 
-    # Of every kind of row: targets [B, S, M, T, n, d] and their weight [B, S, M, T, n].
+    # Pairs: what each vector of the student is compared with, [B, S, M, T, n, d], and its weight, [B, S, M, T, n].
     targets = {
         "pixel": granularity.pixel_targets(
             student_cells, swapped_cells, swap_views(teacher_vectors["pixel"]), views.matches["global"], zip_views
@@ -195,8 +198,10 @@ def head_group_terms(
                 local_images, teacher_images, teacher_vectors["image"], cross_views
             ),
         }
-        row_kinds = [[*row_kinds[0], "object/local"], ["pixel/local", "image/local"]]  # one target a row; two
+        # A row of the first set has one target (M = 1), of the second two, the teacher's two global views.
+        row_kinds = [[*row_kinds[0], "object/local"], ["pixel/local", "image/local"]]
 
+    # Losses: cross-entropies of the rows of each head, with its own last layer.
     centre_weights = {"pixel": teacher_cells.mask, "object": object_weight, "image": teacher_images.mask}
     terms = {}
     for name, span in spans.items():
