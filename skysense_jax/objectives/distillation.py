@@ -1,4 +1,4 @@
-"""The pixel, object and image terms of several heads at once, with the monitors that show a collapse.
+"""The pixel, object and image terms of several heads at once.
 
 What is computed, as loops; everything below is these loops as arrays (tests/test_skysense_loss_twin.py has them in
 numpy):
@@ -28,7 +28,7 @@ vectors first, and `contrast.distil` multiplies with the prototypes, chunk by ch
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -37,7 +37,7 @@ import numpy as np
 
 from skysense_jax.core.sharding import gathered
 from skysense_jax.nn.heads import DINOHead, unit_prototypes
-from skysense_jax.objectives import granularity
+from skysense_jax.objectives import granularity, monitors
 from skysense_jax.objectives.granularity import Cells, cross_views, zip_views
 from skysense_jax.ops import contrast
 
@@ -212,16 +212,16 @@ def head_group_terms(
         prototypes = last_layers(name, settings, heads, schedule)
         totals, usage = granularity.distil_rows(row_sets, prototypes)
         losses = {kind: contrast.safe_mean(x.ce, x.weight) for kind, x in totals.items()}
-        monitors = {
-            **teacher_monitors(totals, losses, usage, heads.centre[name]),
-            "student/std": feature_std(student_images.features[:, :, span], student_images.mask[:, :, span]),
+        head_monitors = {
+            **monitors.teacher_monitors(totals, losses, usage, heads.centre[name]),
+            "student/std": monitors.feature_std(student_images.features[:, :, span], student_images.mask[:, :, span]),
         }
         logits = mean_logits(
             {kind: teacher_vectors[kind][:, :, span] for kind in centre_weights},
             {kind: weight[:, :, span] for kind, weight in centre_weights.items()},
             prototypes.teacher,
         )
-        terms[name] = HeadTerms(losses, monitors, logits)
+        terms[name] = HeadTerms(losses, head_monitors, logits)
     return terms
 
 
@@ -257,62 +257,8 @@ def mean_logits(vectors: Mapping[str, jax.Array], weights: Mapping[str, jax.Arra
     sums = {
         kind: jnp.sum(x * weights[kind][..., None], axis=axes[kind], dtype=jnp.float32) for kind, x in vectors.items()
     }
-    seen = add_up((w.sum() > 0).astype(jnp.float32) for w in weights.values())
-    mean = contrast.safe_mean(add_up(contrast.safe_mean(sums[kind], w.sum()) for kind, w in weights.items()), seen)
+    seen = contrast.add_up((w.sum() > 0).astype(jnp.float32) for w in weights.values())
+    mean = contrast.safe_mean(
+        contrast.add_up(contrast.safe_mean(sums[kind], w.sum()) for kind, w in weights.items()), seen
+    )
     return {"logits": jnp.dot(mean, prototypes, precision="highest"), "seen": seen}
-
-
-def add_up(values: Iterable[jax.Array]) -> jax.Array:
-    """The sum of float32 arrays of one shape; 0 of none."""
-    return sum(values, start=jnp.float32(0))
-
-
-def teacher_monitors(
-    totals: Mapping[str, granularity.Totals], losses: Scalars, usage: jax.Array, centre: jax.Array
-) -> Scalars:
-    """Means over the granularities that have rows; see objectives.skysense for the meaning of each.
-
-    Args:
-        totals: {granularity: sums over its rows}.
-        losses: {granularity: mean cross-entropy}.
-        usage: [K] the summed assignment of the teacher.
-        centre: [K] of the teacher's logits.
-
-    Returns:
-        {"teacher/...": scalar}.
-    """
-    seen = add_up((x.weight > 0).astype(jnp.float32) for x in totals.values())
-    entropy = contrast.safe_mean(add_up(contrast.safe_mean(x.entropy, x.weight) for x in totals.values()), seen)
-    return {
-        "teacher/entropy": entropy / math.log(centre.shape[-1]),
-        "teacher/kl": contrast.safe_mean(add_up(losses.values()), seen) - entropy,
-        "teacher/usage": prototype_usage(usage),
-        "teacher/centre": jnp.sqrt(jnp.mean(centre**2)),
-    }
-
-
-def prototype_usage(assigned: jax.Array) -> jax.Array:
-    """exp(entropy of the mean assignment) / K, from summed assignments [K]; 0 where nothing was assigned."""
-    share = contrast.safe_mean(assigned, assigned.sum())
-    entropy = -jnp.sum(jnp.where(share > 0, share * jnp.log(jnp.where(share > 0, share, 1.0)), 0.0))
-    return jnp.where(assigned.sum() > 0, jnp.exp(entropy) / assigned.shape[-1], 0.0)
-
-
-def feature_std(features: jax.Array, mask: jax.Array) -> jax.Array:
-    """How far image features spread: 0 = they are constant, 1 = isotropic.
-
-    Args:
-        features: [B, S, T, 1, D].
-        mask: [B, S, T, 1].
-
-    Returns:
-        The standard deviation over the views of the batch of L2-normalised, date-averaged features, mean over channels,
-        times sqrt(D).
-    """
-    features, mask = jax.lax.stop_gradient((features, mask))
-    x = contrast.normalise(jnp.sum(features * mask[..., None], axis=(2, 3), dtype=jnp.float32))  # [B, S, D]
-    weight = mask.max((2, 3))[..., None]  # [B, S, 1]
-    mass = weight.sum()
-    mean = contrast.safe_mean((x * weight).sum((0, 1)), mass)
-    variance = contrast.safe_mean((jnp.square(x - mean) * weight).sum((0, 1)), mass)
-    return jnp.sqrt(variance).mean() * math.sqrt(x.shape[-1])

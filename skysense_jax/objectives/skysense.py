@@ -223,7 +223,7 @@ def loss(
         terms |= distillation.head_group_terms(names, settings.distil, heads, views, schedule)
     mgcl, settle_inputs = jnp.float32(0), dict[str, Any]()
     for name, term in terms.items():
-        mgcl = mgcl + distillation.add_up(term.losses.values())
+        mgcl = mgcl + contrast.add_up(term.losses.values())
         settle_inputs[name] = term.mean_logits
         metrics |= {f"loss/{name}/{kind}": value for kind, value in term.losses.items()}
         metrics |= {f"{key}/{name}": value for key, value in term.monitors.items()}
@@ -239,7 +239,7 @@ def loss(
         params["align"], sensor_cells, int(cfg.data.global_size), jnp.dtype(cfg.model.dtype), o
     )
     metrics |= {f"loss/align/{pair}": value for pair, value in aligned.items()}
-    align = distillation.add_up(aligned.values())
+    align = contrast.add_up(aligned.values())
     total = o.alpha * mgcl + o.beta * align
     metrics |= {"loss/total": total, "loss/mgcl": mgcl, "loss/align": align}
     return total, (jax.lax.stop_gradient(metrics), jax.lax.stop_gradient(settle_inputs))

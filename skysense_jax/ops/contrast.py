@@ -10,6 +10,7 @@ over pairs of unequal views, v2 = sum over all pairs, v3 = mean over all pairs, 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,11 @@ from skysense_jax.core.sharding import one_each
 def safe_mean(total: jax.Array, weight: jax.Array) -> jax.Array:
     """total / weight, and 0 (with zero gradient) where weight is 0."""
     return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1.0), 0.0)
+
+
+def add_up(values: Iterable[jax.Array]) -> jax.Array:
+    """The sum of float32 arrays of one shape; 0 of none."""
+    return sum(values, start=jnp.float32(0))
 
 
 def normalise(x: jax.Array, eps: float = 1e-12) -> jax.Array:
