@@ -20,6 +20,7 @@ from skysense_jax.core import flops, trees, xla_flags
 from skysense_jax.core import mesh as meshes
 from skysense_jax.data.batches import spec
 from skysense_jax.models import msgfm
+from skysense_jax.objectives import flops as objective_flops
 from skysense_jax.objectives import gfm
 from skysense_jax.objectives import msgfm as msgfm_objective
 from skysense_jax.run import checkpoint, init_from, metrics, optim, state, step
@@ -421,7 +422,7 @@ def test_flops_are_those_of_the_traced_step():
     bands = {name: len(rule["bands"]) for name, rule in contract["sensors"].items()}
     targets = {name: (name, PAIRS[name]) for name in bands}
     images = sum(flops.linear(8 * 64, 4 * count, c.model.embed_dims) for count in bands.values())
-    parts = flops.msgfm_parts(c, bands, targets)
+    parts = objective_flops.msgfm_parts(c, bands, targets)
     assert sum(parts.values()) - images == flops.of_jaxpr(traced.jaxpr.jaxpr)
     assert plan.flops == parts["encoder"] + sum(parts[name] for name in bands) / 4
 

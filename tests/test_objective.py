@@ -1,5 +1,5 @@
-"""The SkySense objective on a real, tiny model: each term against loops, who gets gradient, what is masked, what a
-collapse looks like, devices.
+"""The SkySense objective on a real, tiny model: each term's parts, who gets gradient, what is masked, what a collapse
+looks like, devices. Its value against loops in numpy: test_skysense_loss_twin.py.
 """
 
 import math
@@ -13,201 +13,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from skysense_jax import sensors
 from skysense_jax.configs import skysense_smoke
 from skysense_jax.core import flops, mesh, rngs, sharding, trees
-from skysense_jax.models.skysense import make_model
-from skysense_jax.nn.heads import DINOHead
+from skysense_jax.models import systems
+from skysense_jax.objectives import flops as objective_flops
 from skysense_jax.objectives import granularity
 from skysense_jax.objectives.skysense import make_objective
-
-PLACES, TILE = 8, 8
-SCHEDULE = {"teacher_temp": 0.05, "last_layer_frozen": 0.0, "teacher_momentum": 0.9}
-
-
-def tiny():
-    """The smoke configuration at toy size, without random depth so that a loss is a function of its batch."""
-    c = skysense_smoke.get_config()
-    c.data.global_size, c.data.local_size, c.data.n_local = 4, 2, 2
-    c.data.dates = {"hr": 1, "s2": 3, "s1": 2}
-    c.model.width, c.model.ratio = 16, 4
-    c.model.hr.update(
-        {
-            "patch": 2,
-            "embed_dims": 8,
-            "depths": (2, 2),
-            "num_heads": (1, 2),
-            "window": 2,
-            "drop_path": 0.0,
-            "pretrained_windows": (0, 0),
-            "pad_small_map": True,
-        }
-    )
-    for name in ("s2", "s1"):
-        c.model[name].update({"embed_dims": 16, "depth": 1, "num_heads": 2, "img_size": 4, "drop_path": 0.0})
-    c.model.fusion.update({"embed_dims": 16, "depth": 1, "num_heads": 2, "drop_path": 0.0})
-    c.objective.head.update({"hidden": 24, "bottleneck": 8, "prototypes": 32})
-    c.objective.update({"clusters": 4, "align_dim": 8, "align_grid": 2})
-    return c
-
-
-def contract_of(c):
-    return sensors.input_contract(dict(c.data.bands), c.model.ratio)
-
-
-def make_batch(c, contract, places=PLACES, seed=0):
-    """A batch of noise, fully valid, with crops that overlap in part."""
-    rng = np.random.default_rng(seed)
-
-    def views(count, size):
-        inputs = {}
-        for name, rule in contract["sensors"].items():
-            side, bands = size * (contract["ratio"] if rule["grid"] == "hr" else 1), len(rule["bands"])
-            lead = (places, count, c.data.dates[name])
-            image = np.array(rule["mean"]) + np.array(rule["std"]) * rng.normal(size=(*lead, side, side, bands))
-            inputs[name] = {
-                "image": image.astype(np.float32),
-                "valid": np.ones((*lead, side, side), np.float32),
-                "bands": np.ones((*lead, bands), np.float32),
-                "dates": rng.integers(0, 365, lead).astype(np.int32),
-            }
-        extent = rng.uniform(0.5, 0.9, (places, count)) * TILE * size / c.data.global_size
-        origin = rng.uniform(0, 1, (places, count, 2)) * (TILE - extent)[..., None]
-        axis = np.arange(size) + 0.5
-        grid = np.stack(np.meshgrid(axis, axis), -1)
-        cell = extent / size
-        return {
-            "sensors": inputs,
-            "coords": (origin[:, :, None, None] + grid * cell[..., None, None, None]).astype(np.float32),
-            "cell": cell.astype(np.float32),
-        }
-
-    batch = {"global": views(2, c.data.global_size)}
-    if c.data.n_local:
-        batch["local"] = views(c.data.n_local, c.data.local_size)
-    return batch
-
-
-def hide(batch, name, places=slice(None), dates=slice(None)):
-    """The same batch with acquisitions of a sensor padded away as the pipeline does it."""
-    batch = jax.tree.map(np.copy, batch)
-    for views in batch.values():
-        sensor = views["sensors"][name]
-        for key, value in (("image", 0), ("valid", 0), ("bands", 0), ("dates", -1)):
-            sensor[key][places, :, dates] = value
-    return batch
-
-
-class Case:
-    """One compiled loss with its gradient in every argument, shared by the tests."""
-
-    def __init__(self, c):
-        self.cfg, self.contract = c, contract_of(c)
-        self.objective = make_objective(c, self.contract)
-        self.batch = make_batch(c, self.contract)
-        self.params, self.teacher, self.memory = jax.jit(lambda key: self.objective.init(key, self.batch))(
-            jax.random.key(0)
-        )
-        # The teacher at init is the student: move it, so that a mix-up of the two is seen.
-        self.teacher = jax.tree.map(
-            lambda x: x + 0.02 * jax.random.normal(jax.random.key(x.size), x.shape), self.teacher
-        )
-        self.memory = jax.tree.map(lambda x: 0.1 * jax.random.normal(jax.random.key(1), x.shape), self.memory)
-        self.keys = rngs.keys(0, self.objective.streams, 0)
-        self.compiled = jax.jit(jax.value_and_grad(self.objective.loss, argnums=(0, 1, 2), has_aux=True))
-
-    def run(self, batch=None, params=None, teacher=None, schedule=None):
-        schedule = {name: jnp.float32(value) for name, value in {**SCHEDULE, **(schedule or {})}.items()}
-        (loss, (metrics, settle)), grads = self.compiled(
-            self.params if params is None else params,
-            self.teacher if teacher is None else teacher,
-            self.memory,
-            self.batch if batch is None else batch,
-            self.keys,
-            schedule,
-        )
-        return float(loss), {name: float(value) for name, value in metrics.items()}, settle, grads
+from tests.helpers.objective_case import PLACES, SCHEDULE, contract_of, hide, make_batch, norm, shared_case, tiny
 
 
 @pytest.fixture(scope="module")
 def case():
-    return Case(tiny())
-
-
-def norm(tree):
-    return math.sqrt(sum(float(jnp.sum(x.astype(jnp.float32) ** 2)) for x in jax.tree.leaves(tree)))
-
-
-# ----------------------------------------------------------------------------------------- the terms, by loops in numpy
-def softmax(x):
-    e = np.exp(x - x.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
-
-
-def loop_terms(case, batch, head_name):
-    """Pixel and image terms of one head, written as loops over places, pairs of views, dates and cells."""
-    c = case.cfg
-    apply = jax.jit(make_model(c.model, case.contract).apply)
-    full = DINOHead(
-        c.objective.head.hidden, c.objective.head.bottleneck, c.objective.head.prototypes, c.objective.head.layers
-    )
-
-    def maps(tree, views):
-        b, s, h, w = views["coords"].shape[:4]
-        out = apply(
-            tree["encoder"], jax.tree.map(lambda x: jnp.asarray(x).reshape(b * s, *x.shape[2:]), views["sensors"])
-        )
-        x, m = (
-            (out["fused"][:, None], out["fused_mask"][:, None])
-            if head_name == "fused"
-            else (out["maps"][head_name], out["mask"][head_name])
-        )
-        return (
-            np.asarray(x, np.float64).reshape(b, s, -1, h * w, x.shape[-1]),
-            np.asarray(m).reshape(b, s, -1, h * w) > 0,
-        )
-
-    def logits(tree, x):
-        return np.asarray(full.apply({"params": tree["heads"][head_name]}, jnp.asarray(x, jnp.float32)), np.float64)
-
-    centre = np.asarray(case.memory["centre"][head_name], np.float64)
-    theirs, their_mask = maps(case.teacher, batch["global"])
-    p_pixel = softmax((logits(case.teacher, theirs) - centre) / SCHEDULE["teacher_temp"])
-    sums = {"pixel": [0.0, 0.0], "image": [0.0, 0.0]}
-    for scope in ("global", "local"):
-        mine, mask = maps(case.params, batch[scope])
-        pixel = logits(case.params, mine) / c.objective.student_temp
-        pixel -= np.log(np.exp(pixel).sum(-1, keepdims=True))
-        for b in range(mine.shape[0]):
-            for s in range(mine.shape[1]):
-                for v in range(2):
-                    if scope == "global" and s == v:
-                        continue
-                    here = batch[scope]["coords"][b, s].reshape(-1, 2)
-                    there = batch["global"]["coords"][b, v].reshape(-1, 2)
-                    limit = math.sqrt(2) / 2 * max(batch[scope]["cell"][b, s], batch["global"]["cell"][b, v])
-                    for k in range(mine.shape[2]):
-                        for n in range(len(here)):
-                            distance = np.linalg.norm(there - here[n], axis=-1)
-                            m = int(distance.argmin())
-                            if distance[m] <= limit and mask[b, s, k, n] and their_mask[b, v, k, m]:
-                                sums["pixel"][0] -= (p_pixel[b, v, k, m] * pixel[b, s, k, n]).sum() / len(here)
-                                sums["pixel"][1] += 1 / len(here)
-                        if mask[b, s, k].any() and their_mask[b, v, k].any():
-                            p = softmax(
-                                (logits(case.teacher, theirs[b, v, k][their_mask[b, v, k]].mean(0)) - centre)
-                                / SCHEDULE["teacher_temp"]
-                            )
-                            q = logits(case.params, mine[b, s, k][mask[b, s, k]].mean(0)) / c.objective.student_temp
-                            sums["image"][0] -= (p * (q - np.log(np.exp(q).sum()))).sum()
-                            sums["image"][1] += 1
-    return {kind: total / weight for kind, (total, weight) in sums.items()}
-
-
-@pytest.mark.parametrize("name", ["s2", "fused"])
-def test_terms_equal_loops(case, name):
-    batch = hide(hide(case.batch, "s2", dates=2, places=slice(0, 4)), "s2", places=5)
-    batch["global"]["sensors"]["s2"]["valid"][1, 0, 0, :2] = 0  # two rows of cells without data
-    _, metrics, _, _ = case.run(batch)
-    for kind, value in loop_terms(case, batch, name).items():
-        assert abs(metrics[f"loss/{name}/{kind}"] / value - 1) < 2e-5, (kind, metrics[f"loss/{name}/{kind}"], value)
+    return shared_case()
 
 
 def test_total_is_the_weighted_sum_and_names_are_stable(case):
@@ -247,26 +62,23 @@ def test_objects_compare_the_same_ground():
     no say.
     """
     rng = np.random.default_rng(0)
-    theirs = rng.normal(size=(2, 1, 3, 9, 5)).astype(np.float32)
+    teacher_features = rng.normal(size=(2, 1, 3, 9, 5)).astype(np.float32)
     order = rng.permutation(9)
     match = np.zeros((2, 1, 9, 9), np.float32)
     match[..., np.arange(9), order] = 1
     match[:, :, :4] = 0  # the first four cells of the student have no partner
-    mine = theirs[..., order, :].copy()
-    mine[..., :4, :] = 1e3
+    student_features = teacher_features[..., order, :].copy()
+    student_features[..., :4, :] = 1e3
     ones = jnp.ones((2, 1, 3, 9))
-    teacher = granularity.Cells(jnp.asarray(theirs), ones)
+    student = granularity.Cells(jnp.asarray(student_features), ones)
+    teacher = granularity.Cells(jnp.asarray(teacher_features), ones)
     assigned = granularity.assignment(teacher, np.array([0, 4, 8]), 0.05, 3)
-    a, b, weight = granularity.objects(
-        granularity.Cells(jnp.asarray(mine), ones), teacher, assigned, jnp.asarray(match), every=False
-    )
+    a, b, weight = granularity.objects(student, teacher, assigned, jnp.asarray(match), granularity.zip_views)
     assert a.shape == b.shape == (2, 1, 3, 3, 5) and weight.shape == (2, 1, 3, 3)
     np.testing.assert_allclose(a, b, atol=1e-4)
     assert float(weight.max()) <= 1 and float(weight.min()) >= 0
-    every = granularity.objects(
-        granularity.Cells(jnp.asarray(mine), ones), teacher, assigned, jnp.asarray(match)[:, :, None], every=True
-    )
-    for x, y in zip(every, (a, b, weight)):
+    crossed = granularity.objects(student, teacher, assigned, jnp.asarray(match)[:, :, None], granularity.cross_views)
+    for x, y in zip(crossed, (a, b, weight), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)
 
 
@@ -286,7 +98,7 @@ def test_last_layer_stands_still_while_frozen(case):
     loss, _, _, (free, _, _) = case.run()
     frozen_loss, _, _, (frozen, _, _) = case.run(schedule={"last_layer_frozen": 1.0})
     assert abs(loss / frozen_loss - 1) < 1e-6
-    for name, grad in frozen["heads"].items():
+    for grad in frozen["heads"].values():
         assert norm(grad["last_layer_v"]) == 0 and norm(grad["mlp0"]) > 0
     np.testing.assert_allclose(frozen["encoder"]["ctpe"], free["encoder"]["ctpe"], rtol=1e-3, atol=1e-6)
 
@@ -299,6 +111,7 @@ def test_settle_by_hand(case):
         trees.flatten(teacher).items(),
         jax.tree.leaves(case.teacher),
         (trees.flatten(case.params)[name] for name in trees.flatten(teacher)),
+        strict=True,
     ):
         np.testing.assert_allclose(new, 0.9 * old + 0.1 * student, rtol=1e-5, atol=1e-7, err_msg=name)
     for name, centre in memory["centre"].items():
@@ -452,7 +265,7 @@ def test_rules_cover_every_leaf_once_for_any_subset_of_sensors():
     objective = make_objective(c, contract)
     batch = make_batch(c, contract)
     shapes = jax.eval_shape(lambda key: objective.init(key, batch), jax.random.key(0))
-    tree = dict(zip(("params", "teacher", "memory"), shapes))
+    tree = dict(zip(("params", "teacher", "memory"), shapes, strict=True))
     assert set(trees.match(list(trees.flatten(tree)), objective.rules, "sharding").values()) == {"fsdp", "replicate"}
     assert set(shapes[0]["heads"]) == {"s2", "fused"} and set(shapes[0]["align"]) == {"s2"}
 
@@ -460,7 +273,8 @@ def test_rules_cover_every_leaf_once_for_any_subset_of_sensors():
 # -------------------------------------------------------------------------------------------- features, flops, the door
 def test_features_of_student_teacher_and_subsets(case):
     inputs = jax.tree.map(lambda x: jnp.asarray(x[:, 0]), case.batch["global"]["sensors"])
-    both = [jax.jit(case.objective.features)(tree, inputs) for tree in (case.params, case.teacher)]
+    features = systems.system_of(case.cfg.model).make_features(case.cfg.model, case.contract)
+    both = [jax.jit(features)(tree["encoder"], inputs) for tree in (case.params, case.teacher)]
     shapes = {name: value.shape for name, value in both[0].items()}
     assert shapes == {
         "image": (8, 16),
@@ -468,10 +282,10 @@ def test_features_of_student_teacher_and_subsets(case):
         **{f"{s}_image": (8, 16) for s in ("hr", "s2", "s1")},
         **{f"{s}_pixel": (8, 4, 4, 16) for s in ("hr", "s2", "s1")},
     }
-    assert any(np.abs(a - b).max() > 1e-4 for a, b in zip(both[0].values(), both[1].values()))
+    assert any(np.abs(a - b).max() > 1e-4 for a, b in zip(both[0].values(), both[1].values(), strict=True))
     np.testing.assert_allclose(both[0]["image"], both[0]["pixel"].mean((1, 2)), atol=1e-5)
     np.testing.assert_allclose(both[0]["s2_image"], both[0]["s2_pixel"].mean((1, 2)), atol=1e-5)
-    alone = case.objective.features(case.params, {"s1": inputs["s1"]})
+    alone = features(case.params["encoder"], {"s1": inputs["s1"]})
     assert set(alone) == {"image", "pixel", "s1_image", "s1_pixel"}
     np.testing.assert_allclose(alone["s1_image"], both[0]["s1_image"], atol=1e-5)
 
@@ -487,7 +301,7 @@ def test_flops_equal_the_products_of_the_traced_step(size):
     keys = jax.eval_shape(lambda: rngs.keys(0, objective.streams, 0))
     traced = jax.make_jaxpr(jax.value_and_grad(objective.loss, has_aux=True))(*state, batch, keys, schedule)
     counted, analytic = flops.of_jaxpr(traced.jaxpr), objective.flops(batch)
-    assert abs(analytic / counted - 1) < 0.02, flops.skysense_parts(c, contract, batch)
+    assert abs(analytic / counted - 1) < 0.02, objective_flops.skysense_parts(c, contract, batch)
 
 
 @pytest.mark.parametrize(

@@ -16,16 +16,16 @@ from skysense_jax.core import flops, rngs
 from skysense_jax.core import mesh as meshes
 from skysense_jax.data import records
 from skysense_jax.models.skysense import empty_bank, make_model, module_names, region_side, with_bank, without_bank
+from skysense_jax.objectives import flops as objective_flops
 from skysense_jax.objectives.skysense import make_objective
 from skysense_jax.ops import prototypes, regions
 from skysense_jax.run import checkpoint, imported, init_from, optim, state
 from skysense_jax.run import plan as plans
 from skysense_jax.run import start as starts
 from skysense_jax.run import step as run_step
-from tests import test_objective
 from tests.helpers import noise_dataset as tiny_data
+from tests.helpers import objective_case, toy_objective
 from tests.helpers import tiny_model as tiny
-from tests.helpers import toy_objective
 from tests.test_ops import np_sinkhorn
 
 BANK = ("prototypes", "usage", "visits", "cells", "lon_edges", "lat_edges")
@@ -453,13 +453,13 @@ def test_partial_weights_with_and_without_the_bank(tmp_path):
 
 # -------------------------------------------------------------------------------- pretraining
 def test_flops_with_a_bank_are_the_products_of_the_traced_step():
-    c = test_objective.tiny()
+    c = objective_case.tiny()
     c.model.geo_context.update({"bank": "on", "regions": 4, "prototypes": 200, "width": 64})
-    contract = test_objective.contract_of(c)
+    contract = objective_case.contract_of(c)
     objective = make_objective(c, contract)
 
     def made():
-        batch = test_objective.make_batch(c, contract, places=2)
+        batch = objective_case.make_batch(c, contract, places=2)
         return batch | {"place": {"lon": np.zeros(2, np.float32), "lat": np.zeros(2, np.float32)}}
 
     batch = jax.eval_shape(made)
@@ -467,17 +467,17 @@ def test_flops_with_a_bank_are_the_products_of_the_traced_step():
     schedule = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in objective.schedule_keys}
     keys = jax.eval_shape(lambda: rngs.keys(0, objective.streams, 0))
     traced = jax.make_jaxpr(jax.value_and_grad(objective.loss, has_aux=True))(*values, batch, keys, schedule)
-    parts = flops.skysense_parts(c, contract, batch)
+    parts = objective_flops.skysense_parts(c, contract, batch)
     assert abs(objective.flops(batch) / flops.of_jaxpr(traced.jaxpr) - 1) < 0.02, parts
     assert parts["geo"] > 0.05 * objective.flops(batch)  # enough of it to be missed
 
 
 @pytest.mark.parametrize("field, value", [("sinkhorn_eps", 0.0), ("prototype_momentum", 1.0)])
 def test_an_update_that_means_nothing_is_refused(field, value):
-    c = test_objective.tiny()
+    c = objective_case.tiny()
     c.model.geo_context.bank, c.objective[field] = "on", value
     with pytest.raises(ValueError, match=f"objective.{field}={value}"):
-        make_objective(c, test_objective.contract_of(c))
+        make_objective(c, objective_case.contract_of(c))
 
 
 def test_a_step_moves_the_bank_and_one_that_is_not_finite_does_not():

@@ -28,10 +28,6 @@ class Objective(NamedTuple):
         every mean, Sinkhorn and contrast runs over all devices.
     settle(params, teacher, memory, settle_inputs, schedule) -> teacher, memory
         After the update, with the updated params; called only where the update was finite.
-    features(params, inputs) -> dict of arrays
-        params: any tree with "encoder" (the student's or the teacher's). inputs: PlaceInput, any subset of the
-        contract's sensors. At least "image" [B, E] and "pixel" [B, h, w, E]. Evaluation and export use this and nothing
-        else.
     rules: ((pattern, tactic), ...) over the names of the joined tree {"params": ..., "teacher": ..., "memory": ...}
         so that names start with "params/", "teacher/" or "memory/"; strict (core.sharding): each leaf by exactly one
         rule, each rule used.
@@ -49,7 +45,6 @@ class Objective(NamedTuple):
     init: Callable[[Any, Tree], tuple[Tree, Tree, Tree]]
     loss: Callable[..., tuple[Any, tuple[dict[str, Any], Tree]]]
     settle: Callable[..., tuple[Tree, Tree]]
-    features: Callable[[Tree, Tree], dict[str, Any]]
     rules: tuple[tuple[str, str], ...]
     flops: Callable[[Tree], float]
     streams: tuple[str, ...]

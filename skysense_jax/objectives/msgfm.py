@@ -41,12 +41,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from skysense_jax.core import flops as count
 from skysense_jax.core import trees
 from skysense_jax.core.rngs import name_hash
 from skysense_jax.models import msgfm
-from skysense_jax.models.msgfm_outputs import encoder_features, normalised
-from skysense_jax.objectives import gfm
+from skysense_jax.models.msgfm_outputs import normalised
+from skysense_jax.objectives import flops, gfm
 from skysense_jax.objectives.base import Objective
 from skysense_jax.ops.masking import masked_sums, pixel_mask, random_cells
 from skysense_jax.sensors import SENSORS
@@ -143,9 +142,6 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
     ) -> tuple[Tree, Tree]:
         return teacher, memory
 
-    def features(params: Tree, inputs: Tree) -> dict[str, jax.Array]:
-        return encoder_features(cfg.model, contract, model, params["encoder"], inputs)
-
     def lr_scale(batch: Tree) -> jax.Array:
         return jnp.asarray(scales, jnp.float32)[batch["sensor"][0]]
 
@@ -165,9 +161,8 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
         init,
         loss,
         settle,
-        features,
         sharding_rules(cfg, teach is not None),
-        lambda spec: count.msgfm_step(cfg, bands, targets),
+        lambda spec: flops.msgfm_step(cfg, bands, targets),
         ("mask", "cross", "encoder"),
         (),
         lr_scale,

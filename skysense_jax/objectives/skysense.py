@@ -1,15 +1,30 @@
 """The SkySense objective: multi-granularity self-distillation per sensor and fused, plus cross-modal alignment.
 
-L = alpha * L_MGCL + beta * L_align (SkySense paper; what it leaves open is a field of `config.objective`).
+    g0, g1, locals = batch                              views of every place: crops of all its sensors at once
+    student cells  = encode(g0, g1, locals)             {head: [view, date, cell]}; heads: each sensor, and "fused"
+    teacher cells  = average of students: encode(g0, g1)                                     without gradient
+    match(s, t)    = for each cell of view s the nearest cell of view t, if near enough to be the same ground
 
-L_MGCL = sum over heads (each sensor, and "fused") of pixel + object + image. The student sees both global views and the
-local ones, the teacher (an average of the student) the global ones; (student g0, teacher g1), (g1, g0) and every local
-with both globals are compared, as in DINO. Each term is the mean cross-entropy -p log q over all valid pairs of the
-*global* batch, p = softmax((teacher - centre) / teacher_temp), q = softmax(student / student_temp) over the head's
-prototypes. Padded dates, invalid cells and cells without common ground have weight 0; a sensor that is absent from the
-whole batch gives exactly 0.
-L_align = sum over pairs of sensors of the symmetric InfoNCE between time-averaged, projected features of the regions
-of the student's global views.
+    for head in heads:                                                                       L_MGCL
+        for s, t in (g0, g1), (g1, g0), every local with g0 and g1:       view s of the student, view t of the teacher
+            pixel  : CE(cell of t, cell of s)                             every matched pair of cells
+            object : CE(mean of t, mean of s) over the matched cells of a cluster; clusters = Sinkhorn of the cells of t
+            image  : CE(mean of all cells of t, mean of all cells of s)
+        L_MGCL += mean of pixel + mean of object + mean of image          objectives.distillation has the weights
+    for a, b in pairs of sensors:                                                            L_align
+        L_align += symmetric InfoNCE(regions of a, regions of b)          objectives.alignment; student, g0 and g1
+    L = alpha * L_MGCL + beta * L_align
+
+    CE = -sum over K prototypes of p * log q            p = softmax((teacher's logits - centre) / teacher_temp)
+                                                        q = softmax(student's logits / student_temp)
+    after the update:
+        teacher = teacher_momentum * teacher + (1 - teacher_momentum) * student
+        centre  = centre_momentum * centre + (1 - centre_momentum) * mean of the teacher's logits
+
+From the SkySense paper; what it leaves open is a field of `config.objective`, and the pairs of views are DINO's. Every
+mean is over all valid pairs of the *global* batch, date by date. Padded dates, invalid cells and cells without common
+ground have weight 0; a sensor that is absent from the whole batch gives exactly 0. With geo-context the fused map asks
+a bank of prototypes, which learns without a gradient (objectives.geo).
 
 Metrics (float32 scalars; i = head: a sensor or "fused"). A collapse is seen at a glance:
   loss/total, loss/mgcl, loss/align  the sums above
@@ -36,22 +51,20 @@ A head none of whose rows is valid in the batch reports 0 for all of its own.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping
-from typing import Any
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from skysense_jax.core import flops as count
 from skysense_jax.core.rngs import name_hash
-from skysense_jax.core.sharding import gathered
-from skysense_jax.models.skysense import SENSOR_ORDER, empty_bank, fused_width, make_model, with_bank
-from skysense_jax.models.skysense_outputs import encoder_features
+from skysense_jax.models.skysense import SENSOR_ORDER, Model, empty_bank, fused_width, make_model, with_bank
 from skysense_jax.nn.heads import DINOHead
-from skysense_jax.objectives import distillation, geo
-from skysense_jax.objectives import granularity as gr
+from skysense_jax.objectives import alignment, distillation, flops, geo, granularity
 from skysense_jax.objectives.base import Objective
+from skysense_jax.objectives.granularity import Cells
+from skysense_jax.objectives.microbatches import in_parts
 from skysense_jax.ops import clusters, contrast, prototypes
 from skysense_jax.ops.ema import ema
 
@@ -61,27 +74,70 @@ GLOBAL_VIEWS = 2
 Tree = Any
 
 
+class Settings(NamedTuple):
+    """What is fixed over a run. cfg: the whole configuration; sensors: in one order, so that metric names are stable;
+    widths: channels of each head's map; head_groups: the heads, those over maps of one width together; has_bank: the
+    model has geo-context.
+    """
+
+    cfg: Any
+    model: Model
+    sensors: tuple[str, ...]
+    widths: Mapping[str, int]
+    head_groups: tuple[tuple[str, ...], ...]
+    distil: distillation.Settings
+    has_bank: bool
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The sensors, and "fused"."""
+        return (*self.sensors, FUSED)
+
+
 def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
     """The objective of a whole configuration and an input contract. See objectives.base for the functions' contracts.
 
     params = {"encoder", "heads": {i: DINO head}, "align": {sensor: {"kernel" [D, align_dim]}}}; teacher = {"encoder",
-    "heads"}; memory = {"centre": {i: [K]}}, with geo-context "bank" (ops.prototypes). Raises ValueError where the
-    configuration contradicts itself.
+    "heads"}; memory = {"centre": {i: [K]}}, with geo-context "bank" (ops.prototypes).
+
+    Args:
+        cfg: the whole configuration.
+        contract: of the inputs (sensors.input_contract).
+
+    Returns:
+        The objective.
+
+    Raises:
+        ValueError: the configuration contradicts itself.
     """
+    settings = make_settings(cfg, contract)
+    return Objective(
+        functools.partial(init, settings),
+        functools.partial(loss, settings),
+        functools.partial(settle, settings),
+        sharding_rules(cfg, settings.sensors) + (geo.rules(cfg.model) if settings.has_bank else ()),
+        functools.partial(flops.skysense_step, cfg, contract),
+        ("drop_path",),
+        ("teacher_temp", "last_layer_frozen", "teacher_momentum"),
+    )
+
+
+def make_settings(cfg: Any, contract: Mapping[str, Any]) -> Settings:
+    """The settings of a configuration and an input contract; raises ValueError where they contradict each other."""
     model, o = make_model(cfg.model, contract), cfg.objective
     if cfg.model.get("modules"):
         raise ValueError("config.model.modules leaves modules out; pretraining needs the whole model")
-    sensors = tuple(name for name in SENSOR_ORDER if name in contract["sensors"])  # one order: stable metric names
-    heads = (*sensors, FUSED)
-    pairs = tuple(itertools.combinations(sensors, 2))
-    dtype = jnp.dtype(cfg.model.dtype)
+    sensors = tuple(name for name in SENSOR_ORDER if name in contract["sensors"])
     head = DINOHead(
-        o.head.hidden, o.head.bottleneck, o.head.prototypes, o.head.layers, remat=cfg.model.remat, dtype=dtype
+        o.head.hidden,
+        o.head.bottleneck,
+        o.head.prototypes,
+        o.head.layers,
+        remat=cfg.model.remat,
+        dtype=jnp.dtype(cfg.model.dtype),
     )
     widths = {**{name: cfg.model.width for name in sensors}, FUSED: fused_width(cfg.model, contract)}
     has_bank = widths[FUSED] > cfg.model.fusion.embed_dims
-    learns = has_bank and cfg.model.geo_context.bank == "on"
-    families = [heads] if widths[FUSED] == cfg.model.width else [sensors, (FUSED,)]
     size = int(cfg.data.global_size)
     if size % o.align_grid:
         raise ValueError(f"objective.align_grid={o.align_grid} does not divide data.global_size={size}")
@@ -92,206 +148,186 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
             f"objective.sinkhorn_eps={o.sinkhorn_eps} must be above 0, objective.prototype_momentum="
             f"{o.get('prototype_momentum')} in 0..1 and below 1"
         )
-    seeds = clusters.seed_cells(size, size, o.clusters)
-
-    def init(rng: jax.Array, spec: Tree) -> tuple[Tree, Tree, Tree]:
-        views = next(iter(spec["global"]["sensors"].values()))["image"].shape[1]
-        if views != GLOBAL_VIEWS:
-            raise ValueError(f"the batch has {views} global views, this objective pairs {GLOBAL_VIEWS}")
-        place = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[2:]), leaf.dtype), dict(spec["global"]["sensors"])
-        )
-        encoder_key, head_key, align_key = jax.random.split(rng, 3)
-        params = {
-            "encoder": model.init(encoder_key, place),
-            "heads": {
-                name: head.init(jax.random.fold_in(head_key, i), jnp.zeros((1, widths[name])))["params"]
-                for i, name in enumerate(heads)
-            },
-            "align": {
-                name: {
-                    "kernel": jax.nn.initializers.lecun_normal()(
-                        jax.random.fold_in(align_key, i), (widths[name], o.align_dim)
-                    )
-                }
-                for i, name in enumerate(sensors)
-            },
-        }
-        teacher = jax.tree.map(jnp.copy, {"encoder": params["encoder"], "heads": params["heads"]})
-        memory = {"centre": {name: jnp.zeros(o.head.prototypes, jnp.float32) for name in heads}}
-        if has_bank:
-            memory["bank"] = empty_bank(cfg.model, jax.random.fold_in(rng, name_hash("bank")))
-        return params, teacher, memory
-
-    def encode(encoder: Tree, views: Tree, train: bool, rng: jax.Array | None) -> dict[str, gr.Cells]:
-        """All views of a scope through the encoder at once, folded into the batch axis: {head: Cells}."""
-        s, h, w = views["coords"].shape[1:4]
-
-        def piece(places: Tree, rng: jax.Array | None) -> dict[str, gr.Cells]:
-            inputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), places)
-            out = model.apply(encoder, inputs, train=train, rng=rng)
-            maps = {**out["maps"], FUSED: out["fused"][:, None]}
-            masks = {**out["mask"], FUSED: out["fused_mask"][:, None]}
-            return {
-                name: gr.Cells(
-                    maps[name].reshape(-1, s, *maps[name].shape[1:2], h * w, widths[name]),
-                    masks[name].reshape(-1, s, *masks[name].shape[1:2], h * w),
-                )
-                for name in heads
-            }
-
-        return in_pieces(piece, o.microbatches, dict(views["sensors"]), rng)
-
-    def align(params: Tree, cells: Mapping[str, gr.Cells]) -> dict[str, jax.Array]:
-        pooled = {name: pool_regions(cells[name], size, o.align_grid) for name in sensors}
-        vectors = {
-            name: contrast.normalise(
-                jnp.dot(
-                    x.astype(dtype), gathered(params[name]["kernel"].astype(dtype)), preferred_element_type=jnp.float32
-                )
-            )
-            for name, (x, _) in pooled.items()
-        }
-        return {
-            f"{a}-{b}": contrast.info_nce(vectors[a], vectors[b], pooled[a][1] * pooled[b][1], o.align_temp)
-            for a, b in pairs
-        }
-
-    def loss(
-        params: Tree,
-        teacher: Tree,
-        memory: Tree,
-        batch: Tree,
-        keys: Mapping[str, jax.Array],
-        schedule: Mapping[str, jax.Array],
-    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Tree]]:
-        teacher = jax.lax.stop_gradient(teacher)
-        views, local_views = batch["global"], batch.get("local")
-        student_encoder, teacher_encoder = params["encoder"], teacher["encoder"]
-        if has_bank:
-            student_encoder, teacher_encoder = (
-                with_bank(encoder, memory["bank"]) for encoder in (student_encoder, teacher_encoder)
-            )
-            views, local_views = (scope and geo.located(scope, batch["place"]) for scope in (views, local_views))
-        rng = keys["drop_path"]
-        mine = encode(student_encoder, views, True, jax.random.fold_in(rng, 0))
-        theirs = jax.lax.stop_gradient(encode(teacher_encoder, views, False, None))
-        coords, cell = views["coords"], views["cell"]
-        matches = {"global": gr.overlap(coords, coords[:, ::-1], cell, cell[:, ::-1])}
-        local: dict[str, gr.Cells] = {}
-        if local_views is not None:
-            local = encode(student_encoder, local_views, True, jax.random.fold_in(rng, 1))
-            matches["local"] = gr.overlap(
-                local_views["coords"][:, :, None], coords[:, None], local_views["cell"][:, :, None], cell[:, None]
-            )
-
-        metrics = {f"views/overlap_{scope}": match.sum(-1).mean() for scope, match in matches.items()}
-        terms = {}
-        for family in families:
-            terms |= distillation.family_terms(
-                family,
-                o,
-                head,
-                seeds,
-                params["heads"],
-                teacher["heads"],
-                memory["centre"],
-                mine,
-                local,
-                theirs,
-                matches,
-                schedule,
-            )
-        mgcl, settle_inputs = jnp.float32(0), {}
-        for name, (losses, monitors, settle_inputs[name]) in terms.items():
-            mgcl = mgcl + sum(losses.values())
-            metrics |= {f"loss/{name}/{kind}": value for kind, value in losses.items()}
-            metrics |= {f"{key}/{name}": value for key, value in monitors.items()}
-        if has_bank:
-            settle_inputs["bank"], monitors = geo.observe(
-                cfg, model, params["encoder"], memory["bank"], batch["place"], mine[FUSED]
-            )
-            metrics |= monitors
-        aligned = align(params["align"], mine)
-        metrics |= {f"loss/align/{pair}": value for pair, value in aligned.items()}
-        alignment = sum(aligned.values(), start=jnp.float32(0))
-        total = o.alpha * mgcl + o.beta * alignment
-        metrics |= {"loss/total": total, "loss/mgcl": mgcl, "loss/align": alignment}
-        return total, (jax.lax.stop_gradient(metrics), jax.lax.stop_gradient(settle_inputs))
-
-    def settle(
-        params: Tree, teacher: Tree, memory: Tree, settle_inputs: Tree, schedule: Mapping[str, jax.Array]
-    ) -> tuple[Tree, Tree]:
-        student = {"encoder": params["encoder"], "heads": params["heads"]}
-        centre = {}
-        for name in heads:
-            logits, seen = settle_inputs[name]["logits"], settle_inputs[name]["seen"]
-            centre[name] = contrast.update_centre(memory["centre"][name], logits, seen, o.centre_momentum)
-        memory = {**memory, "centre": centre}
-        if learns:
-            memory["bank"] = prototypes.update(memory["bank"], settle_inputs["bank"], o.prototype_momentum)
-        return ema(teacher, student, schedule["teacher_momentum"]), memory
-
-    def features(params: Tree, inputs: Tree) -> dict[str, jax.Array]:
-        return encoder_features(model, params["encoder"], inputs)
-
-    def model_flops(spec: Tree) -> float:
-        return count.skysense_step(cfg, contract, spec)
-
-    return Objective(
-        init,
-        loss,
-        settle,
-        features,
-        sharding_rules(cfg, sensors) + (geo.rules(cfg.model) if has_bank else ()),
-        model_flops,
-        ("drop_path",),
-        ("teacher_temp", "last_layer_frozen", "teacher_momentum"),
+    same_width = widths[FUSED] == cfg.model.width
+    return Settings(
+        cfg=cfg,
+        model=model,
+        sensors=sensors,
+        widths=widths,
+        head_groups=((*sensors, FUSED),) if same_width else (sensors, (FUSED,)),
+        distil=distillation.Settings(o, head, clusters.seed_cells(size, size, o.clusters)),
+        has_bank=has_bank,
     )
 
 
-def in_pieces(function: Callable[..., Tree], pieces: int, places: Tree, rng: jax.Array | None) -> Tree:
-    """function(places, rng) one part of the places after the other, and the results together again, in order.
+def init(settings: Settings, rng: jax.Array, spec: Tree) -> tuple[Tree, Tree, Tree]:
+    """New params, teacher and memory (objectives.base); raises ValueError where the batch has not two global views."""
+    model, head, o = settings.model, settings.distil.head, settings.cfg.objective
+    views = next(iter(spec["global"]["sensors"].values()))["image"].shape[1]
+    if views != GLOBAL_VIEWS:
+        raise ValueError(f"the batch has {views} global views, this objective pairs {GLOBAL_VIEWS}")
+    place = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[2:]), leaf.dtype), dict(spec["global"]["sensors"])
+    )
+    encoder_key, head_key, align_key = jax.random.split(rng, 3)
+    params = {
+        "encoder": model.init(encoder_key, place),
+        "heads": {
+            name: head.init(jax.random.fold_in(head_key, i), jnp.zeros((1, settings.widths[name])))["params"]
+            for i, name in enumerate(settings.heads)
+        },
+        "align": {
+            name: {
+                "kernel": jax.nn.initializers.lecun_normal()(
+                    jax.random.fold_in(align_key, i), (settings.widths[name], o.align_dim)
+                )
+            }
+            for i, name in enumerate(settings.sensors)
+        },
+    }
+    teacher = jax.tree.map(jnp.copy, {"encoder": params["encoder"], "heads": params["heads"]})
+    memory = {"centre": {name: jnp.zeros(o.head.prototypes, jnp.float32) for name in settings.heads}}
+    if settings.has_bank:
+        memory["bank"] = empty_bank(settings.cfg.model, jax.random.fold_in(rng, name_hash("bank")))
+    return params, teacher, memory
 
-    places: leaves [B, ...], results: leaves [B, ...]. Only what the backward pass keeps is held for all B at once; the
-    losses behind see all places together, so that the gradient is that of the whole batch. Place i goes to part
-    i mod `pieces`: with a batch split over devices every device has its share of each part.
+
+def loss(
+    settings: Settings,
+    params: Tree,
+    teacher: Tree,
+    memory: Tree,
+    batch: Tree,
+    keys: Mapping[str, jax.Array],
+    schedule: Mapping[str, jax.Array],
+) -> tuple[jax.Array, tuple[dict[str, jax.Array], Tree]]:
+    """The loss of a batch, with its metrics and what `settle` needs (objectives.base)."""
+    cfg, o = settings.cfg, settings.cfg.objective
+    teacher = jax.lax.stop_gradient(teacher)
+    views = encode_views(settings, params, teacher, memory, batch, keys["drop_path"])
+    metrics = {f"views/overlap_{scope}": match.sum(-1).mean() for scope, match in views.matches.items()}
+
+    heads = distillation.Heads(params["heads"], teacher["heads"], memory["centre"])
+    terms: dict[str, distillation.HeadTerms] = {}
+    for names in settings.head_groups:
+        terms |= distillation.head_group_terms(names, settings.distil, heads, views, schedule)
+    mgcl, settle_inputs = jnp.float32(0), dict[str, Any]()
+    for name, term in terms.items():
+        mgcl = mgcl + contrast.add_up(term.losses.values())
+        settle_inputs[name] = term.mean_logits
+        metrics |= {f"loss/{name}/{kind}": value for kind, value in term.losses.items()}
+        metrics |= {f"{key}/{name}": value for key, value in term.monitors.items()}
+
+    if settings.has_bank:
+        settle_inputs["bank"], monitors = geo.observe(
+            cfg, settings.model, params["encoder"], memory["bank"], batch["place"], views.student[FUSED]
+        )
+        metrics |= monitors
+
+    sensor_cells = {name: views.student[name] for name in settings.sensors}
+    aligned = alignment.alignment_losses(
+        params["align"], sensor_cells, int(cfg.data.global_size), jnp.dtype(cfg.model.dtype), o
+    )
+    metrics |= {f"loss/align/{pair}": value for pair, value in aligned.items()}
+    align = contrast.add_up(aligned.values())
+    total = o.alpha * mgcl + o.beta * align
+    metrics |= {"loss/total": total, "loss/mgcl": mgcl, "loss/align": align}
+    return total, (jax.lax.stop_gradient(metrics), jax.lax.stop_gradient(settle_inputs))
+
+
+def settle(
+    settings: Settings,
+    params: Tree,
+    teacher: Tree,
+    memory: Tree,
+    settle_inputs: Tree,
+    schedule: Mapping[str, jax.Array],
+) -> tuple[Tree, Tree]:
+    """Teacher and memory after an update: the average, the centres and the bank go on (objectives.base)."""
+    cfg, o = settings.cfg, settings.cfg.objective
+    student = {"encoder": params["encoder"], "heads": params["heads"]}
+    centre = {}
+    for name in settings.heads:
+        logits, seen = settle_inputs[name]["logits"], settle_inputs[name]["seen"]
+        centre[name] = contrast.update_centre(memory["centre"][name], logits, seen, o.centre_momentum)
+    memory = {**memory, "centre": centre}
+    if settings.has_bank and cfg.model.geo_context.bank == "on":
+        memory["bank"] = prototypes.update(memory["bank"], settle_inputs["bank"], o.prototype_momentum)
+    return ema(teacher, student, schedule["teacher_momentum"]), memory
+
+
+def encode_views(
+    settings: Settings, params: Tree, teacher: Tree, memory: Tree, batch: Tree, rng: jax.Array
+) -> distillation.Views:
+    """Maps of the student and the teacher, and where they show the same ground.
+
+    Args:
+        settings: of the objective.
+        params: of the student.
+        teacher: of the teacher, without gradient.
+        memory: with geo-context, "bank" is what both networks ask.
+        batch: {"global": views}, with "local" where there are local views, with "place" where there is a bank.
+        rng: of the student's stochastic depth.
+
+    Returns:
+        The maps of the global and the local views, and their matches.
     """
-    if pieces == 1:
-        return function(places, rng)
+    global_views, local_views = batch["global"], batch.get("local")
+    student_encoder, teacher_encoder = params["encoder"], teacher["encoder"]
+    if settings.has_bank:
+        student_encoder = with_bank(student_encoder, memory["bank"])
+        teacher_encoder = with_bank(teacher_encoder, memory["bank"])
+        global_views = geo.located(global_views, batch["place"])
+        if local_views is not None:
+            local_views = geo.located(local_views, batch["place"])
 
-    def split(x: jax.Array) -> jax.Array:
-        return jnp.swapaxes(x.reshape(-1, pieces, *x.shape[1:]), 0, 1)
+    student_cells = encode(settings, student_encoder, global_views, jax.random.fold_in(rng, 0))
+    teacher_cells = jax.lax.stop_gradient(encode(settings, teacher_encoder, global_views, None))
+    coords, cell = global_views["coords"], global_views["cell"]
+    matches = {"global": granularity.overlap(coords, coords[:, ::-1], cell, cell[:, ::-1])}
+    local_cells: dict[str, Cells] = {}
+    if local_views is not None:
+        local_cells = encode(settings, student_encoder, local_views, jax.random.fold_in(rng, 1))
+        matches["local"] = granularity.overlap(
+            local_views["coords"][:, :, None], coords[:, None], local_views["cell"][:, :, None], cell[:, None]
+        )
+    return distillation.Views(student_cells, local_cells, teacher_cells, matches)
 
-    def one(part: tuple[Tree, jax.Array]) -> Tree:
-        some, number = part
-        return function(some, None if rng is None else jax.random.fold_in(rng, number))
 
-    out = jax.lax.map(one, (jax.tree.map(split, places), jnp.arange(pieces)))
-    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), out)
+def encode(settings: Settings, encoder: Tree, views: Tree, rng: jax.Array | None) -> dict[str, Cells]:
+    """All views of a scope through the encoder at once, folded into the batch axis.
 
+    Args:
+        settings: of the objective.
+        encoder: its parameters.
+        views: of all sensors, {"sensors", "coords", "cell"} with leaves [B, S, ...].
+        rng: of stochastic depth, as the student trains; None: without, as the teacher sees.
 
-def pool_regions(cells: gr.Cells, size: int, grid: int) -> tuple[jax.Array, jax.Array]:
-    """Masked mean over the dates and the cells of each region of a grid x grid division of a size x size view.
-
-    cells of S views -> (vectors [B, S * grid^2, D] float32, valid [B, S * grid^2] float32: 1 where any cell of any date
-    is valid).
+    Returns:
+        {head: Cells [B, S, T, N, D]}, "fused" with T = 1.
     """
-    b, s, _, _, d = cells.features.shape
-    side = size // grid
-    total = jnp.sum(cells.features * cells.mask[..., None].astype(cells.features.dtype), axis=2, dtype=jnp.float32)
-    total = total.reshape(b, s, grid, side, grid, side, d).sum((3, 5))
-    mass = cells.mask.sum(2).reshape(b, s, grid, side, grid, side).sum((3, 5))
-    mean = total / jnp.maximum(mass, 1.0)[..., None]
-    return mean.reshape(b, -1, d), (mass > 0).astype(jnp.float32).reshape(b, -1)
+    s, h, w = views["coords"].shape[1:4]
+
+    def encode_places(places: Tree, rng: jax.Array | None) -> dict[str, Cells]:
+        inputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), places)
+        out = settings.model.apply(encoder, inputs, train=rng is not None, rng=rng)
+        maps = {**out["maps"], FUSED: out["fused"][:, None]}
+        masks = {**out["mask"], FUSED: out["fused_mask"][:, None]}
+        return {
+            name: Cells(
+                maps[name].reshape(-1, s, *maps[name].shape[1:2], h * w, settings.widths[name]),
+                masks[name].reshape(-1, s, *masks[name].shape[1:2], h * w),
+            )
+            for name in settings.heads
+        }
+
+    return in_parts(encode_places, settings.cfg.objective.microbatches, dict(views["sensors"]), rng)
 
 
 def sharding_rules(cfg: Any, sensors: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """Rules over the joined tree {"params", "teacher", "memory"}: one per family of modules (see core.sharding for the
-    tactics).
-    """
-    families = [*sensors, *(f"head_{name}" for name in sensors if name != "hr"), "fusion"]
-    rules = [(f"(params|teacher)/encoder/{family}/.+", "fsdp") for family in families]
+    """Rules over the joined tree {"params", "teacher", "memory"}, one per module (core.sharding has the tactics)."""
+    modules = [*sensors, *(f"head_{name}" for name in sensors if name != "hr"), "fusion"]
+    rules = [(f"(params|teacher)/encoder/{module}/.+", "fsdp") for module in modules]
     if cfg.model.calendar != "none":
         rules.append(("(params|teacher)/encoder/ctpe", "fsdp"))
     rules += [(f"(params|teacher)/heads/{name}/.+", "fsdp") for name in (*sensors, FUSED)]

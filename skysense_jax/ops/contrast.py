@@ -10,6 +10,7 @@ over pairs of unequal views, v2 = sum over all pairs, v3 = mean over all pairs, 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,11 @@ from skysense_jax.core.sharding import one_each
 def safe_mean(total: jax.Array, weight: jax.Array) -> jax.Array:
     """total / weight, and 0 (with zero gradient) where weight is 0."""
     return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1.0), 0.0)
+
+
+def add_up(values: Iterable[jax.Array]) -> jax.Array:
+    """The sum of float32 arrays of one shape; 0 of none."""
+    return sum(values, start=jnp.float32(0))
 
 
 def normalise(x: jax.Array, eps: float = 1e-12) -> jax.Array:
@@ -62,11 +68,13 @@ def distil(
     teacher, centre = jax.lax.stop_gradient((teacher, centre))
     teacher_prototypes, weight = jax.lax.stop_gradient((teacher_prototypes, weight))
 
-    def rows(zs: jax.Array, zt: jax.Array, w: jax.Array, mine: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def rows(
+        zs: jax.Array, zt: jax.Array, w: jax.Array, prototypes: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         # Cast here, not before the scan: the prototypes' gradient then sums over the pieces in float32.
-        mine, theirs = mine.astype(zs.dtype), teacher_prototypes.astype(zt.dtype)
-        s = jnp.einsum("bnd,dk->bnk", zs, mine, preferred_element_type=jnp.float32) / student_temp
-        t = jnp.einsum("bnmd,dk->bnmk", zt, theirs, preferred_element_type=jnp.float32)
+        student_last, teacher_last = prototypes.astype(zs.dtype), teacher_prototypes.astype(zt.dtype)
+        s = jnp.einsum("bnd,dk->bnk", zs, student_last, preferred_element_type=jnp.float32) / student_temp
+        t = jnp.einsum("bnmd,dk->bnmk", zt, teacher_last, preferred_element_type=jnp.float32)
         log_p = jax.nn.log_softmax((t - centre) / teacher_temp, axis=-1)
         p = jnp.exp(log_p)
         weighted = jnp.sum(w[..., None] * p, axis=2)
@@ -85,14 +93,16 @@ def distil(
         x = jnp.pad(x, [(0, 0), (0, pieces * size - n)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(x.shape[0], pieces, size, *x.shape[2:]), 1, 0)
 
-    def scanned(zs: jax.Array, zt: jax.Array, w: jax.Array, mine: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def scanned(
+        zs: jax.Array, zt: jax.Array, w: jax.Array, prototypes: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         def step(
             assigned: jax.Array, piece: tuple[jax.Array, jax.Array, jax.Array]
         ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            ce, entropy, more = jax.checkpoint(rows, prevent_cse=False)(*piece, mine)
+            ce, entropy, more = jax.checkpoint(rows, prevent_cse=False)(*piece, prototypes)
             return assigned + more, (ce, entropy)
 
-        start = jnp.zeros(mine.shape[-1], jnp.float32)
+        start = jnp.zeros(prototypes.shape[-1], jnp.float32)
         assigned, (ce, entropy) = jax.lax.scan(step, start, (split(zs), split(zt), split(w)))
         ce, entropy = (jnp.moveaxis(x, 0, 1).reshape(-1, pieces * size)[:, :n] for x in (ce, entropy))
         return ce, entropy, assigned

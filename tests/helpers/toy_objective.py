@@ -61,7 +61,7 @@ def make_objective(cfg: Any, contract: Mapping[str, Any], broken: bool = False, 
         return ema(teacher, params, schedule["teacher_momentum"]), {"centre": memory["centre"] + settle_inputs["mean"]}
 
     rules = (("(params|teacher)/encoder/.+", "fsdp"), ("memory/centre", "replicate"))
-    return Objective(init, loss, settle, project, rules, lambda spec: 1e6, ("noise",), ("teacher_momentum",))
+    return Objective(init, loss, settle, rules, lambda spec: 1e6, ("noise",), ("teacher_momentum",))
 
 
 def small_state(cfg: Any, small: int = 2**20) -> tuple[Objective, Any, state.TrainState, state.TrainState]:
