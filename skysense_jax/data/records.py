@@ -23,6 +23,8 @@ from skysense_jax.core import paths
 METADATA = "places.json"
 SYNTHETIC_TAG = "SKYSENSE_SYNTHETIC"
 """Tag of every raster whose pixels were rendered, not measured."""
+SPLITS = ("train", "test")
+"""Splits of a dataset, in the order in which their places are numbered."""
 EPOCH = datetime.date(1970, 1, 1)
 """Day 0 of the dates of a record."""
 
@@ -224,7 +226,7 @@ def open_places(folder: str | pathlib.Path, split: str, allowed: int = 0, only: 
 def splits(folder: str | pathlib.Path) -> tuple[str, ...]:
     """The splits of a dataset that hold places, "train" before "test". Raises ValueError: no dataset."""
     infos = _builder(folder).info.splits
-    return tuple(name for name in ("train", "test") if name in infos and infos[name].num_examples)
+    return tuple(name for name in SPLITS if name in infos and infos[name].num_examples)
 
 
 def locations(folder: str | pathlib.Path, split: str) -> tuple[np.ndarray, np.ndarray]:

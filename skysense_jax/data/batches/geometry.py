@@ -20,7 +20,6 @@ _BLOCK = 16  # output cells per matrix block: skips the zeros of the band
 # Multiplications per matrix product: OpenBLAS runs larger products (2**18) on threads of its pool, which compete with
 # the reader threads of the pipeline: measured on two cores, twelve times slower than this.
 _PRODUCT = 200_000
-_EPOCH_DAYS = np.datetime64("1970-01-01", "D")
 
 
 class Box(NamedTuple):
@@ -343,6 +342,6 @@ def jitter_days(rng: np.random.Generator, dates: np.ndarray, days: int) -> np.nd
 
 def day_of_year(dates: np.ndarray) -> np.ndarray:
     """Days since 1970-01-01 -> int32 day of the year 0..364 (1 January = 0, day 365 clamped); -1 (unknown) stays -1."""
-    when = _EPOCH_DAYS + dates.astype(np.int64)
+    when = dates.astype(np.int64).astype("datetime64[D]")  # numpy, too, counts days since 1970-01-01
     days = (when - when.astype("datetime64[Y]").astype("datetime64[D]")).astype(np.int64)
     return np.where(dates < 0, -1, np.minimum(days, sensors.LAST_DAY)).astype(np.int32)

@@ -23,13 +23,13 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from skysense_jax.core.files import encode, move, write_atomically
-from skysense_jax.data.ingest.catalog import SPLITS, Catalog, Row, read_catalog
+from skysense_jax.data.ingest.catalog import Catalog, Row, read_catalog
 from skysense_jax.data.ingest.on_processes import in_processes
 from skysense_jax.data.ingest.places import Settings
 from skysense_jax.data.ingest.raster import MAX_PIXELS
 from skysense_jax.data.ingest.report import REFUSED, merge, new_report, summary
 from skysense_jax.data.ingest.shards import Unit, features_of
-from skysense_jax.data.records import METADATA
+from skysense_jax.data.records import METADATA, SPLITS
 from skysense_jax.sensors import SENSORS
 
 FORMAT = 1

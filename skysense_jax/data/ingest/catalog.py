@@ -17,12 +17,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
-from skysense_jax.data.records import EPOCH
+from skysense_jax.data.records import EPOCH, SPLITS
 from skysense_jax.sensors import NO_DATE, SENSORS, UNITS, UNLABELLED, band_name
 
 COLUMNS = ("place", "sensor", "datetime", "path", "bands", "units", "scale", "offset", "nodata", "classes", "split")
 REQUIRED = ("place", "sensor", "datetime", "path")
-SPLITS = ("train", "test")
 SKIPPED_BAND = "-"
 """Entry of `bands` for a band of the file that is not used."""
 NO_NODATA = "none"
