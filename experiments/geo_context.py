@@ -32,7 +32,7 @@ from experiments.common import mean_and_interval
 from skysense_jax import cli, networks
 from skysense_jax.core.files import write_atomically, write_between
 from skysense_jax.data import records as dataset_records
-from skysense_jax.data.batches import views
+from skysense_jax.data.batches import whole_places
 from skysense_jax.data.synthetic.world import WORLDS
 from skysense_jax.evals import compare, linear, metrics, rows
 from skysense_jax.models.inputs import PLACE
@@ -169,7 +169,7 @@ def collect(folder: pathlib.Path, data: pathlib.Path, task: str, split: str) -> 
 
     def some(where: pathlib.Path, methods: dict[str, rows.Method]) -> rows.Rows:
         cfg.data.dir = str(where)
-        batches = views.eval_batches(cfg, found.contract, split, int(cfg.eval.batch))
+        batches = whole_places.eval_batches(cfg, found.contract, split, int(cfg.eval.batch))
         return rows.collect(batches, methods, (task,), patch=patch)[task]
 
     with cfg.unlocked():

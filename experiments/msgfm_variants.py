@@ -40,7 +40,7 @@ from skysense_jax.core import mesh as meshes
 from skysense_jax.core import paths
 from skysense_jax.core.files import write_atomically, write_between
 from skysense_jax.data import records
-from skysense_jax.data.batches import one_sensor, views
+from skysense_jax.data.batches import one_sensor, whole_places
 from skysense_jax.evals import compare, rows
 from skysense_jax.models import msgfm, msgfm_outputs
 from skysense_jax.objectives import msgfm as msgfm_objective
@@ -156,7 +156,7 @@ def probes(programs: Programs, encoders: Mapping[str, Any]) -> dict[str, Any]:
     cfg, methods = programs.cfg, {name: method(encoder) for name, encoder in encoders.items()}
     parts = []
     for split in ("train", "test"):
-        batches = views.eval_batches(cfg, programs.contract, split, int(cfg.eval.batch))
+        batches = whole_places.eval_batches(cfg, programs.contract, split, int(cfg.eval.batch))
         parts.append(rows.collect(batches, methods, ("scene",), patch=int(cfg.eval.patch))["scene"])
     return compare.compare(
         *parts, k=cfg.eval.knn_k, temperature=cfg.eval.knn_temp, resamples=cfg.eval.bootstrap, seed=0

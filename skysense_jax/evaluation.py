@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from skysense_jax import networks
 from skysense_jax.data import records
-from skysense_jax.data.batches import views
+from skysense_jax.data.batches import whole_places
 from skysense_jax.evals import assignment, baselines, compare, region, rows
 from skysense_jax.models import skysense, systems
 from skysense_jax.models.inputs import PLACE
@@ -176,7 +176,10 @@ def _collect(
     size = int(cfg.eval.batch)
     total = -(-len(records.open_places(cfg.data.dir, split)) // size)
     batches = tqdm(
-        views.eval_batches(cfg, contract, split, size), total=total, desc=f"features, {split} places", unit="batch"
+        whole_places.eval_batches(cfg, contract, split, size),
+        total=total,
+        desc=f"features, {split} places",
+        unit="batch",
     )
     return rows.collect(batches, methods, tasks, patch=int(cfg.eval.patch), needs=needs)
 
@@ -205,7 +208,7 @@ def places_in_region(network: networks.Network, bank: Mapping[str, np.ndarray], 
         lon, lat = records.locations(cfg.data.dir, split)
         ids = regions.cell_ids(lon, lat, bank["lon_edges"], bank["lat_edges"], side)
         chosen = np.flatnonzero(ids == bank["cells"][row])
-        batches = views.eval_batches(cfg, found.contract, split, size, chosen)
+        batches = whole_places.eval_batches(cfg, found.contract, split, size, chosen)
         for batch in tqdm(batches, total=-(-len(chosen) // size), desc=f"places of the region, {split}", unit="batch"):
             real = batch["weight"] > 0
             query, mask = (np.asarray(one)[real] for one in forward(encoder, batch["sensors"]))

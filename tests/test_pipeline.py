@@ -20,7 +20,7 @@ from skysense_jax.commands import data_bench
 from skysense_jax.configs import skysense_smoke
 from skysense_jax.data import records
 from skysense_jax.data import records as dataset_records
-from skysense_jax.data.batches import geometry, radiometry, spec
+from skysense_jax.data.batches import geometry, radiometry, spec, whole_places
 from skysense_jax.data.batches import views as view_batches
 from skysense_jax.ops import crops
 from tests.helpers import noise_dataset
@@ -393,7 +393,7 @@ def test_unmeasured_bands_stay_zero(cfg, contract):
 
 def test_evaluation_reads_every_place_once_and_whole(cfg, contract, dataset):
     places = dataset_records.open_places(dataset, "test")
-    batches = list(view_batches.eval_batches(cfg, contract, "test", 3))
+    batches = list(whole_places.eval_batches(cfg, contract, "test", 3))
     assert [batch["weight"].tolist() for batch in batches] == [[1, 1, 1], [1, 1, 0]]
     index = np.concatenate([batch["place"]["index"][batch["weight"] > 0] for batch in batches])
     assert index.tolist() == list(range(5))
@@ -407,7 +407,7 @@ def test_evaluation_reads_every_place_once_and_whole(cfg, contract, dataset):
     assert first["sensors"]["s2"]["image"].shape[1] == 4
     np.testing.assert_array_equal(first["sensors"]["s2"]["image"][1, 0], record["s2_image"][0][..., order])
     assert (first["sensors"]["s2"]["valid"][1] == 1).all() and (first["sensors"]["s1"]["valid"][1, 2] == 0).all()
-    again = list(view_batches.eval_batches(cfg, contract, "test", 3))
+    again = list(whole_places.eval_batches(cfg, contract, "test", 3))
     for a, b in zip(batches, again):
         assert_same(a, b)
 

@@ -16,7 +16,8 @@ BADGE = (200, 30, 30)
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     root = tmp_path_factory.mktemp("preview")
-    catalog = rasters.synthesise(root / "rasters", 6, seed=1, tile=8, ratio=8, test_fraction=0.5, workers=1)
+    settings = rasters.Settings(seed=1, tile=8, ratio=8, test_fraction=0.5)
+    catalog = rasters.synthesise(root / "rasters", 6, settings, workers=1)
     sizes = ["--tile", "8", "--ratio", "8", "--workers", "1"]
     assert cli.main(["data", "build", "--catalog", str(catalog), "--out", str(root / "data"), *sizes]) == 0
     return root / "data"

@@ -16,7 +16,7 @@ from rasterio.crs import CRS
 from skysense_jax import cli, evaluation, networks, recipes, sensors
 from skysense_jax.core.config import read_config
 from skysense_jax.data import records
-from skysense_jax.data.batches import spec, views
+from skysense_jax.data.batches import spec, whole_places
 from skysense_jax.draw import prototype_map
 from skysense_jax.evals import assignment, region
 from skysense_jax.objectives.skysense import make_objective
@@ -145,7 +145,7 @@ def by_hand(root):
     own = np.asarray(geo["bank"]["prototypes"][2], np.float64)
     own /= np.linalg.norm(own, axis=1, keepdims=True)
     for split, places in WHERE.items():
-        for batch in views.eval_batches(cfg, network.description.contract, split, len(places)):
+        for batch in whole_places.eval_batches(cfg, network.description.contract, split, len(places)):
             fused = np.asarray(network.features(network.encoder, batch["sensors"])["pixel"], np.float64)[..., :32]
             query = fused @ np.asarray(geo["query"]["kernel"], float) + np.asarray(geo["query"]["bias"], float)
             query /= np.linalg.norm(query, axis=-1, keepdims=True)
@@ -328,11 +328,11 @@ def test_a_place_whose_record_does_not_say_where_it_is(tmp_path):
 def test_chosen_places_come_in_their_order(root):
     network = networks.open_network(root / "run")
     cfg = evaluation.settings(network.description, None, str(root / "data"))
-    batches = list(views.eval_batches(cfg, network.description.contract, "train", 2, np.array([3, 0, 1])))
+    batches = list(whole_places.eval_batches(cfg, network.description.contract, "train", 2, np.array([3, 0, 1])))
     names = [str(name) for batch in batches for name in batch["place"]["name"]]
     assert names == ["place-3", "place-0", "place-1", "place-1"]
     assert np.concatenate([batch["weight"] for batch in batches]).tolist() == [1, 1, 1, 0]
-    assert list(views.eval_batches(cfg, network.description.contract, "train", 2, [])) == []
+    assert list(whole_places.eval_batches(cfg, network.description.contract, "train", 2, [])) == []
 
 
 # ------------------------------------------------------------------------------------ the figures

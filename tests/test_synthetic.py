@@ -11,8 +11,8 @@ from rasterio.warp import transform
 
 from skysense_jax.data.ingest.catalog import COLUMNS, read_catalog
 from skysense_jax.data.records import SYNTHETIC_TAG
+from skysense_jax.data.synthetic import ground, rasters, world
 from skysense_jax.data.synthetic import instruments as sensors
-from skysense_jax.data.synthetic import rasters, world
 from skysense_jax.ops import regions
 
 PLACES = 24
@@ -21,7 +21,7 @@ PLACES = 24
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("synth") / "data"
-    rasters.synthesise(out, PLACES, seed=3, tile=8, ratio=8, workers=1)
+    rasters.synthesise(out, PLACES, rasters.Settings(seed=3, tile=8, ratio=8), workers=1)
     return out
 
 
@@ -36,7 +36,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def test_same_seed_same_bytes_whatever_the_workers(folder, tmp_path):
-    rasters.synthesise(tmp_path / "two", PLACES, seed=3, tile=8, ratio=8, workers=2)
+    rasters.synthesise(tmp_path / "two", PLACES, rasters.Settings(seed=3, tile=8, ratio=8), workers=2)
     assert _files(folder) == _files(tmp_path / "two")
     same, different, errors = filecmp.cmpfiles(
         folder, tmp_path / "two", [str(p) for p in _files(folder)], shallow=False
@@ -45,7 +45,7 @@ def test_same_seed_same_bytes_whatever_the_workers(folder, tmp_path):
 
 
 def test_another_seed_and_place_give_other_images(folder, tmp_path):
-    rasters.synthesise(tmp_path / "x", 1, seed=4, tile=8, ratio=8, workers=1)
+    rasters.synthesise(tmp_path / "x", 1, rasters.Settings(seed=4, tile=8, ratio=8), workers=1)
     surface = [
         next((root / "synthetic_00000").glob("land_cover.tif")).read_bytes() for root in (folder, tmp_path / "x")
     ]
@@ -57,12 +57,10 @@ def test_never_writes_over_a_catalog(folder):
         rasters.synthesise(folder, 1)
 
 
-@pytest.mark.parametrize(
-    "bad", [{"places": 0}, {"places": 1, "tile": 2}, {"places": 1, "test_fraction": 1.0}, {"places": 1, "gsd": 0.0}]
-)
-def test_refuses_impossible_sizes(tmp_path, bad):
+@pytest.mark.parametrize(("places", "bad"), [(0, {}), (1, {"tile": 2}), (1, {"test_fraction": 1.0}), (1, {"gsd": 0.0})])
+def test_refuses_impossible_sizes(tmp_path, places, bad):
     with pytest.raises(ValueError, match="need places"):
-        rasters.synthesise(tmp_path / "no", **bad)
+        rasters.synthesise(tmp_path / "no", places, rasters.Settings(**bad))
 
 
 def test_catalog_is_one_the_ingest_accepts(folder, rows):
@@ -132,7 +130,7 @@ def test_the_seed_draws_what_labels_look_like_and_unknown_worlds_are_refused(tmp
     drawn = {tuple(world.site("regional", seed, i).scene for i in range(32)) for seed in range(5)}
     assert len(drawn) == 5
     with pytest.raises(ValueError, match="unknown world 'flat'; known: plain, regional, permuted"):
-        rasters.synthesise(tmp_path / "flat", 1, kind="flat")
+        rasters.synthesise(tmp_path / "flat", 1, rasters.Settings(kind="flat"))
     assert not (tmp_path / "flat").exists()
 
 
@@ -149,7 +147,7 @@ def test_regions_are_different_squares_of_the_grid_and_their_places_lie_in_them(
 
 
 def test_a_regional_world_as_a_catalog(tmp_path):
-    rasters.synthesise(tmp_path / "r", 5, seed=2, tile=8, ratio=2, workers=1, kind="regional")
+    rasters.synthesise(tmp_path / "r", 5, rasters.Settings(seed=2, tile=8, ratio=2, kind="regional"), workers=1)
     catalog = read_catalog(tmp_path / "r" / "catalog.csv")
     assert set(catalog.label_classes) == {f"label {k}" for k in range(4)}
     assert "world regional" in (tmp_path / "r" / "SYNTHETIC.txt").read_text()
@@ -217,17 +215,17 @@ def test_land_is_deterministic_and_the_scene_dominates():
     share = {scene: np.zeros(256) for scene in world.SCENES}
     for scene in world.SCENES:
         for seed in range(6):
-            land = world.make_land(np.random.default_rng(seed), 16, 4, 10.0, scene)
+            land = ground.make_land(np.random.default_rng(seed), 16, 4, 10.0, scene)
             share[scene] += np.bincount(land.cover.ravel(), minlength=256) / land.cover.size / 6
             assert land.canopy.min() >= 0 and land.canopy.max() < 35 and np.isfinite(land.terrain).all()
     assert share["conifer forest"][2] > 0.5 and share["deciduous forest"][2] > 0.5 and share["pasture"][3] > 0.5
     assert share["winter crops"][4] > 0.5 and share["summer crops"][4] > 0.5 and share["industrial"][5] > 0.5
-    twice = [world.make_land(np.random.default_rng(1), 16, 4, 10.0, "orchard") for _ in range(2)]
+    twice = [ground.make_land(np.random.default_rng(1), 16, 4, 10.0, "orchard") for _ in range(2)]
     assert all(np.array_equal(a, b) for a, b in zip(*twice))
 
 
 def test_fractions_conserve_area_and_the_label_map_is_the_majority():
-    land = world.make_land(np.random.default_rng(5), 8, 8, 10.0, "residential")
+    land = ground.make_land(np.random.default_rng(5), 8, 8, 10.0, "residential")
     share = sensors.fractions(land, 8)
     np.testing.assert_allclose(share.sum(0), 1, atol=1e-6)
     cover = sensors.label_map(land, 8)
@@ -238,11 +236,11 @@ def test_fractions_conserve_area_and_the_label_map_is_the_majority():
 
 def test_clouds_are_bright_and_the_scl_finds_the_thick_ones():
     rng, climate = np.random.default_rng(2), _plain_climate()
-    land = world.make_land(rng, 16, 4, 10.0, "deciduous forest")
+    land = ground.make_land(rng, 16, 4, 10.0, "deciduous forest")
     share = sensors.fractions(land, 4, land.vigour)
     blue = {"thick": [], "clear": []}
     for _ in range(40):
-        image, scl, seen = sensors.render_s2(rng, land, share, climate, 200, 1.0)
+        image, scl, seen = sensors.render_s2(rng, share, climate, 200, 1.0)
         blue["thick"] += list(image[1][seen & (scl == 9)])
         blue["clear"] += list(image[1][seen & (scl == 4)])
         assert ((scl == 0) == ~seen).all() and set(np.unique(scl)) <= {0, 3, 4, 5, 6, 8, 9, 10}

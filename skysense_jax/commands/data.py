@@ -284,9 +284,15 @@ def add_parsers_preview(subparsers: Any) -> None:
 
 
 def _run_synth(args: argparse.Namespace) -> int:
-    catalog = synthetic.synthesise(
-        args.out, args.places, args.seed, args.tile, args.ratio, args.gsd, args.test_fraction, args.workers, args.world
+    settings = synthetic.Settings(
+        seed=args.seed,
+        tile=args.tile,
+        ratio=args.ratio,
+        gsd=args.gsd,
+        test_fraction=args.test_fraction,
+        kind=args.world,
     )
+    catalog = synthetic.synthesise(args.out, args.places, settings, args.workers)
     print(f"SYNTHETIC data: {args.places} places, catalog {catalog}")
     return 0
 

@@ -1,17 +1,21 @@
-"""Records of places: what one holds, random access to those of a dataset, its metadata, and the check against a model's
-input contract. The one contract between what writes records (`ingest`) and what reads them (`batches`).
+"""Records of places: what a record holds, random access to the records of a dataset, and the dataset's metadata.
+
+This file is the one contract between what writes records (`ingest`) and what reads them (`batches`). It also checks
+that a dataset fits a model's input contract.
 """
 
 from __future__ import annotations
 
+import datetime
 import json
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, SupportsIndex
 
 import numpy as np
 import tensorflow_datasets as tfds
+from ml_collections import config_dict
 
 from skysense_jax import sensors
 from skysense_jax.core import paths
@@ -19,19 +23,49 @@ from skysense_jax.core import paths
 METADATA = "places.json"
 SYNTHETIC_TAG = "SKYSENSE_SYNTHETIC"
 """Tag of every raster whose pixels were rendered, not measured."""
+SPLITS = ("train", "test")
+"""Splits of a dataset, in the order in which their places are numbered."""
+EPOCH = datetime.date(1970, 1, 1)
+"""Day 0 of the dates of a record."""
+
+
+def date_of(day: int) -> datetime.date:
+    """The date of a record's day number (days since 1970-01-01)."""
+    return EPOCH + datetime.timedelta(days=int(day))
+
+
+def as_text(value: Any) -> str:
+    """The text of a field of a record, which TFDS may have read as bytes."""
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def record_features(names: Sequence[str], tile: int, ratio: int, n_classes: int) -> tfds.features.FeaturesDict:
     """Features of a record: one place of N x N base pixels (N = tile), S = N (grid "s2") or N * ratio (grid "hr").
 
-    place, crs: text. lon, lat: float64 degrees of the centre. footprint: float64 [4] left, bottom, right, top in
-    `crs`. label: uint8 [K] multi-hot (K = max(n_classes, 1); all 0 = unlabelled). label_map: uint8 [N, N], 255 =
-    unlabelled. For each sensor x with C bands (all bands of its table row) and T dates: x_image [T, S, S, C] in the
-    stored dtype and unit, 0 where invalid; x_valid, x_clear uint8 [T, S, S]; x_measured uint8 [T, C]; x_date int32 [T]
-    days since 1970-01-01, ascending. A missing sensor has T = 0.
+    The fields of a record:
+        place, crs: text.
+        lon, lat: float64 degrees of the centre.
+        footprint: float64 [4] left, bottom, right, top in `crs`.
+        label: uint8 [K] multi-hot, K = max(n_classes, 1); all 0 = unlabelled.
+        label_map: uint8 [N, N], 255 = unlabelled.
+
+    and, for each sensor x with C bands (all bands of its table row) and T dates (T = 0 where the sensor is missing):
+        x_image: [T, S, S, C] in the stored dtype and unit, 0 where invalid.
+        x_valid, x_clear: uint8 [T, S, S].
+        x_measured: uint8 [T, C].
+        x_date: int32 [T] days since 1970-01-01, ascending.
 
     Tensors are stored as raw bytes: encoding a 1 MB series this way costs milliseconds, TFDS's default costs a hundred
     times that.
+
+    Args:
+        names: the dataset's sensors.
+        tile: base pixels along a tile.
+        ratio: HR pixels along a base pixel.
+        n_classes: classes of the scene label.
+
+    Returns:
+        The features by field name.
     """
 
     def tensor(shape: tuple[int | None, ...], dtype: str) -> tfds.features.Tensor:
@@ -57,23 +91,40 @@ def record_features(names: Sequence[str], tile: int, ratio: int, n_classes: int)
     return tfds.features.FeaturesDict(features)
 
 
+class RecordSource(Protocol):
+    """Records by random access, as TFDS reads them; an unreadable record raises RuntimeError."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> dict[str, Any]: ...
+
+
 class Places:
     """One split by random access: `len(places)`, `places[i]` -> record (dict of arrays, its number under "index").
 
-    A record that cannot be read (ArrayRecord keeps a checksum of each) is named on stderr and the next sound one in
-    stored order is read in its place, under its own number: which place is read stays a function of the data alone.
-    Raises ValueError once more than `allowed` records are damaged. Can be pickled.
+    A record that cannot be read (ArrayRecord keeps a checksum of each) is named on stderr, and the next sound record in
+    stored order is read in its place, under the number of that next record: which place is read stays a function of the
+    data alone. Indexing raises ValueError once more than `allowed` records are damaged. Can be pickled.
     """
 
-    def __init__(self, records: Any, split: str = "", shards: Sequence[tuple[str, int]] = (), allowed: int = 0):
-        """shards: (file, its number of records) in order. allowed: damaged records that may be passed over."""
+    def __init__(
+        self, records: RecordSource, split: str = "", shards: Sequence[tuple[str, int]] = (), allowed: int = 0
+    ):
+        """Wraps a source of records.
+
+        Args:
+            records: the records of the split.
+            split: name of the split, for messages.
+            shards: (file, number of its records) in order, for messages.
+            allowed: damaged records that may be passed over.
+        """
         self._records, self._split, self._shards, self._allowed = records, split, tuple(shards), allowed
         self._damaged: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: Any) -> dict[str, Any]:
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
         number = int(index)
         while True:
             try:
@@ -100,7 +151,7 @@ class Places:
             )
 
     def _where(self, number: int) -> str:
-        """Record and file, for people."""
+        """Record and file in words, for messages."""
         first = 0
         for file, count in self._shards:
             if number < first + count:
@@ -110,7 +161,11 @@ class Places:
 
 
 def read_metadata(folder: str | pathlib.Path) -> dict[str, Any]:
-    """The metadata `skysense-jax data build` wrote beside the records. ValueError when absent or broken."""
+    """The metadata that `skysense-jax data build` wrote beside the records.
+
+    Raises:
+        ValueError: the metadata are absent, unreadable, incomplete, or of a format that this version does not read.
+    """
     if not str(folder):
         raise ValueError("no dataset given: set config.data.dir to a folder written by `skysense-jax data build`")
     path = paths.path(folder) / METADATA
@@ -132,7 +187,7 @@ def read_metadata(folder: str | pathlib.Path) -> dict[str, Any]:
 
 
 def _builder(folder: str | pathlib.Path) -> Any:
-    """TFDS's reader of a dataset; ValueError where there is none or its build did not finish."""
+    """TFDS's reader of a dataset. Raises ValueError where `folder` is no dataset or its build did not finish."""
     read_metadata(folder)
     if not (paths.path(folder) / "dataset_info.json").is_file():
         raise ValueError(
@@ -142,8 +197,19 @@ def _builder(folder: str | pathlib.Path) -> Any:
 
 
 def open_places(folder: str | pathlib.Path, split: str, allowed: int = 0, only: Sequence[str] | None = None) -> Places:
-    """The records of a split by random access; `allowed` damaged ones are passed over. only: features to decode, None =
-    all. ValueError: no dataset, or split absent or empty.
+    """The records of a split by random access.
+
+    Args:
+        folder: the dataset's folder.
+        split: name of the split.
+        allowed: damaged records that may be passed over.
+        only: names of the features to decode; None = all.
+
+    Returns:
+        The places of the split.
+
+    Raises:
+        ValueError: `folder` is no dataset, or the split is absent or empty.
     """
     builder = _builder(folder)
     if split not in builder.info.splits:
@@ -152,55 +218,92 @@ def open_places(folder: str | pathlib.Path, split: str, allowed: int = 0, only: 
         raise ValueError(f"{folder}: split {split!r} holds no places")
     info = builder.info.splits[split]
     shards = [(pathlib.Path(path).name, count) for path, count in zip(info.filepaths, info.shard_lengths, strict=True)]
-    left = [] if only is None else [name for name in builder.info.features if name not in only]
-    decoders = {name: tfds.decode.SkipDecoding() for name in left}
+    skipped = [] if only is None else [name for name in builder.info.features if name not in only]
+    decoders = {name: tfds.decode.SkipDecoding() for name in skipped}
     return Places(builder.as_data_source(split=split, decoders=decoders or None), split, shards, allowed)
 
 
 def splits(folder: str | pathlib.Path) -> tuple[str, ...]:
-    """The splits of a dataset that hold places, "train" before "test". ValueError: no dataset."""
-    held = _builder(folder).info.splits
-    return tuple(name for name in ("train", "test") if name in held and held[name].num_examples)
+    """The splits of a dataset that hold places, "train" before "test". Raises ValueError: no dataset."""
+    infos = _builder(folder).info.splits
+    return tuple(name for name in SPLITS if name in infos and infos[name].num_examples)
 
 
 def locations(folder: str | pathlib.Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """(longitudes, latitudes) of every place of a split, float32 degrees as batches have them, nan where unknown. Reads
-    every record once, decodes no image. Errors as :func:`open_places`.
+    """Where the places of a split lie. Reads every record once, decodes no image.
+
+    Args:
+        folder: the dataset's folder.
+        split: name of the split.
+
+    Returns:
+        (longitudes, latitudes) of every place, float32 degrees as batches have them, nan where unknown.
+
+    Raises:
+        ValueError: as :func:`open_places`.
     """
     places = open_places(folder, split, only=("lon", "lat"))
     records = map(places.__getitem__, range(len(places)))
-    lon, lat = np.asarray([(one["lon"], one["lat"]) for one in records], np.float32).T
+    lon, lat = np.asarray([(record["lon"], record["lat"]) for record in records], np.float32).T
     return lon, lat
 
 
 def holdings(folder: str | pathlib.Path, split: str, names: Sequence[str], allowed: int = 0) -> dict[str, np.ndarray]:
-    """{sensor: bool [places], whether a place has an acquisition of it} of the sensors `names` that the dataset holds.
-    Reads every record once, decodes no image; of a dataset with one sensor it reads nothing, every place has it. Errors
-    as :func:`open_places`.
+    """Which places of a split have which sensors.
+
+    Reads every record once and decodes no image; of a dataset with a single sensor it reads no record, because every
+    place has that sensor.
+
+    Args:
+        folder: the dataset's folder.
+        split: name of the split.
+        names: sensors to look for; those that the dataset does not have are left out of the result.
+        allowed: damaged records that may be passed over.
+
+    Returns:
+        {sensor: bool [places], whether the place has an acquisition of the sensor}.
+
+    Raises:
+        ValueError: as :func:`open_places`.
     """
-    held = read_metadata(folder)["sensors"]
-    names = [name for name in names if name in held]
-    if len(held) == 1:
+    stored = read_metadata(folder)["sensors"]
+    names = [name for name in names if name in stored]
+    if len(stored) == 1:
         return {name: np.ones(len(open_places(folder, split)), bool) for name in names}
     places = open_places(folder, split, allowed, [f"{name}_measured" for name in names])
     records = map(places.__getitem__, range(len(places)))
-    found = [[len(one[f"{name}_measured"]) > 0 for name in names] for one in records]
-    return dict(zip(names, np.asarray(found, bool).T))
+    has = [[len(record[f"{name}_measured"]) > 0 for name in names] for record in records]
+    return dict(zip(names, np.asarray(has, bool).T, strict=True))
 
 
 def check_georeferenced(meta: Mapping[str, Any], folder: str | pathlib.Path) -> None:
-    """Raises ValueError where a dataset's images have no position on the ground. meta: `read_metadata`."""
+    """Refuses a dataset whose images have no position on the ground.
+
+    Args:
+        meta: the dataset's metadata (`read_metadata`).
+        folder: the dataset's folder, for the message.
+
+    Raises:
+        ValueError: the dataset has no georeference.
+    """
     if not meta.get("georeferenced", True):
         raise ValueError(
             f"the dataset in {folder} has no georeference; only config.model.name='msgfm' learns from such images"
         )
 
 
-def check_dataset(meta: Mapping[str, Any], contract: Mapping[str, Any], cfg: Any) -> None:
-    """Raises ValueError, naming field and fix, unless dataset, input contract and configuration fit together.
+def check_dataset(meta: Mapping[str, Any], contract: Mapping[str, Any], cfg: config_dict.ConfigDict) -> None:
+    """Refuses a dataset that does not fit the input contract and the configuration.
 
-    meta: `read_metadata`; contract: `sensors.input_contract`; cfg: the whole configuration (`cfg.data`,
-    `cfg.model.ratio` are read). Fields that a configuration does not have, as msGFM's views, are not checked.
+    Fields that a configuration does not have, as msGFM's views, are not checked.
+
+    Args:
+        meta: the dataset's metadata (`read_metadata`).
+        contract: the model's input contract (`sensors.input_contract`).
+        cfg: the whole configuration; `cfg.data` and `cfg.model.ratio` are read.
+
+    Raises:
+        ValueError: dataset, contract and configuration do not fit together; the message names the field and the fix.
     """
     data = cfg.data
     for name, rule in contract["sensors"].items():
@@ -210,8 +313,8 @@ def check_dataset(meta: Mapping[str, Any], contract: Mapping[str, Any], cfg: Any
                 f"drop {name!r} from config.data.bands or build a dataset that has it"
             )
         if name not in data.bands or list(data.bands[name]) != list(rule["bands"]):
-            given = list(data.bands[name]) if name in data.bands else "no bands"
-            raise ValueError(f"config.data.bands has {given} for {name!r}, the input contract {rule['bands']}")
+            configured = list(data.bands[name]) if name in data.bands else "no bands"
+            raise ValueError(f"config.data.bands has {configured} for {name!r}, the input contract {rule['bands']}")
         if unstored := [band for band in rule["bands"] if band in sensors.SENSORS[name].unstored]:
             raise ValueError(
                 f"the model takes {unstored} of {name!r}, which records do not hold; use `load` with arrays"
@@ -238,25 +341,27 @@ def check_dataset(meta: Mapping[str, Any], contract: Mapping[str, Any], cfg: Any
 
 
 def read_place(folder: str | pathlib.Path, place: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(record, metadata) of one place of a built dataset. `place`: its id, or its number over the train places, then
-    the test places.
+    """One place of a built dataset.
 
-    Raises ValueError naming the folder where the place is not in it or where the folder is not a dataset of ours.
+    Args:
+        folder: the dataset's folder.
+        place: id of the place, or its number: train places first, then test places.
+
+    Returns:
+        (record, metadata of the dataset).
+
+    Raises:
+        ValueError: `folder` is no dataset of places, or has no such place; the message names the folder.
     """
-    meta, seen = read_metadata(folder), 0
+    meta, before = read_metadata(folder), 0  # places of the splits before this split
     for split in splits(folder):
         source = open_places(folder, split)
         if place.isdigit():
-            if int(place) - seen < len(source):
-                return source[int(place) - seen], meta
+            if int(place) - before < len(source):
+                return source[int(place) - before], meta
         else:
             for index in range(len(source)):
                 if as_text(source[index]["place"]) == place:
                     return source[index], meta
-        seen += len(source)
-    raise ValueError(f"{folder} has no place {place!r}; it has {seen} places: give an id, or a number below that")
-
-
-def as_text(value: Any) -> str:
-    """A text of a record, which may be stored as bytes."""
-    return value.decode() if isinstance(value, bytes) else str(value)
+        before += len(source)
+    raise ValueError(f"{folder} has no place {place!r}; it has {before} places: give an id, or a number below that")

@@ -20,15 +20,24 @@ from skysense_jax.sensors import DATUM, SENSORS
 
 
 class Moments:
-    """Running count, mean and sum of squared deviations per band in float64 (Chan, Golub & LeVeque's pairwise update:
-    no cancellation).
+    """Running count, mean and sum of squared deviations per band in float64.
+
+    The update is the pairwise rule of Chan, Golub & LeVeque, which has no cancellation.
+
+    Attributes:
+        n, mean, squares: float64 [bands] count, mean and sum of squared deviations.
     """
 
     def __init__(self, bands: int):
         self.n, self.mean, self.squares = (np.zeros(bands) for _ in range(3))
 
     def add(self, band: int, values: np.ndarray) -> None:
-        """values: any shape."""
+        """Adds values of one band.
+
+        Args:
+            band: index of the band.
+            values: numbers of any dtype and shape; an empty array changes nothing.
+        """
         if not values.size:
             return
         values = values.astype(np.float64)
@@ -39,33 +48,42 @@ class Moments:
         self.n[band] = total
 
     def std(self) -> np.ndarray:
+        """Standard deviation float64 [bands]; 0 for a band without values."""
         return np.sqrt(self.squares / np.maximum(self.n, 1))
 
 
 def _train_records(folder: Path, meta: dict[str, Any]) -> Iterator[bytes]:
     shards = sorted(folder.glob(f"{NAME}-train.array_record-*"))
-    found = 0
+    count = 0
     for shard in shards:
         reader = ArrayRecordReader(str(shard))
         try:
             for index in range(reader.num_records()):
-                found += 1
+                count += 1
                 yield reader.read([index])[0]
         finally:
             reader.close()
-    if found != meta["splits"].get("train", 0):
-        raise BuildError(
-            f"{folder} has {found} train records in {len(shards)} shards, {METADATA} says {meta['splits'].get('train', 0)}"
-        )
+    expected = meta["splits"].get("train", 0)
+    if count != expected:
+        raise BuildError(f"{folder} has {count} train records in {len(shards)} shards, {METADATA} says {expected}")
 
 
 def compute(folder: str | Path, clear_only: bool = False, progress: bool = True) -> dict[str, dict[str, Any]]:
-    """Computes the statistics and stores them in places.json under "statistics"; returns them.
+    """Computes the statistics of a dataset and stores them in places.json under "statistics".
 
-    sensor -> {"mean", "std", "n": per band of the sensor's table row, "unit", "date", "sha256" of the records read,
-    "source", "unmeasured": bands without a pixel, which keep the table's values, and "datum": of heights}. Pixels count
-    where x_valid is 1 and the band was measured at that date; with clear_only also x_clear must be 1. Raises BuildError
-    where `folder` is no complete dataset or has no train split.
+    A pixel counts where x_valid is 1 and the band was measured at that date.
+
+    Args:
+        folder: the dataset's folder.
+        clear_only: count a pixel only where x_clear is 1, too.
+        progress: show a progress bar.
+
+    Returns:
+        sensor -> {"mean", "std", "n": per band of the sensor's table row, "unit", "date", "sha256" of the records
+        read, "source", "unmeasured": bands without a pixel, which keep the table's values, and "datum": of heights}.
+
+    Raises:
+        BuildError: `folder` is no complete dataset or has no train split.
     """
     folder = Path(folder)
     if not (folder / METADATA).is_file():
@@ -86,9 +104,8 @@ def compute(folder: str | Path, clear_only: bool = False, progress: bool = True)
         digest.update(len(data).to_bytes(8, "little") + data)
         _add(features.deserialize_example_np(data), moments, clear_only)
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    statistics = {
-        name: _entry(name, found, meta, today, digest.hexdigest(), clear_only) for name, found in moments.items()
-    }
+    stamp = {"date": today, "sha256": digest.hexdigest()}
+    statistics = {name: {**_entry(name, of_sensor, meta, clear_only), **stamp} for name, of_sensor in moments.items()}
     write_atomically(
         folder / METADATA, (json.dumps(meta | {"statistics": statistics}, indent=1, sort_keys=True) + "\n").encode()
     )
@@ -96,34 +113,30 @@ def compute(folder: str | Path, clear_only: bool = False, progress: bool = True)
 
 
 def _add(record: dict[str, np.ndarray], moments: dict[str, Moments], clear_only: bool) -> None:
-    for name, found in moments.items():
+    for name, of_sensor in moments.items():
         use = record[f"{name}_valid"].astype(bool)
         if clear_only:
             use &= record[f"{name}_clear"].astype(bool)
-        for image, pixels, measured in zip(record[f"{name}_image"], use, record[f"{name}_measured"]):
-            for band in np.flatnonzero(measured):
+        for image, pixels, measured in zip(record[f"{name}_image"], use, record[f"{name}_measured"], strict=True):
+            for band in np.flatnonzero(measured).tolist():
                 values = image[..., band][pixels]
                 if SENSORS[name].heights and values.size:
                     values = values - np.percentile(values, 50, method="lower")  # as the model sees them
-                found.add(band, values)
+                of_sensor.add(band, values)
 
 
-def _entry(
-    name: str, found: Moments, meta: dict[str, Any], today: str, sha256: str, clear_only: bool
-) -> dict[str, Any]:
-    row, std = SENSORS[name], found.std()
-    usable = (found.n > 1) & (std > 0)  # a band that never varies cannot be normalised by its own deviation
+def _entry(name: str, moments: Moments, meta: dict[str, Any], clear_only: bool) -> dict[str, Any]:
+    row, std = SENSORS[name], moments.std()
+    usable = (moments.n > 1) & (std > 0)  # a band that never varies cannot be normalised by its own deviation
     pixels = "valid and clear" if clear_only else "valid"
     synthetic = "SYNTHETIC data, " if meta["synthetic"] else ""
     return {
-        "mean": np.where(usable, found.mean, row.mean).tolist(),
+        "mean": np.where(usable, moments.mean, row.mean).tolist(),
         "std": np.where(usable, std, row.std).tolist(),
-        "n": [int(count) for count in found.n],
+        "n": [int(count) for count in moments.n],
         "unit": row.unit,
         **({"datum": DATUM} if row.heights else {}),
-        "date": today,
-        "sha256": sha256,
-        "unmeasured": [band for band, good in zip(row.bands, usable) if not good],
+        "unmeasured": [band for band, good in zip(row.bands, usable, strict=True) if not good],
         "source": f"{synthetic}{pixels} pixels of the train split of dataset {meta['dataset_id'][:12]}; "
         f"bands without data: {row.source}",
     }
@@ -134,7 +147,8 @@ def render(statistics: dict[str, dict[str, Any]]) -> str:
     lines = []
     for name, entry in statistics.items():
         lines.append(f"{name} ({entry['unit']})")
-        for band, mean, std, count in zip(SENSORS[name].bands, entry["mean"], entry["std"], entry["n"]):
-            own = "   (no data: the table's values)" if band in entry["unmeasured"] else ""
-            lines.append(f"  {band:7s} mean {mean:12.4f}   std {std:12.4f}   n {count:,}{own}")
+        columns = zip(SENSORS[name].bands, entry["mean"], entry["std"], entry["n"], strict=True)
+        for band, mean, std, count in columns:
+            note = "   (no data: the table's values)" if band in entry["unmeasured"] else ""
+            lines.append(f"  {band:7s} mean {mean:12.4f}   std {std:12.4f}   n {count:,}{note}")
     return "\n".join(lines)

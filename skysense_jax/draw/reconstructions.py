@@ -13,7 +13,7 @@ from PIL import Image
 
 from skysense_jax.core import paths, rngs
 from skysense_jax.data import records as dataset_records
-from skysense_jax.data.batches import views
+from skysense_jax.data.batches import acquisitions, views, whole_places
 from skysense_jax.draw import panels
 from skysense_jax.models import msgfm, msgfm_outputs
 
@@ -30,7 +30,7 @@ def place_inputs(contract: Mapping[str, Any], record: Mapping[str, Any], meta: M
     """
     held = {"sensors": {name: rule for name, rule in contract["sensors"].items() if name in meta["sensors"]}}
     plans = views.sensor_plans(held, int(meta["ratio"]), dict.fromkeys(held["sensors"], 1))
-    inputs = views.whole_place(record, plans, int(meta["tile"]))["sensors"]
+    inputs = whole_places.whole_place(record, plans, int(meta["tile"]))["sensors"]
     found = {name: one for name, one in inputs.items() if one["valid"].any()}
     if not found:
         raise ValueError(f"the place has none of the model's sensors {', '.join(contract['sensors'])}")
@@ -84,7 +84,7 @@ def in_training(
     places = dataset_records.open_places(cfg.data.dir, split, int(cfg.data.max_bad_records))
     records = [places[number] for number in range(min(len(places), CANDIDATES))]
     shared = [name for name in contract["sensors"] if name in meta["sensors"]]
-    record = max(records, key=lambda one: sum(len(views.usable(one, name)) > 0 for name in shared))
+    record = max(records, key=lambda one: sum(len(acquisitions.usable(one, name)) > 0 for name in shared))
     inputs = place_inputs(contract, record, meta)
     compiled = reconstructor(cfg, contract, int(cfg.seed), out_shardings=whole)
     folder = workdir / FOLDER

@@ -1,0 +1,1 @@
+"""Batches: reads records and makes training and evaluation batches of them."""

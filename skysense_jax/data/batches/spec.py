@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from ml_collections import config_dict
 
 
 class Leaf(NamedTuple):
@@ -15,14 +16,22 @@ class Leaf(NamedTuple):
     dtype: np.dtype
 
 
-def one_sensor_spec(cfg: Any, contract: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested dict of a global batch of one sensor's images (`batches.one_sensor`), with a `Leaf` in the place of every
-    array.
+def one_sensor_spec(cfg: config_dict.ConfigDict, contract: Mapping[str, Any]) -> dict[str, Any]:
+    """A global batch of images of one sensor (`batches.one_sensor`).
 
-    sensor int32 [B]: number of the sensor in the contract, the same in all rows. own, pair: what it and its pair
-    (sensors.SENSORS) measured, {"image" [B, S, S, C], "valid" [B, S, S], "bands" [B, C]} float32 in raw units; S =
-    config.model.img_size, C = bands of the contract's widest sensor, those behind a sensor's own are 0. paired float32
-    [B]: 1 where the place has both. place: {"index" int64 [B]}, the number of the place over all datasets.
+    With S = config.model.img_size and C = bands of the contract's widest sensor, a batch has:
+        sensor: int32 [B], number of the sensor in the contract, the same in all rows.
+        own, pair: measurements of the sensor and of its pair (sensors.SENSORS), {"image" [B, S, S, C], "valid"
+            [B, S, S], "bands" [B, C]} float32 in raw units; channels behind the bands of a sensor are 0.
+        paired: float32 [B], 1 where the place has both sensors.
+        place: {"index" int64 [B]}, number of the place over all datasets.
+
+    Args:
+        cfg: the whole configuration; `cfg.data.batch` and `cfg.model.img_size` are read.
+        contract: the model's input contract (`sensors.input_contract`).
+
+    Returns:
+        The nested dict of the batch with a `Leaf` in place of every array.
     """
     batch, side = int(cfg.data.batch), int(cfg.model.img_size)
     channels = max(len(rule["bands"]) for rule in contract["sensors"].values())
@@ -41,12 +50,18 @@ def one_sensor_spec(cfg: Any, contract: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def views_spec(cfg: Any, contract: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested dict of a global batch of views of whole places (`views.train_batch`), with a `Leaf` in the place of
-    every array.
+def views_spec(cfg: config_dict.ConfigDict, contract: Mapping[str, Any]) -> dict[str, Any]:
+    """A global batch of views of places with all their sensors (`views.train_batch`).
 
-    cfg: the whole configuration (`cfg.data` is read); contract: `sensors.input_contract`. Axes: B places, V views, T
-    dates, then rows, columns, channels. "local" is absent when `config.data.n_local` is 0.
+    The axes are B places, V views, T dates, then rows, columns, channels. "local" is absent when `config.data.n_local`
+    is 0.
+
+    Args:
+        cfg: the whole configuration; `cfg.data` is read.
+        contract: the model's input contract (`sensors.input_contract`).
+
+    Returns:
+        The nested dict of the batch with a `Leaf` in place of every array.
     """
     data, batch = cfg.data, int(cfg.data.batch)
     f32, i32 = np.dtype(np.float32), np.dtype(np.int32)

@@ -1,11 +1,10 @@
-"""Builds a dataset from a catalog: parallel over processes or machines, resumable, each part written once and
-atomically.
+"""Builds a dataset from a catalog: parallel over processes or machines, resumable, every part written once.
 
-The catalog's places, sorted by name, fall into fixed units of one split each. A unit becomes
-DIR/parts/<split>-<number>.array_record plus a JSON sidecar, both written under a temporary name, synced and renamed,
-the sidecar last: a unit with a sidecar is done, whatever happened to the process afterwards. At the end the non-empty
-parts are renamed to TFDS shard names, TFDS's own metadata are written, and places.json, written last, marks the
-dataset as complete. `check` is the same without writing.
+The catalog's places, sorted by name, are divided into fixed units of one split each. A unit becomes
+DIR/parts/<split>-<number>.array_record plus a JSON sidecar. Both are written under a temporary name, synced and
+renamed, the sidecar last: a unit with a sidecar is done, whatever happened to the process afterwards. At the end the
+non-empty parts are renamed to TFDS shard names, TFDS's metadata are written, and places.json, written last, marks the
+dataset as complete. `check` does the same without writing.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from skysense_jax.core.files import encode, move, write_atomically
-from skysense_jax.data.ingest.catalog import SPLITS, Catalog, Row, read_catalog
+from skysense_jax.data.ingest.catalog import Catalog, Row, read_catalog
 from skysense_jax.data.ingest.on_processes import in_processes
 from skysense_jax.data.ingest.places import Settings
 from skysense_jax.data.ingest.raster import MAX_PIXELS
 from skysense_jax.data.ingest.report import REFUSED, merge, new_report, summary
 from skysense_jax.data.ingest.shards import Unit, features_of
-from skysense_jax.data.records import METADATA
+from skysense_jax.data.records import METADATA, SPLITS
 from skysense_jax.sensors import SENSORS
 
 FORMAT = 1
@@ -38,19 +37,27 @@ NAME = "places"
 FILES = "files.jsonl"
 PARTS = "parts"
 
-
 RunUnits = Callable[[Sequence[Unit], Settings, Path, str], Iterator[tuple[Unit, dict[str, Any]]]]
-"""(units, settings, DIR/parts, build key) -> every unit with what `run_unit` says of it, in any order."""
+"""(units, settings, DIR/parts, build key) -> every unit with the result of `run_unit`, in any order."""
 
 
 class BuildError(ValueError):
-    """The build cannot be done as asked: wrong options, or a folder that holds something else."""
+    """The build cannot be done: wrong options, or a folder that holds something else."""
 
 
 class Options(NamedTuple):
-    """Options that decide what the records are (workers and progress do not). sensors: () = all of the catalog.
-    holdout: share of places that go to the test split by hash of their name, where the catalog does not say.
-    georeferenced: False = images without a place on Earth (`pictures`); gsd and max_upsample then mean nothing.
+    """Options that decide what the records are (workers and progress do not).
+
+    Attributes:
+        tile: base pixels along a tile.
+        gsd: metres of a base pixel.
+        ratio: HR pixels along a base pixel.
+        sensors: sensors of the dataset; () = all of the catalog.
+        holdout: share of the places that go to the test split by a hash of their name, where the catalog does not say.
+        shard_places: catalog places in a unit.
+        max_pixels: largest number of pixels of one file.
+        max_upsample: largest factor by which a file may be enlarged.
+        georeferenced: False = images without a place on Earth (`plain_images`); gsd and max_upsample then mean nothing.
     """
 
     tile: int = 16
@@ -64,18 +71,51 @@ class Options(NamedTuple):
     georeferenced: bool = True
 
 
+DEFAULTS = Options()
+
+
+class _Build(NamedTuple):
+    """One build. folder: DIR/parts. key: digest of `described`. described: {"build": catalog digest and options}."""
+
+    out: Path
+    folder: Path
+    catalog: Catalog
+    settings: Settings
+    units: list[Unit]
+    key: str
+    described: dict[str, Any]
+
+
 def split_of(place: str, rows: Sequence[Row], holdout: float) -> str:
-    """Split "train" or "test": the catalog's word, else by a hash of the place's name (the same for every catalog it
-    appears in).
+    """The split of a place: the catalog's word, else a hash of the place's name (the same in every catalog).
+
+    Args:
+        place: name of the place.
+        rows: its catalog rows, which all have the same `split`.
+        holdout: share 0..1 of the places that go to the test split by the hash.
+
+    Returns:
+        "train" or "test".
     """
     if rows[0].split:
         return rows[0].split
-    draw = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big") / 2**64
-    return "test" if draw < holdout else "train"
+    uniform = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big") / 2**64
+    return "test" if uniform < holdout else "train"
 
 
 def plan(catalog: Catalog, options: Options) -> tuple[Settings, list[Unit]]:
-    """The settings every worker gets, and the fixed units of the build. Raises BuildError."""
+    """The settings that every worker gets, and the fixed units of the build.
+
+    Args:
+        catalog: the validated catalog.
+        options: the build's options.
+
+    Returns:
+        (settings, units), the units of the train split first.
+
+    Raises:
+        BuildError: an option is wrong, or the catalog has no usable image row.
+    """
     unknown = [name for name in options.sensors if name not in catalog.sensors]
     if unknown:
         raise BuildError(
@@ -95,21 +135,20 @@ def plan(catalog: Catalog, options: Options) -> tuple[Settings, list[Unit]]:
         or not 0 <= options.holdout <= 1
     ):
         raise BuildError(f"tile, ratio, gsd and shard places must be positive and holdout within 0..1, got {options}")
-    default = Options()
-    if not options.georeferenced and (options.gsd, options.max_upsample) != (default.gsd, default.max_upsample):
+    if not options.georeferenced and (options.gsd, options.max_upsample) != (DEFAULTS.gsd, DEFAULTS.max_upsample):
         raise BuildError("gsd and max upsample mean nothing where the size of a pixel on the ground is not known")
     settings = Settings(
-        options.tile,
-        options.gsd,
-        options.ratio,
-        sensors,
-        catalog.label_classes,
-        catalog.root,
-        options.max_pixels,
-        options.max_upsample,
-        options.georeferenced,
+        tile=options.tile,
+        gsd=options.gsd,
+        ratio=options.ratio,
+        sensors=sensors,
+        label_classes=catalog.label_classes,
+        root=catalog.root,
+        max_pixels=options.max_pixels,
+        max_upsample=options.max_upsample,
+        georeferenced=options.georeferenced,
     )
-    by_split: dict[str, list] = {split: [] for split in SPLITS}
+    by_split: dict[str, list[tuple[str, tuple[Row, ...]]]] = {split: [] for split in SPLITS}
     for place, rows in catalog.places.items():
         left_out = set(catalog.sensors) - set(sensors)
         rows = tuple(row for row in rows if row.sensor not in left_out)
@@ -125,10 +164,10 @@ def plan(catalog: Catalog, options: Options) -> tuple[Settings, list[Unit]]:
 
 
 def _collect(done: Sequence[dict[str, Any]], catalog: Catalog, settings: Settings) -> dict[str, Any]:
-    """One report of all units plus the rows the catalog itself refused, files in row order."""
+    """One report of all units plus the rows that the catalog refused, files in row order. done: sidecars' contents."""
     total = new_report(settings.sensors)
-    for part in done:
-        merge(total, part["report"])
+    for sidecar in done:
+        merge(total, sidecar["report"])
     total["files"] += [{**entry, "status": REFUSED} for entry in catalog.refused]
     total["files"].sort(key=lambda entry: entry["row"])
     lost = {entry["place"] for entry in catalog.refused} - set(catalog.places)
@@ -140,7 +179,7 @@ def _collect(done: Sequence[dict[str, Any]], catalog: Catalog, settings: Setting
 def _progress(units: Sequence[Unit], finished: Sequence[dict[str, Any]], show: bool) -> tqdm:
     return tqdm(
         total=sum(len(unit.places) for unit in units),
-        initial=sum(part["places"] for part in finished),
+        initial=sum(sidecar["places"] for sidecar in finished),
         unit="place",
         desc="ingest",
         disable=not show,
@@ -149,7 +188,21 @@ def _progress(units: Sequence[Unit], finished: Sequence[dict[str, Any]], show: b
 
 
 def check(catalog_path: str | Path, options: Options, workers: int = 1, progress: bool = True) -> dict[str, Any]:
-    """Reads everything a build would read and returns the report, writing nothing. Raises CatalogError, BuildError."""
+    """Reads everything that a build would read and reports on it, writing nothing.
+
+    Args:
+        catalog_path: the catalog file.
+        options: the build's options.
+        workers: processes.
+        progress: show a progress bar.
+
+    Returns:
+        The report (`report.summary`).
+
+    Raises:
+        CatalogError: the catalog cannot be used.
+        BuildError: an option is wrong, or the catalog has no usable image row.
+    """
     catalog = read_catalog(catalog_path)
     settings, units = plan(catalog, options)
     done: dict[str, dict[str, Any]] = {}
@@ -162,7 +215,7 @@ def check(catalog_path: str | Path, options: Options, workers: int = 1, progress
 
 @contextlib.contextmanager
 def _claimed(out: Path, key: str, described: dict[str, Any]) -> Iterator[Path]:
-    """DIR/parts, made or found to belong to the same build, and locked against a second process."""
+    """DIR/parts, created now or by an earlier run of the same build, and locked against a second process."""
     folder = out / PARTS
     others = [entry.name for entry in out.iterdir() if entry.name != PARTS] if out.is_dir() else []
     if others and not (folder / "build.json").is_file():
@@ -178,21 +231,22 @@ def _claimed(out: Path, key: str, described: dict[str, Any]) -> Iterator[Path]:
             raise BuildError(f"another process is building {out}") from error
         stamp = folder / "build.json"
         if stamp.is_file():
-            _same(json.loads(stamp.read_bytes()), key, described, out)
+            _check_same(json.loads(stamp.read_bytes()), key, described, out)
         else:
             write_atomically(stamp, encode({"build_key": key} | described))
-        for left in folder.glob(".*.tmp-*"):
-            left.unlink()
+        for leftover in folder.glob(".*.tmp-*"):
+            leftover.unlink()
         yield folder
 
 
-def _same(found: dict[str, Any], key: str, described: dict[str, Any], out: Path) -> None:
-    if found.get("build_key") != key:
-        theirs = found.get("build", {})
+def _check_same(stored: dict[str, Any], key: str, described: dict[str, Any], out: Path) -> None:
+    """Raises BuildError, naming the options that differ, where `stored` was written by another build."""
+    if stored.get("build_key") != key:
+        earlier = stored.get("build", {})
         different = [
-            f"{name}: {theirs.get(name)!r} there, {value!r} now"
+            f"{name}: {earlier.get(name)!r} there, {value!r} now"
             for name, value in described["build"].items()
-            if theirs.get(name) != value
+            if earlier.get(name) != value
         ]
         raise BuildError(
             f"{out} was built with another catalog or other options ({'; '.join(different)}); choose another --out"
@@ -202,30 +256,41 @@ def _same(found: dict[str, Any], key: str, described: dict[str, Any], out: Path)
 def build(
     catalog_path: str | Path,
     out: str | Path,
-    options: Options = Options(),
+    options: Options = DEFAULTS,
     workers: int = 1,
     progress: bool = True,
     run_units: RunUnits | None = None,
 ) -> tuple[dict[str, Any], bool]:
-    """Builds, continues or finds complete the dataset in `out`; returns (content of places.json, whether anything was
-    done). run_units: what runs the units; None: `workers` processes of this machine.
+    """Builds the dataset in `out`, or continues an unfinished build; a complete dataset is left as it is.
 
-    Raises CatalogError (unusable catalog), BuildError (options, or `out` holds something else; also where nothing
-    usable came out).
+    Args:
+        catalog_path: the catalog file.
+        out: the dataset's folder.
+        options: what the records are.
+        workers: processes of this machine.
+        progress: show a progress bar.
+        run_units: what runs the units; None = `workers` processes of this machine.
+
+    Returns:
+        (content of places.json, whether anything was done).
+
+    Raises:
+        CatalogError: the catalog cannot be used.
+        BuildError: an option is wrong, `out` holds something else, or no tile has a valid pixel.
     """
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise BuildError(f"{out} is not a folder")
     catalog = read_catalog(catalog_path)
     settings, units = plan(catalog, options)
-    asked = json.loads(json.dumps(options._asdict()))
+    chosen = json.loads(json.dumps(options._asdict()))
     if options.georeferenced:
-        del asked["georeferenced"]  # datasets from before there was a choice keep their key and id
-    described = {"build": {"format": FORMAT, "catalog_sha256": catalog.sha256} | asked}
+        del chosen["georeferenced"]  # datasets from before there was a choice keep their key and id
+    described = {"build": {"format": FORMAT, "catalog_sha256": catalog.sha256} | chosen}
     key = hashlib.sha256(encode(described)).hexdigest()
     if (out / METADATA).is_file():
         meta = json.loads((out / METADATA).read_bytes())
-        _same(meta, key, described, out)
+        _check_same(meta, key, described, out)
         if (out / PARTS).is_dir():
             shutil.rmtree(out / PARTS)  # the last step of a build that was stopped right there
         return meta, False
@@ -251,31 +316,29 @@ def build(
             raise BuildError(
                 f"no tile has a single valid pixel, nothing to write; {out}/{PARTS} can be deleted.{reasons[:4000]}"
             )
-        meta = _finish(out, folder, units, done, total, catalog, settings, key, described)
+        meta = _finish(_Build(out, folder, catalog, settings, units, key, described), done, total)
     shutil.rmtree(folder)
     return meta, True
 
 
-def _finish(
-    out: Path,
-    folder: Path,
-    units: Sequence[Unit],
-    done: dict[str, dict[str, Any]],
-    total: dict[str, Any],
-    catalog: Catalog,
-    settings: Settings,
-    key: str,
-    described: dict[str, Any],
-) -> dict[str, Any]:
-    """Names the parts as TFDS shards and writes the metadata. Every step can be repeated after a crash."""
+def _finish(work: _Build, done: dict[str, dict[str, Any]], total: dict[str, Any]) -> dict[str, Any]:
+    """Names the parts as TFDS shards and writes the metadata. Every step can be repeated after a crash.
+
+    Args:
+        work: the build.
+        done: unit name -> content of its sidecar.
+        total: the report of all units.
+
+    Returns:
+        The content of places.json.
+    """
+    out, folder, settings = work.out, work.folder, work.settings
     infos = []
     for split in SPLITS:
-        full = [unit for unit in units if unit.split == split and done[unit.name]["length"]]
+        full = [unit for unit in work.units if unit.split == split and done[unit.name]["length"]]
         for number, unit in enumerate(full):
-            shard, part = (
-                out / f"{NAME}-{split}.array_record-{number:05d}-of-{len(full):05d}",
-                folder / f"{unit.name}.array_record",
-            )
+            shard = out / f"{NAME}-{split}.array_record-{number:05d}-of-{len(full):05d}"
+            part = folder / f"{unit.name}.array_record"
             if part.is_file():
                 move(part, shard)
             elif not shard.is_file():
@@ -301,7 +364,7 @@ def _finish(
     )
     lines = "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in total["files"])
     write_atomically(out / FILES, lines.encode())
-    records = [done[unit.name]["sha256"] for unit in units]
+    records = [done[unit.name]["sha256"] for unit in work.units]
     meta = {
         "format": FORMAT,
         "tile": settings.tile,
@@ -310,13 +373,13 @@ def _finish(
         "gsd": settings.gsd if settings.georeferenced else None,
         "sensors": list(settings.sensors),
         "label_classes": list(settings.label_classes),
-        "label_map_classes": {str(k): v for k, v in catalog.label_map_classes.items()},
+        "label_map_classes": {str(number): name for number, name in work.catalog.label_map_classes.items()},
         "synthetic": any(entry.get("synthetic", False) for entry in total["files"]),
-        "catalog_sha256": catalog.sha256,
+        "catalog_sha256": work.catalog.sha256,
         "splits": {info.name: info.num_examples for info in infos},
         "report": summary(total),
-        "build_key": key,
-        "dataset_id": hashlib.sha256(encode([described, records])).hexdigest(),
-    } | described
+        "build_key": work.key,
+        "dataset_id": hashlib.sha256(encode([work.described, records])).hexdigest(),
+    } | work.described
     write_atomically(out / METADATA, encode(meta))
     return meta

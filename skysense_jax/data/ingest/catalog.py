@@ -1,11 +1,10 @@
-"""The catalog: one row per raster, read from CSV or GeoParquet and validated with row numbers before any raster is
-opened.
+"""The catalog: one row per raster, read from CSV or GeoParquet, validated before any raster is opened.
 
-Columns: place, sensor, datetime, path (relative to the catalog's folder), and optionally bands, units, scale, offset,
-nodata, classes, split. `sensor` is a sensor of the table, `label`, `label_map` or `mask:<sensor>`. A mistake in the
-table itself (unknown column or sensor, unreadable date or number) is a :class:`CatalogError` listing every such row;
-something wrong with one raster (path outside the root, file missing, date missing) refuses that row alone, and the
-refusal is counted and named.
+The columns are place, sensor, datetime and path (relative to the catalog's folder), and optionally bands, units, scale,
+offset, nodata, classes and split. `sensor` is a sensor of the table, `label`, `label_map` or `mask:<sensor>`. A mistake
+in the table itself (unknown column or sensor, unreadable date or number) raises :class:`CatalogError`, which lists all
+such rows by number. A problem with one raster (path outside the root, file missing, date missing) refuses that row
+alone; the refusal is counted and named.
 """
 
 from __future__ import annotations
@@ -14,21 +13,25 @@ import csv
 import datetime
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
+from skysense_jax.data.records import EPOCH, SPLITS
 from skysense_jax.sensors import NO_DATE, SENSORS, UNITS, UNLABELLED, band_name
 
 COLUMNS = ("place", "sensor", "datetime", "path", "bands", "units", "scale", "offset", "nodata", "classes", "split")
 REQUIRED = ("place", "sensor", "datetime", "path")
-SPLITS = ("train", "test")
 SKIPPED_BAND = "-"
 """Entry of `bands` for a band of the file that is not used."""
 NO_NODATA = "none"
 """Entry of `nodata` that switches the file's own nodata value off."""
 _MAX_LISTED = 20
-_EPOCH = datetime.date(1970, 1, 1)
+_Cells = Iterable[tuple[int, dict[str, str]]]
+"""(row number, column -> text) of every row; the first item is the header."""
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 class CatalogError(ValueError):
@@ -38,13 +41,21 @@ class CatalogError(ValueError):
 class Row(NamedTuple):
     """One validated catalog row.
 
-    number: line in the CSV file (the header is line 1) or 1-based row of the parquet file. kind: "image", "mask",
-    "label_map" or "label". sensor: sensor of the table ("" for labels). date: days since 1970-01-01 or NO_DATE. path:
-    resolved file (None for "label"); name: as written. bands: canonical names in file order, SKIPPED_BAND for an
-    unused band (of a mask or label map: all but one, whatever its name); () = take them from the file. scale, offset,
-    nodata: one number, or one per band of the file; () = not given. drop_nodata: the file's own nodata value is to be
-    ignored. classes: label names, "id=name" pairs of a label map, or clear values of a mask. split: "train", "test"
-    or "".
+    Attributes:
+        number: line in the CSV file (the header is line 1) or 1-based row of the parquet file.
+        place: name of the place.
+        kind: "image", "mask", "label_map" or "label".
+        sensor: sensor of the table; "" for labels.
+        date: days since 1970-01-01, or NO_DATE.
+        path: resolved file; None for "label".
+        name: the path as the catalog writes it.
+        bands: canonical names in file order, SKIPPED_BAND for an unused band (of a mask or label map: all but one,
+            whatever its name); () = take them from the file.
+        units: units of the numbers, lower case; "" = the catalog does not say.
+        scale, offset, nodata: one number, or one per band of the file; () = the catalog does not say.
+        drop_nodata: the nodata value that the file declares is to be ignored.
+        classes: label names, "id=name" pairs of a label map, or clear values of a mask.
+        split: "train", "test" or "".
     """
 
     number: int
@@ -65,9 +76,17 @@ class Row(NamedTuple):
 
 
 class Catalog(NamedTuple):
-    """places: name -> rows in catalog order, names sorted. refused: rows that cannot be used, as {"row", "place",
-    "sensor", "path", "reason"}. sensors: sensors with at least one row, in the table's order. label_classes: sorted
-    union. label_map_classes: id -> name.
+    """A validated catalog.
+
+    Attributes:
+        path: the catalog file.
+        root: its folder; every raster lies below it.
+        sha256: digest of the catalog file, hexadecimal.
+        places: name -> rows in catalog order; the names are sorted.
+        refused: rows that cannot be used, as {"row", "place", "sensor", "path", "reason"}.
+        sensors: sensors with at least one image row, in the table's order.
+        label_classes: sorted union of the classes of all label rows.
+        label_map_classes: id -> name, over all label maps.
     """
 
     path: Path
@@ -81,14 +100,18 @@ class Catalog(NamedTuple):
 
 
 def parse_date(text: str) -> int:
-    """Days since 1970-01-01 (UTC) of an ISO date or date and time; NO_DATE for an empty text. Raises ValueError."""
+    """Days since 1970-01-01 (UTC) of an ISO date or date and time; NO_DATE for an empty text.
+
+    Raises:
+        ValueError: `text` is no ISO date, or lies before 1970.
+    """
     text = text.strip()
     if not text:
         return NO_DATE
     when = datetime.datetime.fromisoformat(text)
     if when.tzinfo is not None:
         when = when.astimezone(datetime.UTC)
-    day = (when.date() - _EPOCH).days
+    day = (when.date() - EPOCH).days
     if day < 0:
         raise ValueError(f"{text} lies before 1970")
     return day
@@ -102,7 +125,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 def _kind(sensor: str) -> tuple[str, str]:
-    """("image"|"mask"|"label_map"|"label", sensor of the table or ""). Raises ValueError for an unknown one."""
+    """("image"|"mask"|"label_map"|"label", sensor of the table or ""). Raises ValueError for an unknown sensor."""
     if sensor in ("label", "label_map"):
         return sensor, ""
     kind, name = ("mask", sensor.removeprefix("mask:")) if sensor.startswith("mask:") else ("image", sensor)
@@ -143,8 +166,18 @@ def _classes(kind: str, text: str) -> tuple[str, ...]:
 
 
 def local_file(root: Path, text: str) -> Path:
-    """The regular file `text` names under `root`, symlinks resolved. Raises ValueError for anything else (network
-    paths included).
+    """The regular file that a catalog names, symlinks resolved.
+
+    Args:
+        root: the catalog's folder, resolved.
+        text: the path as the catalog writes it, relative to `root`.
+
+    Returns:
+        The resolved path, which lies below `root`.
+
+    Raises:
+        ValueError: `text` names anything else: a network or virtual path, a path outside `root`, a missing file, or
+            something that is not a regular file.
     """
     if "://" in text or text.lstrip("/\\").lower().startswith("vsi"):
         raise ValueError(
@@ -165,9 +198,9 @@ def local_file(root: Path, text: str) -> Path:
 def _row(number: int, cells: Mapping[str, str]) -> Row:
     """Validates everything that needs no file. Raises ValueError naming the column."""
 
-    def checked(column: str, function: Any, *arguments: Any) -> Any:
+    def checked(column: str, function: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T:
         try:
-            return function(*arguments)
+            return function(*arguments, **named)
         except ValueError as error:
             raise ValueError(f"{column}: {error}") from error
 
@@ -217,7 +250,7 @@ def _row(number: int, cells: Mapping[str, str]) -> Row:
     )
 
 
-def _read_csv(path: Path) -> Iterable[tuple[int, dict[str, str]]]:
+def _read_csv(path: Path) -> _Cells:
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, restkey="", strict=True)
         try:
@@ -242,7 +275,7 @@ def _text(value: Any) -> str:
     return str(value).strip()
 
 
-def _read_parquet(path: Path) -> Iterable[tuple[int, dict[str, str]]]:
+def _read_parquet(path: Path) -> _Cells:
     import pyarrow.parquet  # slow to import, and only GeoParquet catalogs need it
 
     try:
@@ -265,34 +298,39 @@ def _fail(path: Path, problems: list[str]) -> None:
 
 
 def _label_map_classes(rows: Iterable[Row], problems: list[str]) -> dict[int, str]:
-    found: dict[int, str] = {}
+    names: dict[int, str] = {}
     for row in rows:
         for pair in row.classes if row.kind == "label_map" else ():
             value, _, name = pair.partition("=")
-            if found.setdefault(int(value), name.strip()) != name.strip():
+            if names.setdefault(int(value), name.strip()) != name.strip():
                 problems.append(
-                    f"row {row.number}: classes: {pair} contradicts {value}={found[int(value)]} of an earlier row"
+                    f"row {row.number}: classes: {pair} contradicts {value}={names[int(value)]} of an earlier row"
                 )
-    return dict(sorted(found.items()))
+    return dict(sorted(names.items()))
 
 
 def read_catalog(path: str | Path) -> Catalog:
-    """Reads and validates a catalog (.csv, .parquet or .geoparquet). Raises CatalogError, FileNotFoundError."""
+    """Reads and validates a catalog (.csv, .parquet or .geoparquet).
+
+    Raises:
+        CatalogError: there is no such file, the table cannot be read, or rows are wrong; the message lists them.
+    """
     path = Path(path).resolve()
     if not path.is_file():
         raise CatalogError(f"{path}: no such catalog")
     lines = iter((_read_parquet if path.suffix.lower() in (".parquet", ".geoparquet") else _read_csv)(path))
     _, header = next(lines)
-    unknown, missing = (
-        [name for name in header if name not in COLUMNS],
-        [name for name in REQUIRED if name not in header],
-    )
+    unknown = [name for name in header if name not in COLUMNS]
+    missing = [name for name in REQUIRED if name not in header]
     if unknown or missing:
         raise CatalogError(
             f"{path}: unknown columns {unknown}, missing columns {missing}; a catalog has {', '.join(COLUMNS)}"
         )
 
-    root, rows, refused, problems = path.parent, [], [], []
+    root = path.parent
+    rows: list[Row] = []
+    refused: list[dict[str, Any]] = []
+    problems: list[str] = []
     splits: dict[str, tuple[str, int]] = {}
     for number, cells in lines:
         try:

@@ -1,4 +1,4 @@
-"""Runs the units of a build as an Apache Beam pipeline, so that they can be read and written on many machines.
+"""Runs the units of a build as an Apache Beam pipeline, so that many machines can read rasters and write parts.
 
 The pipeline only hands out work: DIR/parts/units.jsonl has one line per unit, a worker reads the unit's rasters and
 writes part and sidecar with the same `run_unit` as a local build, and the building process finishes the dataset from
@@ -36,16 +36,16 @@ def to_line(unit: Unit) -> str:
 def from_line(line: str) -> Unit:
     """The unit of a line that `to_line` wrote."""
 
-    def row(cells: list[Any]) -> Row:
-        found = Row(*(tuple(cell) if isinstance(cell, list) else cell for cell in cells))
-        return found._replace(path=found.path and Path(found.path))
+    def as_row(cells: list[Any]) -> Row:
+        row = Row._make(tuple(cell) if isinstance(cell, list) else cell for cell in cells)
+        return row._replace(path=row.path and Path(row.path))
 
     name, split, places = json.loads(line)
-    return Unit(name, split, tuple((place, tuple(map(row, rows))) for place, rows in places))
+    return Unit(name, split, tuple((place, tuple(map(as_row, rows))) for place, rows in places))
 
 
 def _visible(path: Path) -> Path:
-    """`path`, or RuntimeError: what only the building machine sees must not be taken for a file that is broken."""
+    """`path`. Raises RuntimeError where this worker does not see it: such a file must not be taken for a broken one."""
     if not path.is_file():
         raise RuntimeError(
             f"{path} is on the building machine but not on worker {socket.gethostname()}: the catalog's rasters and "
@@ -61,14 +61,22 @@ def planned(folder: str) -> Iterator[str]:
 
 
 def ingest_line(line: str, settings: Settings, folder: str, key: str) -> None:
-    """Ingests one unit on a worker, unless it is finished: a runner may hand the same line out again. Raises
-    RuntimeError where the worker does not see the build's folder or a raster.
+    """Ingests one unit on a worker, unless it is finished: a runner may hand the same line out again.
+
+    Args:
+        line: the unit, as `to_line` wrote it.
+        settings: the build's settings.
+        folder: DIR/parts.
+        key: the build's key.
+
+    Raises:
+        RuntimeError: the worker does not see the build's folder or a raster.
     """
     unit = from_line(line)
     _visible(Path(folder) / PLAN)
     if not (Path(folder) / f"{unit.name}.json").is_file():
-        for row in (row for _, rows in unit.places for row in rows if row.path):
-            _visible(row.path)
+        for path in (row.path for _, rows in unit.places for row in rows if row.path):
+            _visible(path)
         run_unit(unit, settings, Path(folder), key)
 
 
@@ -87,9 +95,21 @@ def _pipeline(arguments: Sequence[str]) -> apache_beam.Pipeline:
 def run_units(
     units: Sequence[Unit], settings: Settings, folder: Path, key: str, arguments: Sequence[str]
 ) -> Iterator[tuple[Unit, dict[str, Any]]]:
-    """Every unit with its sidecar's content, once a pipeline has finished all of them. arguments: Beam's pipeline
-    options, `--runner` among them (Beam's default: DirectRunner). Raises BuildError for options that Beam does not
-    take, WorkerDied where the pipeline fails.
+    """Runs every unit in a Beam pipeline and yields the results once the pipeline has finished all of them.
+
+    Args:
+        units: the units to run.
+        settings: the build's settings.
+        folder: DIR/parts.
+        key: the build's key.
+        arguments: Beam's pipeline options, `--runner` among them (Beam's default: DirectRunner).
+
+    Yields:
+        (unit, content of its sidecar), in the order of `units`.
+
+    Raises:
+        BuildError: Beam does not take the options.
+        WorkerDied: the pipeline failed.
     """
     if not units:
         return

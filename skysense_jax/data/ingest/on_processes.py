@@ -1,4 +1,4 @@
-"""Runs the units of a build in processes of this machine; on many machines that is the work of data.beam."""
+"""Runs the units of a build in processes of this machine (`on_beam` runs them on many machines)."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ from skysense_jax.data.ingest.shards import Unit, run_unit
 
 
 class WorkerDied(RuntimeError):
-    """A process was killed; what was finished is kept and the same command continues."""
+    """A process was killed; finished parts are kept and the same command continues."""
 
 
 def _leave_with_parent() -> None:
-    """Worker start: end when the building process has ended, however it ended, so that no orphan goes on reading.
+    """Makes a worker end when the building process has ended, however it ended, so that no orphan goes on reading.
 
-    An interrupt from the keyboard is the building process's to handle.
+    An interrupt from the keyboard is left to the building process.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sentinel = multiprocessing.parent_process().sentinel
+    parent = multiprocessing.parent_process()
+    if parent is None:  # only a process that multiprocessing did not start has no parent
+        raise RuntimeError("a worker has no building process")
 
     def watch() -> None:
-        multiprocessing.connection.wait([sentinel])
+        multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -39,8 +41,20 @@ def _leave_with_parent() -> None:
 def in_processes(
     units: Sequence[Unit], settings: Settings, folder: Path | None, key: str, workers: int
 ) -> Iterator[tuple[Unit, dict[str, Any]]]:
-    """Every unit with what :func:`parts.run_unit` says of it, as they end; WorkerDied where a process is killed.
-    folder: DIR/parts, None = read and write nothing; key: of the build; workers: 1 = in this process.
+    """Runs every unit.
+
+    Args:
+        units: the units to run.
+        settings: the build's settings.
+        folder: DIR/parts; None = read everything and write nothing.
+        key: the build's key.
+        workers: processes; 1 = this process.
+
+    Yields:
+        (unit, result of :func:`shards.run_unit`), in the order in which the units end.
+
+    Raises:
+        WorkerDied: a process was killed.
     """
     if workers == 1 or len(units) <= 1:
         for unit in units:

@@ -1,8 +1,9 @@
 """Images without georeference: JPEG and PNG decoded into rasters in memory, and rasters cut into tiles by their pixels.
 
-What is decoded upright (EXIF orientation applied), as every image library shows it: grey, RGB, each with or without
-transparency, palettes as the colours they stand for, 16-bit grey. What has no single meaning as 8-bit red, green, blue
-(CMYK, 16-bit colour, bilevel) is refused with what to do. GeoTIFF and JPEG 2000 are opened as everywhere else.
+Grey and RGB pictures, each with or without transparency, palettes (as the colours they stand for) and 16-bit grey are
+decoded upright (EXIF orientation applied), as every image library shows them. Pictures that have no single meaning as
+8-bit red, green, blue (CMYK, 16-bit colour, bilevel) are refused, and the message says what to do. GeoTIFF and
+JPEG 2000 are opened as everywhere else.
 """
 
 from __future__ import annotations
@@ -32,7 +33,13 @@ _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error
 
 
 class Cut(NamedTuple):
-    """A square of pixels where the ground is not known. name: the record's place. column, row: its first pixel."""
+    """A square of pixels where the ground is not known; it stands for the `grid.Tile` of a georeferenced raster.
+
+    Attributes:
+        name: the record's place.
+        column, row: first pixel of the square in the picture.
+        crs: None, because the ground is not known.
+    """
 
     name: str
     column: int
@@ -41,20 +48,34 @@ class Cut(NamedTuple):
 
     @property
     def bounds(self) -> tuple[float, float, float, float]:
+        """Left, bottom, right, top: all nan."""
         return (np.nan,) * 4
 
     def lonlat(self) -> tuple[float, float]:
+        """Longitude and latitude of the centre: nan."""
         return np.nan, np.nan
 
     def window(self, size: int) -> Window:
+        """The `size` x `size` pixels of the square in the picture."""
         return Window(self.column, self.row, size, size)
 
 
 def cuts_of(place: str, head: Header, size: int) -> Iterator[Cut]:
-    """The tiles of a picture, size x size pixels each, top to bottom, left to right: as many as fit side by side, the
-    block of them in the middle, so that less than one tile is left over along each side; no resampling. One tile has
-    the picture's name, several are named PLACE@COLUMN_ROW as tiles of the ground are. Raises RasterRefused where none
-    fits.
+    """The tiles of a picture: as many as fit side by side, without resampling.
+
+    The block of tiles lies in the middle, so that less than one tile is left over along each axis. A single tile has
+    the picture's name; several are named PLACE@COLUMN_ROW as tiles of the ground are.
+
+    Args:
+        place: name of the picture's place.
+        head: header of the picture.
+        size: pixels along a tile.
+
+    Yields:
+        The tiles, top to bottom, left to right.
+
+    Raises:
+        RasterRefused: the picture is smaller than one tile.
     """
     columns, rows = head.width // size, head.height // size
     if not (columns and rows):
@@ -67,23 +88,27 @@ def cuts_of(place: str, head: Header, size: int) -> Iterator[Cut]:
 
 
 def open_picture(path: Path) -> rasterio.io.DatasetReader | rasterio.io.DatasetWriter:
-    """Opens a JPEG, PNG, GeoTIFF or JPEG 2000 file. Raises RasterRefused."""
+    """Opens a JPEG, PNG, GeoTIFF or JPEG 2000 file.
+
+    Raises:
+        RasterRefused: the file cannot be read, or is of another format.
+    """
     try:
         with path.open("rb") as stream:
-            first = stream.read(26)
+            start = stream.read(26)
     except OSError as error:
         raise RasterRefused(f"cannot be read: {error}") from error
-    if first.startswith((_PNG, _JPEG)):
-        return _in_memory(_decoded(path, first))
-    if first and not first.startswith(tuple(SIGNATURES)):
+    if start.startswith((_PNG, _JPEG)):
+        return _in_memory(_decoded(path, start))
+    if start and not start.startswith(tuple(SIGNATURES)):
         raise RasterRefused("not a JPEG, PNG, GeoTIFF or JPEG 2000 file, whatever its name says")
     return open_raster(path)
 
 
-def _decoded(path: Path, first: bytes) -> Image.Image:
-    """The upright picture in a mode of _BANDS."""
+def _decoded(path: Path, start: bytes) -> Image.Image:
+    """The upright picture in a mode of _BANDS. start: the first 26 bytes of the file."""
     # Pillow would cut 16-bit colour to its upper 8 bits; byte 24 of a PNG is its depth, byte 25 its colour type
-    if first.startswith(_PNG) and first[24:25] == b"\x10" and first[25:26] != b"\x00":
+    if start.startswith(_PNG) and start[24:25] == b"\x10" and start[25:26] != b"\x00":
         raise RasterRefused("a PNG with 16-bit colour: write it as GeoTIFF and declare the scale to 0..255")
     try:
         with warnings.catch_warnings():

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import datetime
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from skysense_jax.data.ingest.catalog import Row
+from skysense_jax.data.records import date_of
 
 REFUSED, USED = "refused", "used"
 _MAX_PRINTED, _MAX_FILES = 30, 5
 
 
 def new_report(sensors: Sequence[str]) -> dict[str, Any]:
-    """An empty report: plain JSON values, sums only, so that reports of parts add up.
+    """An empty report: plain JSON values, sums only, so that the reports of parts add up.
 
-    sensors[x]: tiles with the sensor, acquisitions, dates_squared (sum over tiles of squared counts), dropped
-    acquisitions (no valid pixel in a tile), pixels / valid / clear over the stored acquisitions, first and last day.
-    files: one entry per raster with what was decided.
+    The entry of a sensor counts tiles that have the sensor, acquisitions, dates_squared (the sum over tiles of the
+    squared number of acquisitions), dropped acquisitions (without a valid pixel in the tile), pixels, valid and clear
+    pixels over the stored acquisitions, and has the first and last day. `files` has one entry per raster with the
+    decisions that were taken.
     """
-    per_sensor = {
+    per_sensor: dict[str, int | None] = {
         "tiles": 0,
         "acquisitions": 0,
         "dates_squared": 0,
@@ -42,7 +45,12 @@ def new_report(sensors: Sequence[str]) -> dict[str, Any]:
 
 
 def add_dates(entry: dict[str, Any], days: Iterable[int]) -> None:
-    """Widens first..last of a sensor's entry by days since 1970 (unknown dates are left out)."""
+    """Widens the first and last day of a sensor's entry, in place.
+
+    Args:
+        entry: entry of one sensor in a report.
+        days: days since 1970-01-01; negative ones are unknown and left out.
+    """
     known = [int(day) for day in days if day >= 0]
     if known:
         entry["first"] = min(known + ([] if entry["first"] is None else [entry["first"]]))
@@ -50,28 +58,43 @@ def add_dates(entry: dict[str, Any], days: Iterable[int]) -> None:
 
 
 def merge(total: dict[str, Any], part: Mapping[str, Any]) -> None:
-    """Adds `part` to `total` in place."""
+    """Adds one report to another, in place.
+
+    Args:
+        total: the report that grows.
+        part: the report that is added; it has no sensor that `total` does not have.
+    """
     for key in ("places", "tiles", "tiles_dropped", "labelled", "mapped"):
         total[key] += part[key]
     for key in ("places_without_tiles", "files"):
         total[key].extend(part[key])
     for name, entry in part["sensors"].items():
-        into = total["sensors"][name]
+        sums = total["sensors"][name]
         for key, value in entry.items():
             if key not in ("first", "last"):
-                into[key] += value
-        add_dates(into, [day for day in (entry["first"], entry["last"]) if day is not None])
+                sums[key] += value
+        add_dates(sums, [day for day in (entry["first"], entry["last"]) if day is not None])
 
 
-def file_entry(row: Any, status: str, **facts: Any) -> dict[str, Any]:
-    """The entry of one catalog row."""
+def file_entry(row: Row, status: str, **facts: Any) -> dict[str, Any]:
+    """The entry of one catalog row in a report's `files`.
+
+    Args:
+        row: the catalog row.
+        status: USED or REFUSED.
+        **facts: more fields of the entry, as JSON values.
+
+    Returns:
+        {"row", "place", "sensor", "path", "status"} and the facts.
+    """
     sensor = f"mask:{row.sensor}" if row.kind == "mask" else row.sensor or row.kind
     return {"row": row.number, "place": row.place, "sensor": sensor, "path": row.name, "status": status} | facts
 
 
 def summary(total: Mapping[str, Any]) -> dict[str, Any]:
-    """The report as places.json stores it: without the used files (files.jsonl has them), with counts of the
-    decisions taken.
+    """The report as places.json stores it.
+
+    The used files are left out (files.jsonl has them); the decisions taken on them are counted.
     """
     decisions: dict[str, int] = {}
     for entry in total["files"]:
@@ -95,21 +118,23 @@ def summary(total: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
     widths = [max(len(str(row[i])) for row in (head, *rows)) for i in range(len(head))]
-    return ["  ".join(str(cell).ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (head, *rows)]
+    return [
+        "  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (head, *rows)
+    ]
 
 
 def _day(day: int | None) -> str:
-    return "-" if day is None else str(datetime.date(1970, 1, 1) + datetime.timedelta(days=day))
+    return "-" if day is None else str(date_of(day))
 
 
 def render(report: Mapping[str, Any]) -> str:
     """The report of :func:`summary` as text: counts, dates per sensor, nodata, decisions, refusals with reasons."""
     lines = [
         f"places {report['places']}   tiles {report['tiles']}   tiles without a valid pixel, dropped "
-        f"{report['tiles_dropped']}   "
-        f"with scene label {report['labelled']}   with label map {report['mapped']}",
+        f"{report['tiles_dropped']}   with scene label {report['labelled']}   with label map {report['mapped']}",
         f"files used {report['files']['used']}, refused {report['files']['refused']}",
         "",
     ]
@@ -148,8 +173,9 @@ def render(report: Mapping[str, Any]) -> str:
 
 
 def _refusals(refused: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One block per reason: how many files, a few of them. The hint of a reason differs from file to file and is
-    shown for the first.
+    """One block of lines per reason: how many files, and a few of them.
+
+    The hint of a reason differs from file to file and is shown for the first file.
     """
     grouped: dict[str, list[Mapping[str, Any]]] = {}
     for entry in refused:

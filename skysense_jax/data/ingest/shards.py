@@ -1,7 +1,6 @@
-"""Writes one part of a dataset: the records of a fixed group of places in one ArrayRecord file with a JSON sidecar,
-atomically.
+"""Writes one part of a dataset: the records of a fixed group of places in one ArrayRecord file with a JSON sidecar.
 
-Both are written under a temporary name, synced and renamed, the sidecar last: a part with a sidecar is complete,
+Both files are written under a temporary name, synced and renamed, the sidecar last: a part with a sidecar is complete,
 whatever happened to the process afterwards.
 """
 
@@ -31,7 +30,13 @@ WRITER_OPTIONS = "group_size:1"  # one record per chunk: random access reads one
 
 
 class Unit(NamedTuple):
-    """The places of one part, in order."""
+    """The places of one part of a dataset.
+
+    Attributes:
+        name: "<split>-<number>", the name of the part's files.
+        split: "train" or "test".
+        places: (name, catalog rows) of every place, in order.
+    """
 
     name: str
     split: str
@@ -45,28 +50,37 @@ def features_of(settings: Settings) -> tfds.features.FeaturesDict:
 
 
 def _records(unit: Unit, settings: Settings, broken: dict[Path, str], report: dict[str, Any]) -> Iterator[bytes]:
+    """The serialised records of a unit; their counts are added to `report`."""
     features = features_of(settings)
     serializer = ExampleSerializer(features.get_serialized_info())
     # a decoded picture is held in memory as a whole, and its place needs no other file but a mask beside it
     files = Files() if settings.georeferenced else Files(2, open_picture)
     with gdal_settings(), contextlib.closing(files):
         for place, rows in unit.places:
-            part = new_report(settings.sensors)
-            for record in ingest_place(place, rows, settings, files, broken, part):
+            of_place = new_report(settings.sensors)
+            for record in ingest_place(place, rows, settings, files, broken, of_place):
                 # features.serialize_example writes the same map in an order of its own in every process
                 yield serializer.get_tf_example(features.encode_example(record)).SerializeToString(deterministic=True)
-            merge(report, part)
+            merge(report, of_place)
 
 
 def run_unit(unit: Unit, settings: Settings, folder: Path | None, key: str) -> dict[str, Any]:
-    """Ingests one unit, writes its part and sidecar into `folder` (None: only reads), returns the sidecar's content.
+    """Ingests one unit and writes its part and sidecar.
 
-    {"key", "length": records, "bytes", "sha256" over the records, "places", "report"}. A file that fails while being
-    read is taken out and the unit starts over.
+    A file that fails while it is read is left out, and the unit starts over.
+
+    Args:
+        unit: the places to ingest.
+        settings: the build's settings.
+        folder: DIR/parts; None = read everything and write nothing.
+        key: the build's key, stored in the sidecar.
+
+    Returns:
+        The sidecar's content: {"key", "length": records, "bytes", "sha256" over the records, "places", "report"}.
     """
     broken: dict[Path, str] = {}
-    part = folder and folder / f"{unit.name}.array_record"
-    temporary = part and temporary_name(part)
+    part = None if folder is None else folder / f"{unit.name}.array_record"
+    temporary = None if part is None else temporary_name(part)
     while True:
         report, digest, length, size = new_report(settings.sensors), hashlib.sha256(), 0, 0
         writer = ArrayRecordWriter(str(temporary), WRITER_OPTIONS) if temporary else None
@@ -90,7 +104,7 @@ def run_unit(unit: Unit, settings: Settings, folder: Path | None, key: str) -> d
         "places": len(unit.places),
         "report": report,
     }
-    if temporary:
+    if folder is not None and part is not None and temporary is not None:
         if length:
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())

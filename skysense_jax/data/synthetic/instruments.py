@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from skysense_jax.data.synthetic import world
-from skysense_jax.data.synthetic.world import Land, smooth_field
+from skysense_jax.data.synthetic.ground import Land, smooth_field
 
 S2_BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12")
 """Bands of a Level-2A product (B10 has none), the order in which spectra are given here."""
@@ -54,9 +54,13 @@ _MEADOW_CUT = 16.0
 class Climate(NamedTuple):
     """Season and variety of one place.
 
-    south: seasons shifted by half a year. spring, autumn, sowing: shifts in days. meadow_cut: day of the year. wetness:
-    0..1. reflectance: [material, band] factors, backscatter: [material, 2] dB: no two soils, species, roofs or stands
-    are alike.
+    Attributes:
+        south: whether the seasons are shifted by half a year.
+        spring, autumn, sowing: shifts in days.
+        meadow_cut: day of the year.
+        wetness: 0..1.
+        reflectance: [material, band] factors; no two soils, species, roofs or stands are alike.
+        backscatter: [material, 2] dB, for the same reason.
     """
 
     south: bool
@@ -70,29 +74,46 @@ class Climate(NamedTuple):
 
 
 def draw_climate(rng: np.random.Generator, south: bool) -> Climate:
-    """Draws the season and the variety of one place."""
+    """Draws the season and the variety of one place.
+
+    Args:
+        rng: source of all randomness.
+        south: whether the place lies in the southern hemisphere.
+
+    Returns:
+        The climate.
+    """
     slope = np.log(_WAVELENGTH / 800.0)
     count = (len(world.MATERIALS), 1)
     reflectance = np.exp(0.13 * rng.standard_normal(count) + 0.10 * rng.standard_normal(count) * slope)
     return Climate(
-        south,
-        rng.normal(0, 12),
-        rng.normal(0, 12),
-        rng.normal(0, 10),
-        rng.uniform(150, 230),
-        rng.uniform(0, 1),
-        reflectance,
-        rng.normal(0, 0.9, (len(world.MATERIALS), 2)),
+        south=south,
+        spring=rng.normal(0, 12),
+        autumn=rng.normal(0, 12),
+        sowing=rng.normal(0, 10),
+        meadow_cut=rng.uniform(150, 230),
+        wetness=rng.uniform(0, 1),
+        reflectance=reflectance,
+        backscatter=rng.normal(0, 0.9, (len(world.MATERIALS), 2)),
     )
 
 
-def _rise(day: float, at: float, width: float) -> float:
-    return 1.0 / (1.0 + np.exp(-(day - at) / width))
+def _rise(day: float, middle: float, width: float) -> float:
+    """A smooth step from 0 to 1 around the day `middle`."""
+    return 1.0 / (1.0 + np.exp(-(day - middle) / width))
 
 
 def green_cover(material: int, day: float, climate: Climate) -> float:
-    """Green fraction 0..1 of a material on day-of-year `day` (0..365): leaf-out and fall, sowing and harvest, mowing,
-    evergreen."""
+    """Green fraction of a material: leaf-out and fall, sowing and harvest, mowing, evergreen.
+
+    Args:
+        material: index into world.MATERIALS.
+        day: day of the year, 0..365.
+        climate: the place's season.
+
+    Returns:
+        The fraction, 0..1.
+    """
     day = (day + 182.5 * climate.south) % 365.0
     if material == world.CONIFER:
         return 0.92 + 0.04 * float(np.cos((day - 200) / 365 * 2 * np.pi))
@@ -114,7 +135,15 @@ def green_cover(material: int, day: float, climate: Climate) -> float:
 
 
 def spectra(day: float, climate: Climate) -> np.ndarray:
-    """Surface reflectance float64[material, band of S2_BANDS] on a day of the year."""
+    """Surface reflectance on a day of the year.
+
+    Args:
+        day: day of the year, 0..365.
+        climate: the place's season and variety.
+
+    Returns:
+        float64 [material, band of S2_BANDS].
+    """
     dry = _S["soil"] * (1 - 0.35 * climate.wetness)
     leaf = {
         world.CONIFER: (_S["needle"], _S["litter"]),
@@ -125,16 +154,25 @@ def spectra(day: float, climate: Climate) -> np.ndarray:
         world.SOIL: (dry, dry),
         world.WATER: (_S["water"],) * 2,
     }
-    rows = []
+    of_materials = []
     for index, name in enumerate(world.MATERIALS):
         green, bare = leaf[index] if index in leaf else (_S[name], _S[name])
         cover = green_cover(index, day, climate)
-        rows.append(cover * green + (1 - cover) * bare)
-    return np.stack(rows) * climate.reflectance
+        of_materials.append(cover * green + (1 - cover) * bare)
+    return np.stack(of_materials) * climate.reflectance
 
 
 def fractions(land: Land, ratio: int, weight: np.ndarray | None = None) -> np.ndarray:
-    """Area share of every material in every base pixel: float32[material, N, N] (times the mean of `weight`)."""
+    """Area share of every material in every base pixel.
+
+    Args:
+        land: the ground, S x S fine pixels.
+        ratio: fine pixels along a base pixel.
+        weight: [S, S] weight of every fine pixel; None = 1.
+
+    Returns:
+        float32 [material, N, N] share, times the mean weight.
+    """
     n = land.material.shape[0] // ratio
     pixel = np.arange(land.material.shape[0]) // ratio
     index = land.material.astype(np.int64) * (n * n) + pixel[:, None] * n + pixel[None, :]
@@ -143,7 +181,15 @@ def fractions(land: Land, ratio: int, weight: np.ndarray | None = None) -> np.nd
 
 
 def label_map(land: Land, ratio: int) -> np.ndarray:
-    """Majority land cover uint8[N, N] (keys of LAND_COVER); 255 where no class has half of the pixel."""
+    """Majority land cover of every base pixel.
+
+    Args:
+        land: the ground, S x S fine pixels.
+        ratio: fine pixels along a base pixel.
+
+    Returns:
+        uint8 [N, N] keys of LAND_COVER; 255 where no class has half of the pixel.
+    """
     n = land.cover.shape[0] // ratio
     blocks = land.cover.reshape(n, ratio, n, ratio)
     share = np.stack([(blocks == key).mean((1, 3)) for key in world.LAND_COVER])
@@ -158,8 +204,8 @@ def _blur(image: np.ndarray) -> np.ndarray:
             image, [(0, 0)] * (image.ndim - 2) + [(1, 1) if a == axis else (0, 0) for a in (-2, -1)], "edge"
         )
         n = image.shape[axis]
-        parts = [np.take(padded, np.arange(k, k + n), axis) for k in range(3)]
-        image = (parts[0] + 4 * parts[1] + parts[2]) / 6
+        before, middle, after = (np.take(padded, np.arange(k, k + n), axis) for k in range(3))
+        image = (before + 4 * middle + after) / 6
     return image
 
 
@@ -170,14 +216,25 @@ def _shadow(land: Land, step: float, azimuth: float, elevation: float) -> np.nda
     reach = min(int(height.max() / np.tan(elevation) / step), size // 4)
     for k in range(1, reach + 1, 2):
         dy, dx = int(round(k * np.cos(azimuth))), int(round(-k * np.sin(azimuth)))
-        to = (slice(max(dy, 0), size + min(dy, 0)), slice(max(dx, 0), size + min(dx, 0)))
+        target = (slice(max(dy, 0), size + min(dy, 0)), slice(max(dx, 0), size + min(dx, 0)))
         source = (slice(max(-dy, 0), size + min(-dy, 0)), slice(max(-dx, 0), size + min(-dx, 0)))
-        dark[to] |= height[source] - k * step * np.tan(elevation) > height[to] + 0.3
+        dark[target] |= height[source] - k * step * np.tan(elevation) > height[target] + 0.3
     return dark
 
 
 def render_hr(rng: np.random.Generator, land: Land, climate: Climate, day: float, step: float) -> np.ndarray:
-    """Aerial image uint8[S, S, 3] (R, G, B) on a day of the year; own sun, haze, colours, tones, blur and noise."""
+    """An aerial image; sun, haze, colours, tones, blur and noise are drawn for every image.
+
+    Args:
+        rng: source of all randomness.
+        land: the ground, S x S fine pixels.
+        climate: the place's season and variety.
+        day: day of the year, 0..365.
+        step: metres of a fine pixel.
+
+    Returns:
+        uint8 [S, S, 3] (R, G, B).
+    """
     colour = spectra(day, climate)[:, [3, 2, 1]].astype(np.float32)
     image = colour[land.material] * land.tone[..., None]
     south = -1.0 if climate.south else 1.0
@@ -204,12 +261,22 @@ def render_hr(rng: np.random.Generator, land: Land, climate: Climate, day: float
 
 
 def render_s2(
-    rng: np.random.Generator, land: Land, share: np.ndarray, climate: Climate, day: float, place_gain: float
+    rng: np.random.Generator, share: np.ndarray, climate: Climate, day: float, place_gain: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One Level-2A acquisition: (reflectance float64[12, N, N], SCL uint8[N, N], seen bool[N, N]).
+    """One Level-2A acquisition.
 
-    `share` is :func:`fractions` weighted by the vigour of the cover. Clouds come as thick cloud with its shadow, thin
-    cloud and cirrus; the SCL misses part of the thin ones, as the real one does; `seen` is False outside the swath.
+    Clouds are thick cloud with its shadow, thin cloud and cirrus; the SCL misses part of the thin clouds, as the real
+    SCL does.
+
+    Args:
+        rng: source of all randomness.
+        share: [material, N, N], :func:`fractions` weighted by the vigour of the cover.
+        climate: the place's season and variety.
+        day: day of the year, 0..365.
+        place_gain: factor of the reflectance at this place.
+
+    Returns:
+        (reflectance float64 [12, N, N]; SCL uint8 [N, N]; bool [N, N], False outside the swath).
     """
     n = share.shape[-1]
     clear = np.einsum("mhw,mb->bhw", share, spectra(day, climate))
@@ -236,12 +303,12 @@ def render_s2(
         scl = np.where(opacity > 0.25, 10, scl)
         scl = np.where(opacity > 0.45, 8, scl)
         scl = np.where(opacity > 0.7, 9, scl).astype(np.uint8)
-    seen = np.ones((n, n), bool)
+    in_swath = np.ones((n, n), bool)
     if rng.uniform() < 0.08:
         y, x = np.mgrid[0:n, 0:n] / n - 0.5
         tilt = rng.uniform(0.15, 0.3)
-        seen = (np.cos(tilt) * x + np.sin(tilt) * y) * rng.choice([-1, 1]) > rng.uniform(-0.4, 0.1)
-    return image, np.where(seen, scl, 0).astype(np.uint8), seen
+        in_swath = (np.cos(tilt) * x + np.sin(tilt) * y) * rng.choice([-1, 1]) > rng.uniform(-0.4, 0.1)
+    return image, np.where(in_swath, scl, 0).astype(np.uint8), in_swath
 
 
 def _coarse(band: np.ndarray) -> np.ndarray:
@@ -256,8 +323,18 @@ def _coarse(band: np.ndarray) -> np.ndarray:
 def render_s1(
     rng: np.random.Generator, share: np.ndarray, climate: Climate, day: float, place_gain: float
 ) -> np.ndarray:
-    """One backscatter acquisition: linear power float32[2, N, N] (VV, VH), gamma speckle of a multilooked product (4.4
-    looks)."""
+    """One backscatter acquisition, with the gamma speckle of a multilooked product (4.4 looks).
+
+    Args:
+        rng: source of all randomness.
+        share: [material, N, N], :func:`fractions`.
+        climate: the place's season and variety.
+        day: day of the year, 0..365.
+        place_gain: decibel added at this place.
+
+    Returns:
+        Linear power float32 [2, N, N] (VV, VH).
+    """
     power = np.empty((len(world.MATERIALS), 2))
     rain = rng.normal(0, 0.8) + 1.2 * climate.wetness
     for material, (leafy, bare) in _BACKSCATTER.items():
