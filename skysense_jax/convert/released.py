@@ -1,7 +1,7 @@
 """Files as the SkySense and SkySense++ releases hold them.
 
-Which module is in which file, and what has to be done to its tensors before they fit the model. Nothing is read here
-but names, shapes and the tensors that change.
+This file says which module is in which file, and changes tensors where they do not fit the model. It reads nothing but
+names, shapes and the tensors that change.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def _single(path: pathlib.Path, tensors: Tensors) -> str:
 
 
 def without(part: Part, patterns: Sequence[str]) -> Part:
-    """Takes the tensors out of a part whose names fit a pattern; a note says so.
+    """Drops the tensors of a part whose names fit a pattern; a note says so.
 
     Args:
         part: a module of a file.

@@ -17,7 +17,7 @@ import numpy as np
 from skysense_jax.convert.tensor_files import Tensors, joined
 
 SHARDED = ("batched_fc1_w", "batched_fc1_bias", "batched_fc2_w", "batched_fc2_bias")
-"""Last parts of the names of what a process has of its own, [local experts, hidden or out, ...]."""
+"""Last parts of the names of the tensors that differ between processes, [local experts, hidden or out, ...]."""
 
 
 class Shards(NamedTuple):

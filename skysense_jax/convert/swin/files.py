@@ -1,7 +1,7 @@
 """Files with the weights of a Swin-V1, as parts of `models.msgfm`.
 
-These are SimMIM and GFM checkpoints, supervised (ImageNet) ones, Swin-MoE's, and exports of msGFM. What is in them, and
-what has to be done to their tensors before they fit the model.
+These are SimMIM and GFM checkpoints, supervised (ImageNet) ones, Swin-MoE's, and exports of msGFM. This file says what
+is in them, and changes tensors where they do not fit the model.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def fit(
     """Brings the tensors of a file to those of `models.msgfm.make_model(cfg, contract)`.
 
     A mask token and decoders that the file does not have stay new; so does the gate where a block with experts gets
-    them from an MLP (every expert is a copy of it). Bias tables of another window are resized. What else is missing or
-    too much `torch_import.fill` refuses.
+    them from an MLP (every expert is a copy of it). Bias tables of another window are resized. `torch_import.fill`
+    refuses whatever else is missing or too much.
 
     Args:
         tensors: in the file.
@@ -135,7 +135,7 @@ def fit(
     tensors = bare(tensors)
     sensors, named = sensors_in(tensors, sensor)
     for name in sensors:
-        sensor_rule(contract, name)
+        sensor_rule(contract, name)  # refuses a sensor that the model does not take
     sensors = tuple(name for name in contract["sensors"] if name in sensors)
     prefix = "encoder." if named or "encoder.patch_embed.proj.weight" in tensors else ""
     optional = (msgfm.MASK_TOKEN, *(msgfm.DECODER.format(name) for name in sensors))
