@@ -21,6 +21,7 @@ import numpy as np
 from skysense_jax import evaluation, networks
 from skysense_jax.commands import prototypes as command
 from skysense_jax.evals import assignment, region
+from skysense_jax.evals.unit import unit
 from skysense_jax.models.skysense import region_side
 from skysense_jax.ops import prototypes
 from skysense_jax.ops.contrast import normalise
@@ -96,7 +97,7 @@ def main() -> None:
         reference = assignment.agreement(assignment.kmeans(cells, count, 0), label)
         for together in args.together:
             empty = prototypes.empty_bank(jax.random.key(0), 1, count, cells.shape[-1], found.model.geo_context.cell)
-            learnt = assignment.unit(
+            learnt = unit(
                 learn(
                     empty,
                     seen,

@@ -173,6 +173,22 @@ def test_reading_pytorch_files(tmp_path):
         tensor_files.open_tensors(tmp_path / "weights.h5")
 
 
+def test_plain_torch_refuses_masks_and_dates_of_another_shape(tmp_path):
+    torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
+    from skysense_jax.convert import modeling_skysense
+
+    cfg, contract = unchanged()
+    folder = torch_export.export(tiny.params(cfg, contract), contract, cfg, tmp_path / "out", {})
+    model, ones = modeling_skysense.load(folder), torch.ones(2, 3, 1, 1)
+    for field, message in (
+        ({"valid": ones}, r"s2: valid must be \(2, 3, 4, 4\), got \(2, 3, 1, 1\)"),
+        ({"bands": ones[:, :, 0]}, r"s2: bands must be \(2, 3, 3\), got \(2, 3, 1\)"),
+        ({"dates": ones[0, :, 0, 0]}, r"s2: dates must be \(2, 3\), got \(3,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model({"s2": {"image": torch.zeros(2, 3, 3, 4, 4), **field}})
+
+
 def test_a_folder_of_another_model(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(ValueError, match="not one of 'skysense', 'msgfm'"):

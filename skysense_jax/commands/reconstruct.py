@@ -33,6 +33,6 @@ def run(args: argparse.Namespace) -> int:
     record, meta = places.read_place(args.data, args.place)
     inputs = reconstructions.place_inputs(found.contract, record, meta)
     guesses = reconstructions.reconstructor(found.config, found.contract, args.seed)(network.encoder, inputs)
-    reconstructions.picture(found.contract, guesses, record, meta, f"step {found.step}").save(out)
+    reconstructions.draw(found.contract, guesses, record, meta, f"step {found.step}").save(out)
     print(out)
     return 0

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import pathlib
-from typing import Any
 
 from skysense_jax.convert import torch_export, torch_import
 from skysense_jax.core import config, paths
+from skysense_jax.core.trees import Tree
 from skysense_jax.models.description import Description, Reader
 
 DESCRIPTION = "config.json"
@@ -19,17 +19,30 @@ def recognise(folder: pathlib.Path) -> bool:
 
 
 def describe(folder: pathlib.Path) -> Description:
-    """The description of an exported folder. Errors as :func:`read_description`."""
+    """The description of an exported folder.
+
+    Args:
+        folder: a folder that `recognise` says yes to.
+
+    Returns:
+        Its description, of kind "export".
+
+    Raises:
+        ValueError: as :func:`read_description`.
+    """
     return read_description("export", folder, DESCRIPTION)
 
 
 def read_description(kind: str, folder: pathlib.Path, name: str) -> Description:
-    """A description from a JSON file with architecture, input_contract and provenance.
+    """Reads a description from a JSON file with architecture, input_contract and provenance.
 
     Args:
         kind: `Reader.kind` of the folder.
         folder: a local folder.
         name: the file in it.
+
+    Returns:
+        The description of the folder.
 
     Raises:
         ValueError: the folder is in a bucket, or the file lacks a part.
@@ -39,14 +52,15 @@ def read_description(kind: str, folder: pathlib.Path, name: str) -> Description:
     meta = json.loads((folder / name).read_text())
     if "architecture" not in meta or "input_contract" not in meta:
         raise ValueError(
-            f"{folder}/{name} has no architecture and input_contract; it was not written by export-torch or import-torch"
+            f"{folder}/{name} has no architecture and input_contract; "
+            "it was not written by export-torch or import-torch"
         )
     provenance = dict(meta.get("provenance", {}))
-    whole = provenance.pop("config", None)
+    run_config = provenance.pop("config", None)
     return Description(
         kind,
         folder,
-        None if whole is None else config.from_json(whole),
+        None if run_config is None else config.from_json(run_config),
         config.from_json(meta["architecture"]),
         meta["input_contract"],
         provenance.get("step"),
@@ -54,8 +68,18 @@ def read_description(kind: str, folder: pathlib.Path, name: str) -> Description:
     )
 
 
-def weights(description: Description) -> Any:
-    """The parameters of an exported folder's network. Raises ValueError naming what does not fit."""
+def weights(description: Description) -> Tree:
+    """Reads the parameters of an exported folder's network.
+
+    Args:
+        description: of the folder.
+
+    Returns:
+        The parameter tree, numpy float32.
+
+    Raises:
+        ValueError: a tensor does not fit the model; it is named.
+    """
     return torch_import.load_folder(description.path)[0]
 
 

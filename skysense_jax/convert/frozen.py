@@ -1,4 +1,4 @@
-"""The frozen batch of an exported folder: inputs, and the outputs they have when the weights are exported."""
+"""The frozen batch of an exported folder: inputs, and the outputs that they have when the weights are exported."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import config_dict
 
 from skysense_jax.models import msgfm
 from skysense_jax.models.inputs import normalise
@@ -17,9 +18,18 @@ Inputs = dict[str, dict[str, np.ndarray]]
 """A PlaceInput in raw units; PLACE: where it is; for msGFM with "hidden" [B,T,h,w], 1 = the patch is hidden."""
 
 
-def skysense_inputs(cfg: Any, contract: Mapping[str, Any], seed: int = 0) -> Inputs:
-    """A small deterministic PlaceInput in raw units: two places, with invalid pixels, a masked date and an unmeasured
-    band.
+def skysense_inputs(cfg: config_dict.ConfigDict, contract: Mapping[str, Any], seed: int = 0) -> Inputs:
+    """Makes a small deterministic PlaceInput in raw units.
+
+    It has two places, with invalid pixels, a masked date and an unmeasured band.
+
+    Args:
+        cfg: config.model of a SkySense network.
+        contract: its input contract.
+        seed: of the noise and the dates.
+
+    Returns:
+        The inputs of every sensor of the contract: image, valid, bands, dates.
     """
     rng = np.random.default_rng(seed)
     cells = 4
@@ -48,29 +58,51 @@ def skysense_inputs(cfg: Any, contract: Mapping[str, Any], seed: int = 0) -> Inp
 
 
 def frozen_place(bank: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Where the two frozen places are: in the first region of the bank that was visited, and nowhere."""
+    """Says where the two frozen places are: in the first region of the bank that was visited, and nowhere (nan)."""
     cells = np.asarray(bank["cells"])[np.asarray(bank["visits"]) > 0]
-    here = regions.cell_centre(cells[0], bank["lon_edges"], bank["lat_edges"]) if len(cells) else (0.0, 0.0)
-    return {name: np.array([value, np.nan], np.float32) for name, value in zip(("lon", "lat"), here)}
+    lon, lat = regions.cell_centre(cells[0], bank["lon_edges"], bank["lat_edges"]) if len(cells) else (0.0, 0.0)
+    return {name: np.array([value, np.nan], np.float32) for name, value in (("lon", lon), ("lat", lat))}
 
 
 def skysense_outputs(
-    params: Params, cfg: Any, contract: Mapping[str, Any], inputs: Mapping[str, Mapping[str, np.ndarray]]
+    params: Params,
+    cfg: config_dict.ConfigDict,
+    contract: Mapping[str, Any],
+    inputs: Mapping[str, Mapping[str, np.ndarray]],
 ) -> dict[str, np.ndarray]:
-    """fused [B,E,h,w], fused_mask, maps.<sensor> [B,T,D,h,w], mask.<sensor>, hr_stages.<i> [B,T,C,H,W]."""
-    found = jax.device_get(jax.jit(make_model(cfg, contract).apply)(params, inputs))
+    """Runs a SkySense network on a frozen batch.
+
+    Args:
+        params: of the network.
+        cfg: its config.model.
+        contract: its input contract.
+        inputs: of :func:`skysense_inputs`.
+
+    Returns:
+        fused [B,E,h,w], fused_mask, maps.<sensor> [B,T,D,h,w], mask.<sensor>, hr_stages.<i> [B,T,C,H,W].
+    """
+    outputs = jax.device_get(jax.jit(make_model(cfg, contract).apply)(params, inputs))
     flat = {}
-    if "fused" in found:
-        flat = {"fused": channels_first(found["fused"]), "fused_mask": found["fused_mask"]}
-    flat |= {f"maps.{name}": channels_first(x) for name, x in found["maps"].items()}
-    flat |= {f"mask.{name}": x for name, x in found["mask"].items()}
-    return flat | {f"hr_stages.{i}": channels_first(x) for i, x in enumerate(found.get("hr_stages", ()))}
+    if "fused" in outputs:
+        flat = {"fused": channels_first(outputs["fused"]), "fused_mask": outputs["fused_mask"]}
+    flat |= {f"maps.{name}": channels_first(x) for name, x in outputs["maps"].items()}
+    flat |= {f"mask.{name}": x for name, x in outputs["mask"].items()}
+    return flat | {f"hr_stages.{i}": channels_first(x) for i, x in enumerate(outputs.get("hr_stages", ()))}
 
 
-def msgfm_inputs(cfg: Any, contract: Mapping[str, Any], seed: int = 0) -> Inputs:
-    """A small deterministic PlaceInput in raw units: two places, images of the training's size and of others, with
-    invalid pixels, an unmeasured band where there are several, and, where the model has a mask token, hidden patches in
-    the second place.
+def msgfm_inputs(cfg: config_dict.ConfigDict, contract: Mapping[str, Any], seed: int = 0) -> Inputs:
+    """Makes a small deterministic PlaceInput in raw units.
+
+    It has two places, images of the training's size and of others, with invalid pixels, an unmeasured band where there
+    are several, and, where the model has a mask token, hidden patches in the second place.
+
+    Args:
+        cfg: config.model of an msGFM network.
+        contract: its input contract.
+        seed: of the noise and the hidden patches.
+
+    Returns:
+        The inputs of every sensor of the contract: image, valid, bands and, with a mask token, hidden.
     """
     rng, inputs = np.random.default_rng(seed), {}
     sides = (cfg.img_size, cfg.img_size * 3 // 4, cfg.img_size * 5 // 4)
@@ -92,18 +124,32 @@ def msgfm_inputs(cfg: Any, contract: Mapping[str, Any], seed: int = 0) -> Inputs
 
 
 def msgfm_outputs(
-    params: Params, cfg: Any, contract: Mapping[str, Any], inputs: Mapping[str, Mapping[str, np.ndarray]]
+    params: Params,
+    cfg: config_dict.ConfigDict,
+    contract: Mapping[str, Any],
+    inputs: Mapping[str, Mapping[str, np.ndarray]],
 ) -> dict[str, np.ndarray]:
-    """For every sensor, each acquisition brought to model.img_size and encoded alone: maps.<sensor> [B,T,D,h,w], the
-    last normalised one; stages.<sensor>.<i> [B,T,C_i,h_i,w_i]; mask.<sensor> [B,T], 1 where anything was measured;
-    pixels.<sensor>.<target> [B,T,C,S,S], the normalised reconstruction by every decoder.
+    """Runs an msGFM network on a frozen batch: every acquisition is brought to model.img_size and encoded alone.
+
+    Args:
+        params: of the network.
+        cfg: its config.model.
+        contract: its input contract.
+        inputs: of :func:`msgfm_inputs`.
+
+    Returns:
+        For every sensor: maps.<sensor> [B,T,D,h,w], the last normalised one; stages.<sensor>.<i> [B,T,C_i,h_i,w_i];
+        mask.<sensor> [B,T], 1 where anything was measured; pixels.<sensor>.<target> [B,T,C,S,S], the normalised
+        reconstruction by every decoder.
     """
     model, side, flat = msgfm.make_model(cfg, contract), int(cfg.img_size), {}
     decoders = [name for name in contract["sensors"] if msgfm.DECODER.format(name) in params]
 
+    def fold(x: jax.Array) -> jax.Array:
+        return x.reshape(-1, *x.shape[2:])
+
     def embed(params: Params, name: str, sensor: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         image, valid = normalise(sensor, contract["sensors"][name])
-        fold = lambda x: x.reshape(-1, *x.shape[2:])
         b, t, *_, bands = image.shape
         image = jax.image.resize(fold(image), (b * t, side, side, bands), "bilinear")
         hidden = fold(sensor["hidden"]) if "hidden" in sensor else None
@@ -121,6 +167,6 @@ def msgfm_outputs(
     return flat
 
 
-def channels_first(x: np.ndarray) -> np.ndarray:
-    """[..., H, W, C] -> [..., C, H, W], contiguous."""
+def channels_first(x: np.ndarray | jax.Array) -> np.ndarray:
+    """Brings [..., H, W, C] to [..., C, H, W], contiguous."""
     return np.ascontiguousarray(np.moveaxis(np.asarray(x), -1, -3))

@@ -1,5 +1,6 @@
-"""The table of torch layouts: how a system's weights look as a folder that PyTorch reads. Its keys are those of
-`models.systems.SYSTEMS` (a test).
+"""The table of torch layouts: how a system's weights look as a folder that PyTorch reads.
+
+Its keys are those of `models.systems.SYSTEMS` (a test).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from ml_collections import config_dict
 from skysense_jax.convert import frozen, keymap, model_card
 from skysense_jax.models import msgfm
 from skysense_jax.models.inputs import PLACE
+from skysense_jax.models.skysense import Params
 
 Contract = Mapping[str, Any]
 
@@ -34,13 +36,13 @@ class Layout(NamedTuple):
     classes: str
     in_parts: bool
     source: str
-    entries: Callable[[Any, Contract], list[keymap.Entry]]
-    inputs: Callable[[Any, Any, Contract], frozen.Inputs]
+    entries: Callable[[config_dict.ConfigDict, Contract], list[keymap.Entry]]
+    inputs: Callable[[Params, config_dict.ConfigDict, Contract], frozen.Inputs]
     outputs: Callable[..., dict[str, np.ndarray]]
     card: Callable[[Mapping[str, Any]], model_card.SystemCard]
 
 
-def _skysense_inputs(params: Any, model: Any, contract: Contract) -> frozen.Inputs:
+def _skysense_inputs(params: Params, model: config_dict.ConfigDict, contract: Contract) -> frozen.Inputs:
     inputs = frozen.skysense_inputs(model, contract)
     if "geo" in params:
         inputs[PLACE] = frozen.frozen_place(params["geo"]["bank"])
@@ -70,14 +72,32 @@ LAYOUTS: dict[str, Layout] = {
 """config.model.name -> its layout."""
 
 
-def model_entries(model: Any, contract: Contract) -> list[keymap.Entry]:
-    """All tensors of the model with this configuration and contract, in the names of a whole-model file."""
+def model_entries(model: config_dict.ConfigDict, contract: Contract) -> list[keymap.Entry]:
+    """Lists all tensors of a model, in the names of a whole-model file.
+
+    Args:
+        model: config.model.
+        contract: the input contract.
+
+    Returns:
+        The entries of its tensors.
+    """
     return LAYOUTS[model.name].entries(model, contract)
 
 
-def frozen_outputs(params: Any, model: Any, contract: Contract, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Outputs of a model on a frozen batch in float32 at full matmul precision, flat, in torch's layout
-    (`frozen.skysense_outputs`, `frozen.msgfm_outputs`).
+def frozen_outputs(
+    params: Params, model: config_dict.ConfigDict, contract: Contract, inputs: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """Runs a model on a frozen batch in float32 at full matmul precision.
+
+    Args:
+        params: of the model.
+        model: config.model.
+        contract: the input contract.
+        inputs: of the frozen batch.
+
+    Returns:
+        The outputs, flat, in torch's layout (`frozen.skysense_outputs`, `frozen.msgfm_outputs`).
     """
     float32 = config_dict.ConfigDict({**model.to_dict(), "dtype": "float32"})
     with jax.default_matmul_precision("highest"):
@@ -85,7 +105,18 @@ def frozen_outputs(params: Any, model: Any, contract: Contract, inputs: Mapping[
         return {key: np.ascontiguousarray(value) for key, value in outputs.items()}
 
 
-def frozen_batch(params: Any, model: Any, contract: Contract) -> tuple[frozen.Inputs, dict[str, np.ndarray]]:
-    """(inputs, outputs) to be frozen beside a model's weights."""
+def frozen_batch(
+    params: Params, model: config_dict.ConfigDict, contract: Contract
+) -> tuple[frozen.Inputs, dict[str, np.ndarray]]:
+    """Makes the batch to be frozen beside a model's weights.
+
+    Args:
+        params: of the model.
+        model: config.model.
+        contract: the input contract.
+
+    Returns:
+        (inputs, outputs).
+    """
     inputs = LAYOUTS[model.name].inputs(params, model, contract)
     return inputs, frozen_outputs(params, model, contract, inputs)

@@ -8,8 +8,16 @@ from typing import Any, NamedTuple
 
 
 class SystemCard(NamedTuple):
-    """The parts of a model card that depend on the system: title and introduction (lines), what an image covers, the
-    arguments of the call, their shapes, the result, and a sentence on sizes."""
+    """The parts of a model card that depend on the system.
+
+    Attributes:
+        title: title and introduction, lines.
+        grid: what an image covers, a sentence.
+        call: the arguments of the call, code.
+        shapes: of the arguments, a comment.
+        result: what to take from the outputs, code.
+        size: a sentence on sizes.
+    """
 
     title: list[str]
     grid: str
@@ -20,8 +28,14 @@ class SystemCard(NamedTuple):
 
 
 def model_card(config: Mapping[str, Any], system: SystemCard) -> str:
-    """README.md of an exported folder: what it is, what it eats, how to load it, where it comes from. config: the
-    content of its config.json; system: what depends on the kind of network.
+    """Writes the README.md of an exported folder: what it is, what it eats, how to load it, where it comes from.
+
+    Args:
+        config: the content of its config.json.
+        system: what depends on the kind of network.
+
+    Returns:
+        The text.
     """
     contract, provenance, code = config["input_contract"], config["provenance"], f"modeling_{config['model_type']}"
     rows = [
@@ -44,8 +58,8 @@ def model_card(config: Mapping[str, Any], system: SystemCard) -> str:
             "|---|---|---|---|",
             *rows,
             "",
-            f"{system.grid} Give raw units: the model normalises, with the statistics in `config.json`. Invalid pixels and "
-            "unmeasured bands are declared by masks.",
+            f"{system.grid} Give raw units: the model normalises, with the statistics in `config.json`. "
+            "Invalid pixels and unmeasured bands are declared by masks.",
             "",
             "## Use (PyTorch, this folder only)",
             "",
@@ -78,7 +92,7 @@ def model_card(config: Mapping[str, Any], system: SystemCard) -> str:
 
 
 def skysense_card(config: Mapping[str, Any]) -> SystemCard:
-    """The card of a SkySense network. config: the content of its config.json."""
+    """Fills in the card of a SkySense network from the content of its config.json."""
     architecture, contract = config["architecture"], config["input_contract"]
     outputs = "outputs['maps'], outputs.get('hr_stages')"
     if "fusion" in config["parameters"]:
@@ -88,7 +102,8 @@ def skysense_card(config: Mapping[str, Any]) -> SystemCard:
         [
             "# SkySense weights exported by skysense_jax",
             "",
-            "Encoders per sensor on one grid, a fusion transformer per cell. Parameter names are the SkySense release's.",
+            "Encoders per sensor on one grid, a fusion transformer per cell. "
+            "Parameter names are the SkySense release's.",
         ],
         f"One base cell is one Sentinel-2 pixel; {contract['ratio']} HR pixels lie along it.",
         f"'{next(iter(contract['sensors']))}': {{'image': image, 'dates': day_of_year}}{where}",
@@ -99,7 +114,7 @@ def skysense_card(config: Mapping[str, Any]) -> SystemCard:
 
 
 def msgfm_card(config: Mapping[str, Any]) -> SystemCard:
-    """The card of an msGFM network. config: the content of its config.json."""
+    """Fills in the card of an msGFM network from the content of its config.json."""
     architecture, contract = config["architecture"], config["input_contract"]
     moe = architecture["moe"]
     experts = f"{moe['experts']} experts in the odd blocks of stages {moe['stages']}" if moe["stages"] else "no experts"
@@ -107,8 +122,8 @@ def msgfm_card(config: Mapping[str, Any]) -> SystemCard:
         [
             "# msGFM weights exported by skysense_jax",
             "",
-            "One Swin encoder for all sensors, each with its own patch embedding and decoder to pixels. Parameter names "
-            "are SimMIM's, and Swin-MoE's for the experts.",
+            "One Swin encoder for all sensors, each with its own patch embedding and decoder to pixels. "
+            "Parameter names are SimMIM's, and Swin-MoE's for the experts.",
         ],
         f"Every acquisition is encoded alone, at {architecture['img_size']} x {architecture['img_size']} pixels; "
         "others are resized.",

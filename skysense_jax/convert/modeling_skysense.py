@@ -97,19 +97,17 @@ class ShiftedWindows(nn.Module):
             raise ValueError(f"a {height}x{width} map is smaller than the window {w}; use a larger input")
         shift = w // 2 if self.shifted and (smaller != w or self.pad_small_map) else 0
         x = F.pad(x, (0, 0, 0, -width % w, 0, -height % w))
-        rows, columns = x.shape[1] // w, x.shape[2] // w
+        grid = x.shape[1] // w, x.shape[2] // w
         mask = self.mask(x.shape[1], x.shape[2], shift, x) if shift else None
         x = torch.roll(x, (-shift, -shift), (1, 2))
-        x = x.unflatten(2, (columns, w)).unflatten(1, (rows, w)).transpose(2, 3).reshape(len(x), -1, w * w, channels)
-        x = self.w_msa(x, mask)
-        x = x.reshape(len(x), rows, columns, w, w, channels).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        x = x.unflatten(2, (-1, w)).unflatten(1, (-1, w)).transpose(2, 3).reshape(len(x), -1, w * w, channels)
+        x = self.w_msa(x, mask).unflatten(2, (w, w)).unflatten(1, grid).transpose(2, 3).flatten(3, 4).flatten(1, 2)
         return torch.roll(x, (shift, shift), (1, 2))[:, :height, :width]
 
     def mask(self, height, width, shift, like):
         w, axes = self.window, (torch.arange(-n, 0, device=like.device) for n in (height, width))
         y, x = ((at >= -w).long() + (at >= -shift).long() for at in axes)
-        ids = 3 * y[:, None] + x
-        ids = ids.unflatten(1, (-1, w)).unflatten(0, (-1, w)).transpose(1, 2).reshape(-1, w * w)
+        ids = (3 * y[:, None] + x).unflatten(1, (-1, w)).unflatten(0, (-1, w)).transpose(1, 2).reshape(-1, w * w)
         return (ids[:, :, None] != ids[:, None, :]).to(like.dtype) * -100.0
 
 
@@ -140,30 +138,18 @@ class SwinTransformerV2(nn.Module):
 
     def __init__(self, channels, hr):
         super().__init__()
-        count, every = len(hr["depths"]), hr["extra_norm_every"]
+        count, every = len(hr["depths"]), hr["extra_norm_every"] or math.inf
         fields = (hr[key] for key in ("window", "pretrained_windows", "num_heads"))
         windows, pretrained, heads = ([v] * count if isinstance(v, int) else v for v in fields)
         self.patch_embed = PatchEmbed(channels, hr["embed_dims"], hr["patch"], norm=True)
-        stages = []
+        self.stages = nn.ModuleList()
         for s, depth in enumerate(hr["depths"]):
             width = hr["embed_dims"] * 2**s
-            blocks = [
-                SwinBlock(
-                    width,
-                    heads[s],
-                    windows[s],
-                    pretrained[s],
-                    bool(b % 2),
-                    hr["pad_small_map"],
-                    hr["mlp_ratio"],
-                    bool(every) and (b + 1) % every == 0,
-                )
-                for b in range(depth)
-            ]
+            sizes, options = (width, heads[s], windows[s], pretrained[s]), (hr["pad_small_map"], hr["mlp_ratio"])
+            blocks = [SwinBlock(*sizes, bool(b % 2), *options, (b + 1) % every == 0) for b in range(depth)]
             downsample = PatchMerging(width // 2) if s else nn.Identity()
-            stages.append(nn.Sequential(OrderedDict(downsample=downsample, blocks=nn.Sequential(*blocks))))
+            self.stages.append(nn.Sequential(OrderedDict(downsample=downsample, blocks=nn.Sequential(*blocks))))
             self.add_module(f"norm{s}", nn.LayerNorm(width))
-        self.stages = nn.ModuleList(stages)
         for norm in (m for m in self.modules() if isinstance(m, nn.LayerNorm)):
             norm.eps = hr["eps"]
 
@@ -253,14 +239,8 @@ class GeoContext(nn.Module):
         x, y = ([k * cell / r for k in range(1 - n, n)] for n in map(math.ceil, (math.pi * r / cell, r / cell)))
         # Inner edges in degrees, as in the file; not its buffers, which .half() and .bfloat16() would round.
         self.edges = [math.degrees(v) for v in x], [math.degrees(math.asin(v)) for v in y]
-        for name, shape in {
-            "prototypes": (*rows, geo["width"]),
-            "usage": rows,
-            "visits": rows[0],
-            "cells": rows[0],
-            "lon_edges": len(x),
-            "lat_edges": len(y),
-        }.items():
+        shapes = {"prototypes": (*rows, geo["width"]), "usage": rows, "visits": rows[0], "cells": rows[0]}
+        for name, shape in (shapes | {"lon_edges": len(x), "lat_edges": len(y)}).items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.int32 if name in ("visits", "cells") else None))
 
     def forward(self, x, place):
@@ -271,7 +251,7 @@ class GeoContext(nn.Module):
         lon, lat = (torch.where(v.abs() < torch.finfo(torch.float32).tiny, 0, v)[:, None] for v in (lon, lat))
         there = (lon.abs() <= 360) & (lat.abs() <= 90)
         lon = torch.where(lon >= 180, lon - 360, torch.where(lon < -180, lon + 360, lon)) * (lat.abs() != 90)
-        column, row = ((v >= torch.tensor(e, **exact)).sum(1) % self.side for v, e in zip((lon, lat), self.edges))
+        column, row = map(lambda v, e: (v >= torch.tensor(e, **exact)).sum(1) % self.side, (lon, lat), self.edges)
         hit = (self.cells == (row * (len(self.lon_edges) + 1) + column)[:, None]) & there & (self.visits > 0)
         own = F.normalize(self.prototypes[hit.int().argmax(1)], dim=-1)
         logits = F.normalize(self.query(x), dim=-1).flatten(1, 2) @ own.transpose(1, 2) * own.shape[-1] ** 0.5
@@ -305,14 +285,14 @@ class SkySenseParts:
         """Fill in absent masks, check the shapes, normalise. Returns image, valid, dates."""
         rule, image = self.contract["sensors"][name], sensor["image"]
         if image.ndim != 5 or image.shape[2] != len(rule["bands"]):
-            raise ValueError(
-                f"{name}: image must be [B,T,{len(rule['bands'])},H,W] with bands {rule['bands']} in "
-                f"{rule['unit']}, got {tuple(image.shape)}"
-            )
+            expected = f"[B,T,{len(rule['bands'])},H,W] with bands {rule['bands']} in {rule['unit']}"
+            raise ValueError(f"{name}: image must be {expected}, got {tuple(image.shape)}")
         b, t, c, height, width = image.shape
         image = image.to(next(self.parameters()))
-        valid = sensor.get("valid", image.new_ones(b, t, height, width)).to(image)
-        bands = sensor.get("bands", image.new_ones(b, t, c)).to(image)
+        shapes = {"valid": (b, t, height, width), "bands": (b, t, c), "dates": (b, t)}
+        for key in (key for key in shapes if key in sensor and sensor[key].shape != shapes[key]):
+            raise ValueError(f"{name}: {key} must be {shapes[key]}, got {tuple(sensor[key].shape)}")
+        valid, bands = (sensor.get(key, image.new_ones(shapes[key])).to(image) for key in ("valid", "bands"))
         dates = sensor.get("dates", torch.full((b, t), -1)).to(image.device)
         mean, std = (image.new_tensor(rule[key])[:, None, None] for key in ("mean", "std"))
         valid = valid * (bands > 0).any(2)[:, :, None, None]

@@ -1,5 +1,7 @@
-"""Files as the SkySense and SkySense++ releases hold them: which module is in which file, and what has to be done to
-its tensors before they fit ours. Nothing is read here but names, shapes and the tensors that change.
+"""Files as the SkySense and SkySense++ releases hold them.
+
+This file says which module is in which file, and changes tensors where they do not fit the model. It reads nothing but
+names, shapes and the tensors that change.
 """
 
 from __future__ import annotations
@@ -41,8 +43,13 @@ IN_CONTEXT = ("vocabulary_token", "vocabulary_weight", "attn[123].*", "norm_attn
 
 
 class Part(NamedTuple):
-    """One module in a file. path: the file. tensors: under the module's official names, without prefix. notes: what was
-    changed or left out."""
+    """One module in a file.
+
+    Attributes:
+        path: the file.
+        tensors: under the module's official names, without prefix.
+        notes: what was changed or left out.
+    """
 
     path: pathlib.Path
     tensors: Tensors
@@ -50,21 +57,33 @@ class Part(NamedTuple):
 
 
 def bare(name: str) -> str:
-    """A name without the wrappers' prefixes `module.` and `model.`"""
+    """A name without the wrappers' prefixes `module.` and `model.`."""
     for prefix in OUTER_PREFIXES:
         name = name.removeprefix(prefix)
     return name
 
 
 def official_names(names: Sequence[str], module: str) -> dict[str, str]:
-    """{official name: name in the file} of a single-module file: prefixes off (`module.`, `model.`, then the first of
-    MODULE_PREFIXES that occurs), and the fused-attention builds' `Wqkv` names brought to in_proj. Raises ValueError
-    where two names become one."""
+    """Translates the names of a single-module file to the module's official ones.
+
+    The prefixes go (`module.`, `model.`, then the first of MODULE_PREFIXES that occurs), and the fused-attention
+    builds' `Wqkv` names become in_proj.
+
+    Args:
+        names: in the file.
+        module: which the file holds.
+
+    Returns:
+        {official name: name in the file}.
+
+    Raises:
+        ValueError: two names become one.
+    """
     prefixes = MODULE_PREFIXES.get(module, ())
-    found = next((p for p in prefixes if any(bare(name).startswith(p) for name in names)), "")
+    prefix = next((p for p in prefixes if any(bare(name).startswith(p) for name in names)), "")
     official: dict[str, str] = {}
     for name in names:
-        short = bare(name).removeprefix(found)
+        short = bare(name).removeprefix(prefix)
         short = short.replace(".Wqkv.weight", ".in_proj_weight").replace(".Wqkv.bias", ".in_proj_bias")
         if short in official:
             raise ValueError(f"{official[short]} and {name} are both {short} once the prefixes are off")
@@ -75,12 +94,22 @@ def official_names(names: Sequence[str], module: str) -> dict[str, str]:
 def modules_in(
     path: pathlib.Path, tensors: Tensors, told: str | None = None, leave_out: Sequence[str] = ()
 ) -> dict[str, Part]:
-    """The modules of a file: {"hr", "s2", "s1", "head_s2", "head_s1", "fusion", "geo", "ctpe": Part}.
+    """Finds the modules of a file.
 
     A file with the prefixes of several modules is a whole checkpoint, any other one module, recognised by its prefix or
-    its tensors; UP heads without a prefix look alike and are told apart by the file's name, or by `told`. leave_out:
-    patterns of names in a whole checkpoint that belong to no module and are not wanted. Raises ValueError where a name
-    belongs to no module or the module cannot be told.
+    its tensors; UP heads without a prefix look alike and are told apart by the file's name, or by `told`.
+
+    Args:
+        path: of the file, for errors, notes and the names of UP heads.
+        tensors: in it.
+        told: the module it holds, as the user says; None = recognise it.
+        leave_out: patterns of names in a whole checkpoint that belong to no module and are to be dropped.
+
+    Returns:
+        {"hr", "s2", "s1", "head_s2", "head_s1", "fusion", "geo", "ctpe": Part}, those that the file holds.
+
+    Raises:
+        ValueError: a name belongs to no module, or the module cannot be told.
     """
     groups: dict[str, list[str]] = {}
     for name in tensors:
@@ -142,8 +171,17 @@ def _single(path: pathlib.Path, tensors: Tensors) -> str:
 
 
 def without(part: Part, patterns: Sequence[str]) -> Part:
-    """A part without the tensors whose names fit a pattern, which become a note; SkySense++'s in-context tensors are an
-    error unless a pattern names them.
+    """Drops the tensors of a part whose names fit a pattern; a note says so.
+
+    Args:
+        part: a module of a file.
+        patterns: of names, as the shell has them.
+
+    Returns:
+        The part without them.
+
+    Raises:
+        ValueError: it has SkySense++'s in-context tensors, and no pattern names them.
     """
     gone = [name for name in part.tensors if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
     left = [name for name in part.tensors if name not in gone]
@@ -160,7 +198,18 @@ def without(part: Part, patterns: Sequence[str]) -> Part:
 
 
 def table_side(part: Part, module: str) -> int | None:
-    """Tokens along a side of a ViT's position table; None for the other modules. Raises ValueError where it is none."""
+    """The tokens along a side of a ViT's position table.
+
+    Args:
+        part: a module of a file.
+        module: its name.
+
+    Returns:
+        The side; None for modules that are no ViT.
+
+    Raises:
+        ValueError: the table is no square grid.
+    """
     if module not in ("s2", "s1") or "pos_embed" not in part.tensors.shapes:
         return None
     rows = part.tensors.shapes["pos_embed"][1]
@@ -171,7 +220,19 @@ def table_side(part: Part, module: str) -> int | None:
 
 
 def with_class_row(part: Part, side: int, cls_token: bool) -> Part:
-    """A ViT whose position table has the row of the class token: SkySense++ stores the grid's rows alone."""
+    """Gives a ViT's position table the row of the class token: SkySense++ stores the grid's rows alone.
+
+    Args:
+        part: a ViT.
+        side: tokens along a side of its table.
+        cls_token: whether the model reads that row.
+
+    Returns:
+        The part, with a row of zeros in front where it had none.
+
+    Raises:
+        ValueError: it has no such row, and the model reads it.
+    """
     _, rows, width = part.tensors.shapes.get("pos_embed", (1, 1 + side * side, 0))  # an absent one is named later
     if rows == 1 + side * side:
         return part
@@ -189,11 +250,22 @@ def _add_class_row(table: np.ndarray) -> np.ndarray:
 
 
 def for_bands(part: Part, module: str, bands: Sequence[str]) -> Part:
-    """The patch kernel for these bands, by the rules of the reference code, where they are not the release's.
+    """Makes the patch kernel for these bands, by the rules of the reference code, where they are not the release's.
 
     HR with NIR: the red slice again, as a fourth one, unscaled (SkySense ckpt_convert, `rgbnir`). Fewer or reordered
-    bands of S2 or S1: their slices, times stored / wanted (SkySense++ load_pretrained). A kernel that already has as
-    many slices as there are other bands is taken as it is. Raises ValueError for what has no rule.
+    bands of S2 or S1: their slices, times stored / asked for (SkySense++ load_pretrained). A kernel that already has as
+    many slices as there are other bands is taken as it is.
+
+    Args:
+        part: a module of a file.
+        module: its name.
+        bands: of the model, in its order.
+
+    Returns:
+        The part, with the kernel for these bands.
+
+    Raises:
+        ValueError: no rule makes such a kernel.
     """
     key, stored = "patch_embed.projection.weight", SKYSENSE_BANDS.get(module)
     if stored is None or tuple(bands) == stored or key not in part.tensors.shapes:
@@ -217,8 +289,18 @@ def for_bands(part: Part, module: str, bands: Sequence[str]) -> Part:
 
 
 def gather(files: Mapping[str, tuple[str | None, Tensors]], leave_out: Sequence[str] = ()) -> dict[str, Part]:
-    """The modules of several files together. files: path -> (module told, tensors). leave_out: as :func:`modules_in`
-    and :func:`without`. Raises ValueError where two files hold the same module, or two calendar tables that differ."""
+    """Puts the modules of several files together.
+
+    Args:
+        files: path -> (the module it is told to hold, or None; its tensors).
+        leave_out: patterns, as :func:`modules_in` and :func:`without`.
+
+    Returns:
+        Name of a module -> its part.
+
+    Raises:
+        ValueError: two files hold the same module, or two calendar tables that differ.
+    """
     parts: dict[str, Part] = {}
     for path, (told, tensors) in files.items():
         for module, part in modules_in(pathlib.Path(path), tensors, told, leave_out).items():

@@ -37,8 +37,10 @@ its values are read, and none of its code.
 
 
 class Tensors(Mapping[str, np.ndarray]):
-    """Tensors by name; a value is read when it is asked for, bfloat16 as float32. shapes: name -> shape, without
-    reading.
+    """Tensors by name; a value is read when it is asked for, bfloat16 as float32.
+
+    Attributes:
+        shapes: name -> shape, without reading.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], np.ndarray]) -> None:
@@ -57,25 +59,51 @@ class Tensors(Mapping[str, np.ndarray]):
         return len(self.shapes)
 
     def renamed(self, names: Mapping[str, str]) -> Tensors:
-        """The tensors of `names` (new name -> name here) only, under their new names."""
+        """Some of the tensors under other names.
+
+        Args:
+            names: new name -> name here.
+
+        Returns:
+            Those of `names` only.
+        """
         return Tensors({new: self.shapes[old] for new, old in names.items()}, lambda new: self._read(names[new]))
 
     def changed(self, name: str, shape: tuple[int, ...], change: Callable[[np.ndarray], np.ndarray]) -> Tensors:
-        """The same tensors with one of them changed when it is read; shape: of the changed one."""
+        """The same tensors with one of them changed when it is read.
 
-        def read(wanted: str) -> np.ndarray:
-            return change(self._read(name)) if wanted == name else self._read(wanted)
+        Args:
+            name: of that tensor.
+            shape: that it has afterwards.
+            change: what makes the new value of the stored one.
+
+        Returns:
+            The tensors; nothing is read yet.
+        """
+
+        def read(asked: str) -> np.ndarray:
+            return change(self._read(name)) if asked == name else self._read(asked)
 
         return Tensors({**self.shapes, name: shape}, read)
 
 
 def in_memory(arrays: Mapping[str, np.ndarray]) -> Tensors:
-    """Arrays as tensors of a file."""
+    """Presents arrays as the tensors of a file."""
     return Tensors({name: tuple(value.shape) for name, value in arrays.items()}, lambda name: arrays[name])
 
 
 def joined(files: Sequence[Tensors]) -> Tensors:
-    """The tensors of several files as one mapping. Raises ValueError for a name that two of them hold."""
+    """Presents the tensors of several files as one mapping.
+
+    Args:
+        files: their tensors.
+
+    Returns:
+        All of them.
+
+    Raises:
+        ValueError: two files hold the same name.
+    """
     owner: dict[str, Tensors] = {}
     for tensors in files:
         if twice := owner.keys() & tensors.shapes.keys():
@@ -96,10 +124,18 @@ def torch_is_there() -> bool:
 
 
 def open_tensors(path: str | pathlib.Path) -> Tensors:
-    """The tensors of a .safetensors or PyTorch file, unwrapped from `state_dict` / `model` / `module`.
+    """Opens a .safetensors or PyTorch file, unwrapped from `state_dict` / `model` / `module`.
 
-    Raises FileNotFoundError; ValueError for an unknown ending, a file that is damaged, holds no tensors or needs more
-    than tensors to be read (naming what), or where torch is needed and absent.
+    Args:
+        path: of the file.
+
+    Returns:
+        Its tensors.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: its ending is unknown, it is damaged, holds no tensors or needs more than tensors to be read (the
+            message names what), or torch is needed and absent.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -142,26 +178,26 @@ def _open_torch(path: pathlib.Path) -> Tensors:
     import torch
 
     try:
-        with torch.serialization.safe_globals(INERT):
+        with torch.serialization.safe_globals([*INERT]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except UNREADABLE as error:
         asked = re.findall(r"GLOBAL (\w+(?:\.\w+)+)", str(error))
         if asked and zipfile.is_zipfile(path):  # all of them, where the format lets torch look ahead
-            found = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-            asked = [name for name in found if name not in (known for _, known in INERT)] or asked
+            unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+            asked = [name for name in unsafe if name not in (known for _, known in INERT)] or asked
         if asked:
             raise ValueError(
                 f"{path}: reading it would run code that its pickle asks for ({', '.join(sorted(set(asked)))}), which "
                 "is refused. Where you trust the file, load it in a process of its own and save the tensors alone: "
                 "torch.save(checkpoint['state_dict'], FILE), or checkpoint['model'] where it has that"
             ) from error
-        said = str(error).rpartition("WeightsUnpickler error:")[2].strip()  # without torch's advice to allow code
-        said = re.split(r"\. |\n", said)[0] or type(error).__name__
-        raise ValueError(f"{path}: not a sound PyTorch file of weights: {said}") from error
-    found = content
-    while wrapper := next((w for w in WRAPPERS if isinstance(found, dict) and isinstance(found.get(w), dict)), None):
-        found = found[wrapper]
-    tensors = {k: v for k, v in found.items() if isinstance(v, torch.Tensor)} if isinstance(found, dict) else {}
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip()  # without torch's advice to allow code
+        reason = re.split(r"\. |\n", reason)[0] or type(error).__name__
+        raise ValueError(f"{path}: not a sound PyTorch file of weights: {reason}") from error
+    state = content
+    while wrapper := next((w for w in WRAPPERS if isinstance(state, dict) and isinstance(state.get(w), dict)), None):
+        state = state[wrapper]
+    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
     if not tensors:
         inside = sorted(map(str, content))[:10] if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path}: no tensors in it; found {inside}")

@@ -1,5 +1,6 @@
-"""A folder PyTorch reads: model.safetensors in official names, config.json, a frozen batch, a model card, the
-modelling file.
+"""A folder that PyTorch reads.
+
+It holds model.safetensors in official names, config.json, a frozen batch, a model card and the modelling file.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import safetensors.numpy
+from ml_collections import config_dict
 
 from skysense_jax.convert import frozen, keymap, layouts
 from skysense_jax.convert.model_card import model_card
@@ -31,18 +33,25 @@ PARITY_REL_L2 = 3e-5
 """Relative L2 within which another implementation must reproduce the frozen batch."""
 
 
-def state_from_params(params: Any, entries: Sequence[keymap.Entry]) -> dict[str, np.ndarray]:
-    """Torch tensors (contiguous numpy, float32; tables of integers int32) of a module's parameters, or of their
-    gradients, by its entries.
+def state_from_params(params: trees.Tree, entries: Sequence[keymap.Entry]) -> dict[str, np.ndarray]:
+    """Makes the torch tensors of a module's parameters, or of their gradients.
 
-    Raises ValueError where the tree and the entries do not name the same leaves.
+    Args:
+        params: a tree.
+        entries: of the module, one per tensor.
+
+    Returns:
+        Torch key -> contiguous numpy array, float32; tables of integers are int32.
+
+    Raises:
+        ValueError: the tree and the entries do not name the same leaves.
     """
     leaves = trees.flatten(params)
     stray = set(leaves) ^ {e.name for e in entries}
     if stray:
         raise ValueError(f"the key table and the parameters disagree about {sorted(stray)}")
-    whole = {name: np.issubdtype(leaf.dtype, np.integer) for name, leaf in leaves.items()}
-    host = {name: np.asarray(leaf, np.int32 if whole[name] else np.float32) for name, leaf in leaves.items()}
+    dtypes = {name: np.int32 if np.issubdtype(leaf.dtype, np.integer) else np.float32 for name, leaf in leaves.items()}
+    host = {name: np.asarray(leaf, dtypes[name]) for name, leaf in leaves.items()}
     state = {}
     for entry in entries:
         leaf = host[entry.name]
@@ -53,26 +62,44 @@ def state_from_params(params: Any, entries: Sequence[keymap.Entry]) -> dict[str,
 
 
 def relative_l2(value: np.ndarray, expected: np.ndarray) -> float:
-    """|value - expected| / |expected|, in float64."""
+    """The relative distance |value - expected| / |expected|, in float64.
+
+    Args:
+        value: an array.
+        expected: another of the same shape.
+
+    Returns:
+        The distance.
+    """
     value, expected = np.asarray(value, np.float64), np.asarray(expected, np.float64)
-    return float(np.linalg.norm(value - expected) / max(np.linalg.norm(expected), 1e-30))
+    return float(np.linalg.norm(value - expected) / max(float(np.linalg.norm(expected)), 1e-30))
 
 
 def export(
     params: Params,
     contract: Mapping[str, Any],
-    cfg: Any,
+    cfg: config_dict.ConfigDict,
     out_dir: str | pathlib.Path,
     provenance: Mapping[str, Any],
     per_module: bool = False,
 ) -> pathlib.Path:
-    """Write the folder and return its path.
+    """Writes a folder that PyTorch reads.
 
-    params: of the model cfg.name with this configuration and contract. cfg: config.model. provenance: JSON-able account
-    of where the weights come from (commit, config, dataset id, steps, licence, inherited licence). per_module: one file
-    of weights per module as the SkySense release has them, with Hugging Face's index, instead of one for all: at full
-    size it needs a module's memory less. Raises ValueError if out_dir holds another export, and for per_module with a
-    model that was never released in parts.
+    Args:
+        params: of the model cfg.name with this configuration and contract.
+        contract: the input contract.
+        cfg: config.model.
+        out_dir: the folder.
+        provenance: JSON-able account of where the weights come from (commit, config, dataset id, steps, licence,
+            inherited licence).
+        per_module: one file of weights per module as the SkySense release has them, with Hugging Face's index,
+            instead of one for all: at full size it needs a module's memory less.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: out_dir holds another export, or per_module is asked of a model that was never released in parts.
     """
     out = pathlib.Path(out_dir)
     layout = layouts.LAYOUTS[cfg.name]
@@ -108,10 +135,11 @@ def export(
         _save(out / WEIGHTS, state_from_params(params, layouts.model_entries(cfg, contract)))
         write_sums(out)
         return out
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for module, entries in by_module(layouts.model_entries(cfg, contract)).items():
-        held = {name: params[name] for name in {e.name.split("/")[0] for e in entries}}
-        state = state_from_params(held, entries)
+        module_params = {name: params[name] for name in {e.name.split("/")[0] for e in entries}}
+        state = state_from_params(module_params, entries)
         _save(out / f"skysense_model_{module}.safetensors", state)
         weight_map |= dict.fromkeys(state, f"skysense_model_{module}.safetensors")
         total += sum(value.nbytes for value in state.values())
@@ -127,15 +155,23 @@ def write_sums(folder: pathlib.Path) -> None:
 
 
 def changed_files(folder: pathlib.Path) -> list[str]:
-    """The files of an exported folder whose bytes are not those that were exported, or that are gone."""
+    """Lists the files of an exported folder whose bytes are not those that were exported, or that are gone."""
     lines = (line.split("  ", 1) for line in (folder / SUMS).read_text().splitlines())
-    return [name for sum_, name in lines if not (folder / name).is_file() or sha256(folder / name) != sum_]
+    return [name for digest, name in lines if not (folder / name).is_file() or sha256(folder / name) != digest]
 
 
 def record_parity(folder: pathlib.Path, figures: Mapping[str, float]) -> float:
-    """Writes what plain torch measured on the frozen batch into config.json and the model card; returns the worst.
+    """Writes what plain torch measured on the frozen batch into config.json and the model card.
 
-    Raises ValueError where it is beyond the tolerance: such a folder is not to be handed on.
+    Args:
+        folder: an exported folder.
+        figures: {output: relative L2}, of `verify.in_torch`.
+
+    Returns:
+        The worst figure.
+
+    Raises:
+        ValueError: it is beyond the tolerance: such a folder is not to be handed on.
     """
     config, worst = json.loads((folder / "config.json").read_text()), float(np.max(list(figures.values())))
     if not worst <= config["parity"]["tolerance_rel_l2"]:  # nan is not
@@ -151,8 +187,15 @@ def record_parity(folder: pathlib.Path, figures: Mapping[str, float]) -> float:
 
 
 def by_module(entries: Sequence[keymap.Entry]) -> dict[str, list[keymap.Entry]]:
-    """Entries by the file of a release they belong to: backbone_hr, backbone_s2 (with the calendar, where there is
-    one), backbone_s1, head_s2, head_s1, fusion, glbank (geo-context and its bank, readable alone)."""
+    """Groups entries by the file of a release that they belong to.
+
+    Args:
+        entries: of a SkySense model.
+
+    Returns:
+        backbone_hr, backbone_s2 (with the calendar, where there is one), backbone_s1, head_s2, head_s1, fusion, glbank
+        (geo-context and its bank, readable alone) -> their entries.
+    """
     files: dict[str, list[keymap.Entry]] = {}
     for entry in entries:
         module = entry.name.split("/")[0]
@@ -163,7 +206,7 @@ def by_module(entries: Sequence[keymap.Entry]) -> dict[str, list[keymap.Entry]]:
 
 
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The files with an exported folder's weights: one, or one per module; none where it holds no weights."""
+    """Lists the files with an exported folder's weights: one, or one per module; none where it holds no weights."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
@@ -177,7 +220,7 @@ def _save(path: pathlib.Path, state: Mapping[str, np.ndarray]) -> None:
 
 
 def count_parameters(params: Params) -> dict[str, int]:
-    """Number of parameters by top-level name, and "total". Works on ShapeDtypeStructs."""
+    """Counts parameters by top-level name, and "total". Works on ShapeDtypeStructs."""
     counts = {key: sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(part)) for key, part in params.items()}
     return counts | {"total": sum(counts.values())}
 

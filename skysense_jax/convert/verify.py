@@ -17,7 +17,17 @@ PARITY = "parity.safetensors"
 
 
 def in_jax(folder: pathlib.Path) -> dict[str, float]:
-    """{output: relative L2 against the stored one} of the weights read back into JAX."""
+    """Computes the frozen batch of a folder with its weights read back into JAX.
+
+    Args:
+        folder: an exported folder.
+
+    Returns:
+        {output: relative L2 against the stored one}.
+
+    Raises:
+        ValueError: the model has other outputs than the stored batch, or its weights do not fit.
+    """
     params, cfg, contract, _ = torch_import.load_folder(folder)
     stored = safetensors.numpy.load_file(folder / PARITY)
     inputs: dict[str, dict[str, np.ndarray]] = {}
@@ -27,24 +37,42 @@ def in_jax(folder: pathlib.Path) -> dict[str, float]:
             value = np.moveaxis(value, -3, -1) if path[1] == "image" else value
             inputs.setdefault(path[0], {})[path[1]] = value
     outputs = layouts.frozen_outputs(params, cfg, contract, inputs)
-    missing = {key for key in stored if key.startswith("output.")} ^ {f"output.{key}" for key in outputs}
-    if missing:
-        raise ValueError(f"{folder}/{PARITY} and the model disagree about the outputs {sorted(missing)}")
+    unpaired = {key for key in stored if key.startswith("output.")} ^ {f"output.{key}" for key in outputs}
+    if unpaired:
+        raise ValueError(f"{folder}/{PARITY} and the model disagree about the outputs {sorted(unpaired)}")
     return {f"output.{key}": torch_export.relative_l2(value, stored[f"output.{key}"]) for key, value in outputs.items()}
 
 
 def in_torch(folder: pathlib.Path) -> dict[str, float]:
-    """The same from the folder's own modelling file in a process without JAX. Raises ValueError where it fails."""
+    """Computes the frozen batch of a folder by its modelling file, in a process without JAX.
+
+    Args:
+        folder: an exported folder.
+
+    Returns:
+        {output: relative L2 against the stored one}.
+
+    Raises:
+        ValueError: the process failed.
+    """
     module = f"modeling_{json.loads((folder / 'config.json').read_text())['model_type']}"
     code = f"import json, {module}; print(json.dumps({module}.check('.')))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"{folder}/{module}.py failed: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout)
+    process = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    if process.returncode:
+        raise ValueError(f"{folder}/{module}.py failed: {process.stderr.strip().splitlines()[-1]}")
+    return json.loads(process.stdout)
 
 
 def table(results: Mapping[str, Mapping[str, float]], limit: float) -> tuple[str, bool]:
-    """(one line per output with the relative L2 of every implementation, whether all are within the limit)."""
+    """Lays out the differences of several implementations.
+
+    Args:
+        results: name of an implementation -> {output: relative L2}.
+        limit: the tolerance.
+
+    Returns:
+        (one line per output with the relative L2 of every implementation, whether all are within the limit).
+    """
     names = sorted(next(iter(results.values())))
     lines = [f"{'output':<24}" + "".join(f"{name:>12}" for name in results) + f"    relative L2, tolerance {limit:g}"]
     sound = True

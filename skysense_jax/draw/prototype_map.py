@@ -21,8 +21,16 @@ _SIDE, _GAP, _LINE, _ROWS, _SWATCHES = 224, 10, 18, 8, 16
 
 
 def write_geotiff(path: str | Path, assigned: np.ndarray, record: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-    """Writes an assignment uint16 [h, w] (NO_PROTOTYPE = no valid input) where its place lies: the record's CRS, and pixels
-    that divide its footprint. tags: text to keep with it. Raises ValueError where the record does not say where it is.
+    """Writes an assignment where its place lies: in the record's CRS, with pixels that divide its footprint.
+
+    Args:
+        path: of the file.
+        assigned: uint16 [h, w], NO_PROTOTYPE = no valid input.
+        record: of the place.
+        tags: text to keep with it.
+
+    Raises:
+        ValueError: the record does not say where the place is.
     """
     left, bottom, right, top = (float(x) for x in record["footprint"])
     if not (left < right and bottom < top):
@@ -55,22 +63,32 @@ def synthetic_tag(meta: Mapping[str, Any]) -> dict[str, str]:
 
 
 def colours(count: int) -> np.ndarray:
-    """A colour for each of `count` prototypes, neighbours in number far apart in hue: uint8 [count, 3]."""
-    made = [colorsys.hsv_to_rgb(k * 0.618034 % 1, (0.85, 0.55)[k // 2 % 2], (0.95, 0.7)[k % 2]) for k in range(count)]
-    return (255 * np.array(made)).astype(np.uint8)
+    """Chooses a colour for each of `count` prototypes, neighbours in number far apart in hue: uint8 [count, 3]."""
+    hues = [k * 0.618034 % 1 for k in range(count)]
+    palette = [colorsys.hsv_to_rgb(hue, (0.85, 0.55)[k // 2 % 2], (0.95, 0.7)[k % 2]) for k, hue in enumerate(hues)]
+    return (255 * np.array(palette)).astype(np.uint8)
 
 
 def draw(
     record: Mapping[str, Any], meta: Mapping[str, Any], maps: Mapping[str, np.ndarray], count: int, title: str
 ) -> Image.Image:
-    """Picture of a place: imagery, the `maps` in order, its label map, with legends and the dataset's SYNTHETIC badge.
+    """Draws a place: imagery, the maps in order, its label map, with legends and the dataset's SYNTHETIC badge.
 
-    maps: title -> [h, w] integers below `count`, NO_PROTOTYPE = no valid input. The legend has the prototypes of the first
-    map, the most frequent ones where they are too many.
+    The legend has the prototypes of the first map, the most frequent ones where they are too many.
+
+    Args:
+        record: of the place.
+        meta: the dataset's metadata.
+        maps: title -> [h, w] integers below `count`, NO_PROTOTYPE = no valid input.
+        count: number of prototypes.
+        title: text above.
+
+    Returns:
+        The picture.
     """
     classes = {int(key): name for key, name in meta["label_map_classes"].items()}
     panels = [_imagery(record, meta)]
-    panels += [(name, places.paint(one, dict(enumerate(colours(count))))) for name, one in maps.items()]
+    panels += [(name, places.paint(numbers, dict(enumerate(colours(count))))) for name, numbers in maps.items()]
     panels.append(("label map", places.paint(record["label_map"], places.cover_colours(classes))))
     width = len(panels) * (_SIDE + _GAP) + _GAP
     top = 34 + _LINE
@@ -83,19 +101,19 @@ def draw(
         pen.text((left, 34), name, (0, 0, 0), font)
         if image is not None:
             canvas.paste(places.enlarge(image, _SIDE), (left, top))
-    below = top + _SIDE + _GAP
+    legend_top = top + _SIDE + _GAP
     first = next(iter(maps.values()))
     numbers, cells = np.unique(first[first != NO_PROTOTYPE], return_counts=True)
     shown = sorted(numbers[np.argsort(-cells, kind="stable")][:_SWATCHES])
-    rows = [(colours(count)[k], f"{k}  {np.mean(first == k):.0%}") for k in shown]
-    _legend(pen, font, 2 * _GAP + _SIDE, below, rows, _SIDE // 2)
+    entries = [(colours(count)[k], f"{k}  {np.mean(first == k):.0%}") for k in shown]
+    _legend(pen, (2 * _GAP + _SIDE, legend_top), entries)
     label = record["label_map"]
-    rows = [
-        (colour, f"{classes[key][:24]}  {np.mean(label == key):.0%}")
+    entries = [
+        (np.array(colour), f"{classes[key][:24]}  {np.mean(label == key):.0%}")
         for key, colour in places.cover_colours(classes).items()
         if (label == key).any()
     ]
-    _legend(pen, font, width - _SIDE - _GAP, below, rows, _SIDE // 2)
+    _legend(pen, (width - _SIDE - _GAP, legend_top), entries)
     return canvas
 
 
@@ -103,13 +121,15 @@ def _imagery(record: Mapping[str, Any], meta: Mapping[str, Any]) -> tuple[str, n
     """The finest optical image there is: HR, else the clearest Sentinel-2 date."""
     if len(record.get("hr_image", ())) or not len(record.get("s2_image", ())):
         return places.hr_panel(record, meta)
-    best = int((record["s2_clear"] * record["s2_valid"]).mean((1, 2)).argmax())
-    shown = places.hatch(places.true_colour(record["s2_image"][best]), record["s2_valid"][best] > 0)
-    return f"s2  {places.date_text(record['s2_date'][best])}  true colour", shown
+    clearest = int((record["s2_clear"] * record["s2_valid"]).mean((1, 2)).argmax())
+    shown = places.hatch(places.true_colour(record["s2_image"][clearest]), record["s2_valid"][clearest] > 0)
+    return f"s2  {places.date_text(record['s2_date'][clearest])}  true colour", shown
 
 
-def _legend(pen: ImageDraw.ImageDraw, font: Any, left: int, top: int, rows: list[tuple[Any, str]], column: int) -> None:
-    for place, (colour, text) in enumerate(rows[: 2 * _ROWS]):
-        x, y = left + place // _ROWS * column, top + place % _ROWS * _LINE
+def _legend(pen: ImageDraw.ImageDraw, at: tuple[int, int], entries: list[tuple[np.ndarray, str]]) -> None:
+    """Two columns of (colour uint8 [3], text) with their left upper corner at (x, y)."""
+    left, top = at
+    for number, (colour, text) in enumerate(entries[: 2 * _ROWS]):
+        x, y = left + number // _ROWS * (_SIDE // 2), top + number % _ROWS * _LINE
         pen.rectangle((x, y, x + 13, y + 13), fill=tuple(int(v) for v in colour), outline=(120, 120, 120))
-        pen.text((x + 19, y), text, (0, 0, 0), font)
+        pen.text((x + 19, y), text, (0, 0, 0), places.letters())

@@ -17,28 +17,35 @@ RESTARTS = 5
 """Beginnings of k-means, of which the best one is kept."""
 
 
-def unit(x: np.ndarray) -> np.ndarray:
-    """Rows of length 1 in float64; a row of zeros stays one. x: [..., D]."""
-    x = np.asarray(x, np.float64)
-    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-
-
 def shares(assigned: np.ndarray, count: int) -> np.ndarray:
-    """Share of the cells that each of `count` clusters has: float64 [count]. assigned: integers."""
+    """The share of the cells that each cluster has.
+
+    Args:
+        assigned: integers in 0..count-1, any shape.
+        count: number of clusters.
+
+    Returns:
+        float64 [count].
+    """
     return np.bincount(np.ravel(assigned), minlength=count) / max(np.size(assigned), 1)
 
 
 def entropy(share: np.ndarray) -> float:
-    """Entropy of shares [K] (brought to the sum 1), divided by log K: 1 = all are used alike, 0 = one is used."""
+    """The entropy of shares [K] (scaled to the sum 1), divided by log K: 1 = all are used alike, 0 = one is used."""
     p = np.asarray(share, np.float64) / np.sum(share)
     return float(-np.sum(p * np.log(np.where(p > 0, p, 1))) / np.log(len(p)))
 
 
 def best_of_places(cosine: np.ndarray, valid: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """The places nearest to every prototype, by their cell that is most like it.
+    """The places that are most like every prototype, by their cell that is most like it.
 
-    cosine: [M, N, P] of the N cells of M places; valid: bool [M, N]. Returns (places int [P, k], cosines [P, k]), k =
-    min(most, M), best first; a place without a valid cell has -inf.
+    Args:
+        cosine: [M, N, P] of the N cells of M places.
+        valid: bool [M, N].
+        most: places asked for.
+
+    Returns:
+        (places int [P, k], cosines [P, k]), k = min(most, M), best first; a place without a valid cell has -inf.
     """
     best = np.where(valid[..., None], cosine, -np.inf).max(1).T
     order = np.argsort(-best, axis=1, kind="stable")[:, :most]
@@ -46,9 +53,18 @@ def best_of_places(cosine: np.ndarray, valid: np.ndarray, most: int) -> tuple[np
 
 
 def kmeans(features: np.ndarray, clusters: int, seed: int) -> np.ndarray:
-    """Cluster of every row by Euclidean k-means, the best of RESTARTS seeded runs: int [M]. features: [M, D].
+    """Assigns every row to a cluster of Euclidean k-means, the best of RESTARTS seeded runs.
 
-    Raises ValueError where there are fewer rows than clusters.
+    Args:
+        features: [M, D].
+        clusters: their number.
+        seed: of the runs.
+
+    Returns:
+        int [M].
+
+    Raises:
+        ValueError: there are fewer rows than clusters.
     """
     if len(features) < clusters:
         raise ValueError(f"k-means of {clusters} clusters needs as many valid cells, here are {len(features)}")
@@ -57,8 +73,16 @@ def kmeans(features: np.ndarray, clusters: int, seed: int) -> np.ndarray:
 
 
 def agreement(assigned: np.ndarray, label: np.ndarray) -> float | None:
-    """Adjusted mutual information of an assignment with a label map over its labelled cells (arithmetic mean of the
-    entropies): 1 = the same division, about 0 = no more than by chance. None where fewer than two classes are there.
+    """The adjusted mutual information of an assignment with a label map, over its labelled cells.
+
+    It is normalised by the arithmetic mean of the entropies: 1 = the same division, about 0 = no more than by chance.
+
+    Args:
+        assigned: int [M].
+        label: uint8 [M].
+
+    Returns:
+        The agreement; None where the labels have fewer than two classes.
     """
     labelled = label != UNLABELLED
     if len(np.unique(label[labelled])) < 2:
@@ -67,9 +91,15 @@ def agreement(assigned: np.ndarray, label: np.ndarray) -> float | None:
 
 
 def matched(clusters: np.ndarray, to: np.ndarray, count: int) -> np.ndarray:
-    """The same clusters, numbered so that as many cells as possible have the number they have in `to`: for pictures.
+    """Numbers clusters anew, so that as many cells as possible have the number of their prototype: for pictures.
 
-    clusters, to: int [M] in 0..count-1.
+    Args:
+        clusters: int [M] in 0..count-1.
+        to: int [M], the prototypes.
+        count: of either.
+
+    Returns:
+        The same clusters under their new numbers, int [M].
     """
     together = np.bincount(clusters * count + to, minlength=count * count).reshape(count, count)
     return linear_sum_assignment(together, maximize=True)[1][clusters]

@@ -33,9 +33,14 @@ def _percentiles(values: np.ndarray, valid: np.ndarray) -> np.ndarray:
 def band_statistics(image: np.ndarray, valid: np.ndarray, bands: np.ndarray, cells: int) -> np.ndarray:
     """Mean, deviation and percentiles of every band in every one of cells x cells squares of a place, over all dates.
 
-    image [B, T, S, S, C] raw units; valid [B, T, S, S] and bands [B, T, C]: 0/1. S must be a multiple of cells (the
-    caller crops). Returns float64 [B, cells, cells, C * (2 + len(PERCENTILES))]; NaN where a band has no valid pixel
-    in the square.
+    Args:
+        image: [B, T, S, S, C], raw units; S must be a multiple of cells (the caller crops).
+        valid: [B, T, S, S], 0/1.
+        bands: [B, T, C], 0/1.
+        cells: squares along a side.
+
+    Returns:
+        float64 [B, cells, cells, C * (2 + len(PERCENTILES))]; NaN where a band has no valid pixel in the square.
     """
     b, t, side, _, c = image.shape
     step = side // cells
@@ -50,46 +55,60 @@ def band_statistics(image: np.ndarray, valid: np.ndarray, bands: np.ndarray, cel
     with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0 is the NaN documented above
         mean = np.where(use, values, 0.0).sum(1) / count
         variance = np.where(use, (values - mean[:, None]) ** 2, 0.0).sum(1) / count
-    parts = np.concatenate([mean[:, None], np.sqrt(variance)[:, None], _percentiles(values, use)], axis=1)
-    return parts.reshape(b, cells, cells, -1)
+    statistics = np.concatenate([mean[:, None], np.sqrt(variance)[:, None], _percentiles(values, use)], axis=1)
+    return statistics.reshape(b, cells, cells, -1)
 
 
 def image_statistics(sensors: Mapping[str, Mapping[str, Any]], *, tile: int, patch: int | None = None) -> np.ndarray:
-    """The baseline's features of a batch of places: [B, F] for whole places, [B, g, g, F] for patches of `patch` base
-    pixels.
+    """The baseline's features of a batch of places.
 
-    sensors: PlaceInput (image [B, T, S, S, C], valid [B, T, S, S], bands [B, T, C]); tile: base pixels of a place; g =
-    tile // patch, pixels beyond the last whole patch are left out. Sensors in alphabetical order; NaN where nothing
-    was measured.
+    Sensors come in alphabetical order; NaN where nothing was measured.
+
+    Args:
+        sensors: PlaceInput (image [B, T, S, S, C], valid [B, T, S, S], bands [B, T, C]).
+        tile: base pixels of a place.
+        patch: base pixels of a patch; None = whole places.
+
+    Returns:
+        [B, F] for whole places, [B, g, g, F] for patches, g = tile // patch; pixels beyond the last whole patch are
+        left out.
+
+    Raises:
+        ValueError: the pixels of a sensor do not divide into the place.
     """
     cells = 1 if patch is None else tile // patch
     used = tile if patch is None else cells * patch
-    parts = []
+    statistics = []
     for name in sorted(sensors):
         image, valid = np.asarray(sensors[name]["image"]), np.asarray(sensors[name]["valid"])
         side = image.shape[2] // tile * used
         if image.shape[2] % tile:
             raise ValueError(f"{name}: {image.shape[2]} pixels do not divide into a place of {tile} base pixels")
-        parts.append(
+        statistics.append(
             band_statistics(
                 image[:, :, :side, :side], valid[:, :, :side, :side], np.asarray(sensors[name]["bands"]), cells
             )
         )
-    features = np.concatenate(parts, axis=-1)
+    features = np.concatenate(statistics, axis=-1)
     return features[:, 0, 0] if patch is None else features
 
 
 def standardise(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Statistics of different units on one scale: minus the training mean, over the training deviation; what is
-    missing becomes 0.
+    """Brings statistics of different units to one scale: minus the training mean, over the training deviation.
 
-    train [N, F], test [M, F], NaN = missing. Cosine similarity of raw statistics would compare the unit with the
-    largest numbers only.
+    Cosine similarity of raw statistics would compare the unit with the largest numbers only.
+
+    Args:
+        train: [N, F], NaN = missing.
+        test: [M, F], NaN = missing.
+
+    Returns:
+        Both, scaled; what is missing becomes 0.
     """
-    seen = ~np.isnan(train)
-    count = np.maximum(seen.sum(0), 1)
-    mean = np.where(seen, train, 0.0).sum(0) / count
-    deviation = np.sqrt(np.where(seen, (train - mean) ** 2, 0.0).sum(0) / count)
+    measured = ~np.isnan(train)
+    count = np.maximum(measured.sum(0), 1)
+    mean = np.where(measured, train, 0.0).sum(0) / count
+    deviation = np.sqrt(np.where(measured, (train - mean) ** 2, 0.0).sum(0) / count)
     deviation = np.where(deviation > 1e-12, deviation, 1.0)
-    scaled = [(part - mean) / deviation for part in (train, test)]
-    return np.nan_to_num(scaled[0], nan=0.0), np.nan_to_num(scaled[1], nan=0.0)
+    scaled_train, scaled_test = ((rows - mean) / deviation for rows in (train, test))
+    return np.nan_to_num(scaled_train, nan=0.0), np.nan_to_num(scaled_test, nan=0.0)

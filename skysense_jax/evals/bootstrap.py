@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 
 def place_weights(places: int, resamples: int, seed: int) -> np.ndarray:
-    """How often every place is drawn in every resample: int64 [B, P], rows sum to P. The same seed gives the same
-    draws.
+    """Draws how often every place occurs in every resample. The same seed gives the same draws.
 
-    Raises ValueError for fewer than one place or resample.
+    Args:
+        places: P.
+        resamples: B.
+        seed: of the draws.
+
+    Returns:
+        int64 [B, P]; rows sum to P.
+
+    Raises:
+        ValueError: fewer than one place or resample.
     """
     if places < 1 or resamples < 1:
         raise ValueError(f"bootstrap: needs at least one place and one resample, got {places} and {resamples}")
@@ -17,7 +27,15 @@ def place_weights(places: int, resamples: int, seed: int) -> np.ndarray:
 
 
 def interval(samples: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of bootstrap samples [B]; resamples where the score is undefined (NaN) are left out."""
+    """The percentile interval of bootstrap samples.
+
+    Args:
+        samples: [B]; resamples where the score is undefined (NaN) are left out.
+        level: share of the samples within.
+
+    Returns:
+        (low, high); NaN where no sample is defined.
+    """
     defined = samples[~np.isnan(samples)]
     if not len(defined):
         return float("nan"), float("nan")
@@ -25,10 +43,20 @@ def interval(samples: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def paired(first: np.ndarray, second: np.ndarray, first_value: float, second_value: float, level: float = 0.95) -> dict:
-    """Difference first - second of two methods over the *same* resamples [B]: {"difference", "interval", "apart"}.
+def paired(
+    first: np.ndarray, second: np.ndarray, first_value: float, second_value: float, level: float = 0.95
+) -> dict[str, Any]:
+    """The difference of two methods over the *same* resamples.
 
-    apart: True where the interval of the difference does not hold 0.
+    Args:
+        first: bootstrap samples [B] of a method.
+        second: those of another.
+        first_value: the score of the method.
+        second_value: that of the other.
+        level: of the interval.
+
+    Returns:
+        {"difference", "interval", "apart"}: first - second; apart is True where the interval does not hold 0.
     """
     low, high = interval(first - second, level)
     return {

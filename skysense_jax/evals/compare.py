@@ -12,18 +12,18 @@ from skysense_jax.evals import baselines, bootstrap, knn, linear, metrics, rows
 
 def _scores(
     target: np.ndarray, output: np.ndarray, place: np.ndarray, weights: np.ndarray, multilabel: bool
-) -> dict[str, tuple]:
-    """metric -> (value, bootstrap samples [B]) of one method's class scores [M, K]."""
+) -> dict[str, tuple[float, np.ndarray]]:
+    """For every metric (value, bootstrap samples [B]) of one method's class scores [M, K]."""
     if multilabel:
         value = metrics.macro_map(target, output)
-        parts = np.array_split(weights, -(-len(weights) // 64))  # bounds the [resamples, rows] tables
-        samples = np.concatenate([metrics.macro_map(target, output, part[:, place]) for part in parts])
+        chunks = np.array_split(weights, -(-len(weights) // 64))  # bounds the [resamples, rows] tables
+        samples = np.concatenate([metrics.macro_map(target, output, chunk[:, place]) for chunk in chunks])
         return {"macro_map": (float(value), samples)}
     classes = target.shape[1]
     table = metrics.confusion_per_place(target.argmax(1), output.argmax(1), place, classes, weights.shape[1])
-    whole = metrics.from_confusion(table.sum(0))
+    values = metrics.from_confusion(table.sum(0))
     resampled = metrics.from_confusion(np.einsum("bp,pij->bij", weights.astype(np.float64), table))
-    return {name: (float(whole[name]), resampled[name]) for name in metrics.SINGLE_LABEL}
+    return {name: (float(values[name]), resampled[name]) for name in metrics.SINGLE_LABEL}
 
 
 def compare(
@@ -36,17 +36,27 @@ def compare(
     seed: int,
     statistics: Sequence[str] = ("statistics",),
 ) -> dict[str, Any]:
-    """kNN and linear probe of every method: the training rows fit and choose, the test rows are only scored.
+    """Scores kNN and linear probe of every method: the training rows fit and choose, the test rows are only scored.
 
-    train, test: :class:`rows.Rows` with the same methods. k, temperature: of the vote. resamples, seed: of the
-    bootstrap over the test places. statistics: methods whose features are raw statistics in different units,
-    standardised on the training rows first.
+    Args:
+        train: labelled rows.
+        test: others, with the same methods.
+        k: neighbours of the vote.
+        temperature: of the vote.
+        resamples: of the bootstrap over the test places.
+        seed: of the bootstrap.
+        statistics: methods whose features are raw statistics in different units, standardised on the training rows
+            first.
 
-    Returns a JSON-able dict: "n" (rows and places of both parts), "multilabel", "classes" (columns that occur),
-    "untrainable_classes" (in the test part only: they count as errors), "majority" (share of the largest training
-    class in the test rows; single label), "results" [{method, probe, scores: {metric: {value, interval}}, strength?}],
-    "differences" [{probe, metric, first, second, difference, interval, apart}] of the first method against every other
-    over the same resamples. Raises ValueError when both parts share a place, or with fewer than two training places.
+    Returns:
+        A JSON-able dict: "n" (rows and places of both parts), "multilabel", "classes" (columns that occur),
+        "untrainable_classes" (in the test part only: they count as errors), "majority" (share of the largest training
+        class in the test rows; single label), "results" [{method, probe, scores: {metric: {value, interval}},
+        strength?}], "differences" [{probe, metric, first, second, difference, interval, apart}] of the first method
+        against every other over the same resamples.
+
+    Raises:
+        ValueError: both parts share a place, or there are fewer than two training places.
     """
     shared = set(train.place.tolist()) & set(test.place.tolist())
     if shared:
@@ -54,14 +64,15 @@ def compare(
             f"{len(shared)} place(s) are in the training and in the test part, for example {sorted(shared)[0]!r}; "
             "rebuild the dataset with one split per place"
         )
-    kept = np.flatnonzero(train.target.any(0) | test.target.any(0))
-    fit, truth = train.target[:, kept], test.target[:, kept]
+    occurring = np.flatnonzero(train.target.any(0) | test.target.any(0))
+    fit, truth = train.target[:, occurring], test.target[:, occurring]
     multilabel = bool((fit.sum(1) > 1).any() or (truth.sum(1) > 1).any())
     train_place = np.unique(train.place, return_inverse=True)[1]
     places, test_place = np.unique(test.place, return_inverse=True)
     weights = bootstrap.place_weights(len(places), resamples, seed)
 
-    results, samples = [], {}
+    results: list[dict[str, Any]] = []
+    samples: dict[tuple[str, str, str], tuple[float, np.ndarray]] = {}
     for method in train.features:
         known, asked = train.features[method], test.features[method]
         if method in statistics:
@@ -70,10 +81,12 @@ def compare(
         vote = knn.knn_scores(known, fit, asked, k=k, temperature=temperature)
         for name, output in (("knn", vote), ("linear", probe.scores)):
             scores = _scores(truth, output, test_place, weights, multilabel)
-            entry = {"method": method, "probe": name, "scores": {}}
-            for metric, (value, drawn) in scores.items():
-                entry["scores"][metric] = {"value": value, "interval": list(bootstrap.interval(drawn))}
-                samples[method, name, metric] = (value, drawn)
+            entry: dict[str, Any] = {"method": method, "probe": name}
+            entry["scores"] = {
+                metric: {"value": value, "interval": list(bootstrap.interval(resampled))}
+                for metric, (value, resampled) in scores.items()
+            }
+            samples |= {(method, name, metric): score for metric, score in scores.items()}
             if name == "linear":
                 entry["strength"] = probe.strength
             results.append(entry)
@@ -83,14 +96,15 @@ def compare(
     for other in others:
         for name in ("knn", "linear"):
             for metric in results[0]["scores"]:
-                (a, drawn_a), (b, drawn_b) = samples[first, name, metric], samples[other, name, metric]
+                first_value, first_samples = samples[first, name, metric]
+                other_value, other_samples = samples[other, name, metric]
                 differences.append(
                     {
                         "probe": name,
                         "metric": metric,
                         "first": first,
                         "second": other,
-                        **bootstrap.paired(drawn_a, drawn_b, a, b),
+                        **bootstrap.paired(first_samples, other_samples, first_value, other_value),
                     }
                 )
     return {
@@ -101,8 +115,8 @@ def compare(
             "test_places": len(places),
         },
         "multilabel": multilabel,
-        "classes": [int(i) for i in kept],
-        "untrainable_classes": [int(i) for i, has in zip(kept, fit.any(0)) if not has],
+        "classes": [int(label) for label in occurring],
+        "untrainable_classes": [int(label) for label in occurring[~fit.any(0)]],
         "majority": None if multilabel else float(truth[:, fit.sum(0).argmax()].mean()),
         "results": results,
         "differences": differences,
@@ -110,8 +124,15 @@ def compare(
 
 
 def table(report: dict[str, Any], title: str) -> str:
-    """The report as text: one line per method and probe, then the paired differences (* = the interval does not hold
-    0)."""
+    """Lays a report out as text.
+
+    Args:
+        report: of :func:`compare`.
+        title: first words of the text.
+
+    Returns:
+        One line per method and probe, then the paired differences (* = the interval does not hold 0).
+    """
     n, names = report["n"], list(report["results"][0]["scores"])
     lines = [
         f"{title}: {n['test_rows']} test rows of {n['test_places']} places, {n['train_rows']} training rows of "

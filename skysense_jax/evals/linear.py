@@ -28,8 +28,13 @@ _one_thread = threadpool_limits.wrap(limits=1)
 
 
 class Probe(NamedTuple):
-    """scores [M, K] float64: class probabilities of the test rows. strength: the chosen C. cross_validation: C ->
-    score on the folds."""
+    """A fitted linear probe.
+
+    Attributes:
+        scores: float64 [M, K], class probabilities of the test rows.
+        strength: the chosen C.
+        cross_validation: C -> score on the folds.
+    """
 
     scores: np.ndarray
     strength: float
@@ -64,13 +69,24 @@ def _fit_scores(x: np.ndarray, target: np.ndarray, test: np.ndarray, strength: f
 def choose_strength(
     features: np.ndarray, target: np.ndarray, place: np.ndarray, *, multilabel: bool = False, folds: int = 5
 ) -> tuple[float, dict[float, float]]:
-    """Cross-validated C over :data:`STRENGTHS`, grouped by place; sees training rows only.
+    """Chooses C from :data:`STRENGTHS` by cross-validation grouped by place; it sees training rows only.
 
-    features [N, F]; target [N, K] 0/1; place [N] int: rows of one place stay in one fold. The held-out rows of all
-    folds are scored together: mean per-class accuracy (macro average precision where multilabel). Ties: the stronger
-    regularisation.
+    The held-out rows of all folds are scored together: mean per-class accuracy (macro average precision where
+    multilabel).
+    Ties: the stronger regularisation.
 
-    Returns (C, {C: score}). Raises ValueError with fewer than two places.
+    Args:
+        features: [N, F].
+        target: [N, K], 0/1.
+        place: int [N]; rows of one place stay in one fold.
+        multilabel: whether a row may have several labels.
+        folds: their number; fewer where there are fewer places.
+
+    Returns:
+        (C, {C: score}).
+
+    Raises:
+        ValueError: fewer than two places.
     """
     places = np.unique(place)
     if len(places) < 2:
@@ -103,8 +119,20 @@ def linear_probe(
 ) -> Probe:
     """Fits the probe on the training rows and scores the test rows.
 
-    train_features [N, F], train_target [N, K] 0/1, train_place [N] int, test_features [M, F]. A class without a
-    training example scores 0. Raises ValueError for features that are not finite and as :func:`choose_strength`.
+    A class without a training example scores 0.
+
+    Args:
+        train_features: [N, F].
+        train_target: [N, K], 0/1.
+        train_place: int [N].
+        test_features: [M, F].
+        multilabel: whether a row may have several labels.
+
+    Returns:
+        Scores, C and its cross-validation.
+
+    Raises:
+        ValueError: features are not finite, or as :func:`choose_strength`.
     """
     train_features, test_features = np.asarray(train_features, np.float64), np.asarray(test_features, np.float64)
     for name, value in (("training", train_features), ("test", test_features)):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from skysense_jax.evals import assignment
+from skysense_jax.evals.unit import unit
 from skysense_jax.ops import prototypes as banks
 from skysense_jax.ops import regions
 from skysense_jax.sensors import UNLABELLED
@@ -17,8 +18,17 @@ NEAREST = 3
 
 
 class Seen(NamedTuple):
-    """The M places of a region. features: unit float32 [M, N, D] in the bank's space, N = h * w cells in the shape
-    `grid`; valid: bool [M, N], any input there; label: uint8 [M, N]; names: M texts; lon, lat: [M]."""
+    """The M places of a region, of N = h * w cells each.
+
+    Attributes:
+        features: unit float32 [M, N, D] in the bank's space.
+        valid: bool [M, N], any input in the cell.
+        label: uint8 [M, N].
+        names: M texts.
+        lon: [M], degrees.
+        lat: [M], degrees.
+        grid: (h, w).
+    """
 
     features: np.ndarray
     valid: np.ndarray
@@ -30,13 +40,36 @@ class Seen(NamedTuple):
 
 
 def plain_cell(bank: Mapping[str, np.ndarray], lon: float, lat: float, side: int = regions.ALONE) -> int:
-    """Cell of the bank's grid at a location; `side` as in regions.cell_ids."""
-    return int(regions.cell_ids(np.float32([lon]), np.float32([lat]), bank["lon_edges"], bank["lat_edges"], side)[0])
+    """The cell of the bank's grid at a location.
+
+    Args:
+        bank: a prototype bank.
+        lon: degrees.
+        lat: degrees.
+        side: as in regions.cell_ids.
+
+    Returns:
+        Number of the cell.
+    """
+    location = np.array([lon], np.float32), np.array([lat], np.float32)
+    return int(regions.cell_ids(*location, bank["lon_edges"], bank["lat_edges"], side)[0])
 
 
 def region_at(bank: Mapping[str, np.ndarray], lon: float, lat: float, side: int = regions.ALONE) -> int:
-    """Row of the region a location lies in. ValueError where that was never visited, naming the nearest known ones
-    unless cells share regions (`side` as in regions.cell_ids)."""
+    """The row of the region that a location lies in.
+
+    Args:
+        bank: a prototype bank.
+        lon: degrees.
+        lat: degrees.
+        side: as in regions.cell_ids.
+
+    Returns:
+        Row of the bank.
+
+    Raises:
+        ValueError: that region was never visited; the nearest known ones are named unless cells share regions.
+    """
     edges, cell = (bank["lon_edges"], bank["lat_edges"]), plain_cell(bank, lon, lat, side)
     known = np.flatnonzero((bank["cells"] != regions.NOWHERE) & (bank["visits"] > 0))
     row = known[bank["cells"][known] == cell]
@@ -51,7 +84,7 @@ def region_at(bank: Mapping[str, np.ndarray], lon: float, lat: float, side: int 
             f"the region that lon {lon:g} lat {lat:g} shares with other squares (table='hashed') has "
             f"never been visited; {len(known)} of {len(bank['cells'])} have"
         )
-    centres = np.array([regions.cell_centre(one, *edges) for one in bank["cells"][known]])
+    centres = np.array([regions.cell_centre(number, *edges) for number in bank["cells"][known]])
     away = _distance(lon, lat, *centres.T)
     nearest = np.argsort(away, kind="stable")[:NEAREST]
     raise ValueError(
@@ -68,13 +101,22 @@ def _distance(lon: float, lat: float, lons: np.ndarray, lats: np.ndarray) -> np.
 
 
 def region_report(bank: Mapping[str, np.ndarray], row: int, cell: int, side: float) -> dict[str, Any]:
-    """What the bank itself says about a region, JSON-able. cell: the one of its cells that is shown; side: metres of a
-    cell of the grid."""
+    """What the bank itself says about a region.
+
+    Args:
+        bank: a prototype bank.
+        row: of the region.
+        cell: the one of its cells that is shown.
+        side: metres of a cell of the grid.
+
+    Returns:
+        A JSON-able dict: "region", "bank", "prototypes", "similarity".
+    """
     edges = bank["lon_edges"], bank["lat_edges"]
-    own = assignment.unit(bank["prototypes"][row])
-    cosine = own @ own.T
-    pairs = cosine[~np.eye(len(own), dtype=bool)]
-    others = np.where(np.eye(len(own), dtype=bool), -np.inf, cosine)
+    prototypes = unit(bank["prototypes"][row])
+    cosine = prototypes @ prototypes.T
+    pairs = cosine[~np.eye(len(prototypes), dtype=bool)]
+    others = np.where(np.eye(len(prototypes), dtype=bool), -np.inf, cosine)
     return {
         "region": {
             "row": row,
@@ -90,7 +132,7 @@ def region_report(bank: Mapping[str, np.ndarray], row: int, cell: int, side: flo
             "usage_entropy": assignment.entropy(bank["usage"][row]),
             "similarity_mean": float(pairs.mean()),
             "similarity_max": float(pairs.max()),
-            "directions": float(banks.directions(own)),
+            "directions": float(banks.directions(prototypes)),
         },
         "prototypes": [
             {
@@ -99,30 +141,49 @@ def region_report(bank: Mapping[str, np.ndarray], row: int, cell: int, side: flo
                 "like": int(others[k].argmax()),
                 "like_cosine": float(others[k].max()),
             }
-            for k in range(len(own))
+            for k in range(len(prototypes))
         ],
         "similarity": np.round(cosine, 4).tolist(),
     }
 
 
 def assigned(seen: Seen, prototypes: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Prototype and k-means cluster of every cell: uint16 [M, N] each, NODATA where nothing is valid. k-means has as
-    many clusters as there are prototypes [P, D] and is fitted to all valid cells; its clusters are numbered like the
-    prototypes whose cells they share, for the eye alone.
+    """Assigns every cell to a prototype and to a k-means cluster.
+
+    k-means has as many clusters as there are prototypes and is fitted to all valid cells; its clusters are numbered
+    like the prototypes whose cells they share, for the eye alone.
+
+    Args:
+        seen: the region's places.
+        prototypes: [P, D].
+        seed: of k-means.
+
+    Returns:
+        (prototypes, clusters), uint16 [M, N] each, NO_PROTOTYPE where nothing is valid.
     """
-    own, clusters = (np.full(seen.valid.shape, banks.NO_PROTOTYPE, np.uint16) for _ in range(2))
-    nearest = (seen.features[seen.valid] @ assignment.unit(prototypes).T).argmax(-1)
-    own[seen.valid] = nearest
-    found = assignment.kmeans(seen.features[seen.valid], len(prototypes), seed)
-    clusters[seen.valid] = assignment.matched(found, nearest, len(prototypes))
-    return own, clusters
+    nearest, clusters = (np.full(seen.valid.shape, banks.NO_PROTOTYPE, np.uint16) for _ in range(2))
+    numbers = (seen.features[seen.valid] @ unit(prototypes).T).argmax(-1)
+    nearest[seen.valid] = numbers
+    fitted = assignment.kmeans(seen.features[seen.valid], len(prototypes), seed)
+    clusters[seen.valid] = assignment.matched(fitted, numbers, len(prototypes))
+    return nearest, clusters
 
 
-def data_report(seen: Seen, own: np.ndarray, prototypes: np.ndarray, seed: int) -> dict[str, Any]:
-    """What the region's places say about its prototypes, JSON-able."""
+def data_report(seen: Seen, nearest: np.ndarray, prototypes: np.ndarray, seed: int) -> dict[str, Any]:
+    """What the region's places say about its prototypes.
+
+    Args:
+        seen: the region's places.
+        nearest: uint16 [M, N], the prototype of every cell.
+        prototypes: [P, D].
+        seed: of k-means, to be reported.
+
+    Returns:
+        A JSON-able dict.
+    """
     count = len(prototypes)
-    cosine = seen.features @ assignment.unit(prototypes).T
-    share = assignment.shares(own[seen.valid], count)
+    cosine = seen.features @ unit(prototypes).T
+    share = assignment.shares(nearest[seen.valid], count)
     order, best = assignment.best_of_places(cosine, seen.valid, NEAREST)
     return {
         "places": len(seen.names),
@@ -134,7 +195,7 @@ def data_report(seen: Seen, own: np.ndarray, prototypes: np.ndarray, seed: int) 
         "nearest": [
             [
                 {"place": seen.names[m], "lon": float(seen.lon[m]), "lat": float(seen.lat[m]), "cosine": float(value)}
-                for m, value in zip(order[k], best[k])
+                for m, value in zip(order[k], best[k], strict=True)
                 if np.isfinite(value)
             ]
             for k in range(count)
@@ -142,15 +203,24 @@ def data_report(seen: Seen, own: np.ndarray, prototypes: np.ndarray, seed: int) 
     }
 
 
-def agreement(seen: Seen, own: np.ndarray, clusters: np.ndarray, places: slice) -> dict[str, Any]:
-    """Adjusted mutual information with the label map over the labelled valid cells of some places; None where they
-    have fewer than two classes."""
+def agreement(seen: Seen, nearest: np.ndarray, clusters: np.ndarray, places: slice) -> dict[str, Any]:
+    """The adjusted mutual information with the label map over the labelled valid cells of some places.
+
+    Args:
+        seen: the region's places.
+        nearest: uint16 [M, N], the prototype of every cell.
+        clusters: uint16 [M, N], the k-means cluster of every cell.
+        places: which of the M.
+
+    Returns:
+        {"cells", "classes", "prototypes", "kmeans"}; the last two are None where they have fewer than two classes.
+    """
     valid = seen.valid[places]
-    label, own, clusters = (one[places][valid] for one in (seen.label, own, clusters))
+    label, nearest, clusters = (cells[places][valid] for cells in (seen.label, nearest, clusters))
     labelled = label[label != UNLABELLED]
     return {
         "cells": len(labelled),
         "classes": len(np.unique(labelled)),
-        "prototypes": assignment.agreement(own, label),
+        "prototypes": assignment.agreement(nearest, label),
         "kmeans": assignment.agreement(clusters, label),
     }

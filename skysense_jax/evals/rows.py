@@ -1,5 +1,4 @@
-"""Labelled rows of an evaluation: features of several methods for the same places, or for the same patches of a label
-map.
+"""Labelled rows of an evaluation: features of several methods for the same places, or patches of a label map.
 
 Every method sees the same batches in the same order, so that its row i is the same piece of ground as every other
 method's row i.
@@ -26,8 +25,13 @@ Method = Callable[[Mapping[str, Any]], Mapping[str, np.ndarray]]
 
 
 class Rows(NamedTuple):
-    """features: method -> [N, F]. target: uint8 [N, K], 0/1. place: the catalog's place of every row, N
-    texts: rows of one place stay together in folds and resamples."""
+    """Labelled rows.
+
+    Attributes:
+        features: method -> [N, F].
+        target: uint8 [N, K], 0/1.
+        place: the catalog's place of every row, N texts: rows of one place stay together in folds and resamples.
+    """
 
     features: dict[str, np.ndarray]
     target: np.ndarray
@@ -35,17 +39,28 @@ class Rows(NamedTuple):
 
 
 def place_of(name: str) -> str:
-    """The catalog's place of a record: tiles cut from one place (named PLACE@COLUMN_ROW by the build) are not
-    independent of each other."""
+    """The catalog's place of a record.
+
+    Tiles cut from one place (named PLACE@COLUMN_ROW by the build) are not independent of each other.
+    """
     return _TILE.sub("", name)
 
 
 def patch_majority(label_map: np.ndarray, patch: int) -> np.ndarray:
-    """Class of every patch of label maps uint8 [B, N, N]: int64 [B, g, g], g = N // patch; -1 where the patch is
-    dropped.
+    """The class of every patch of label maps.
 
     A patch has the class that covers most of its labelled pixels (the lowest value on a tie), if that is at least half
     of them; patches without a labelled pixel are dropped.
+
+    Args:
+        label_map: uint8 [B, N, N].
+        patch: pixels along a side of a patch.
+
+    Returns:
+        int64 [B, g, g], g = N // patch; -1 where the patch is dropped.
+
+    Raises:
+        ValueError: patches are larger than the place.
     """
     b, n, _ = label_map.shape
     g = n // patch
@@ -66,8 +81,19 @@ def patch_majority(label_map: np.ndarray, patch: int) -> np.ndarray:
 
 
 def patch_means(pixel: np.ndarray, patch: int, tile: int) -> np.ndarray:
-    """Mean feature of every patch of maps [B, h, w, F] on the base grid (h = w = tile): [B, g, g, F] float32, g = tile
-    // patch."""
+    """The mean feature of every patch of maps on the base grid.
+
+    Args:
+        pixel: [B, h, w, F], h = w = tile.
+        patch: base pixels along a side of a patch.
+        tile: base pixels along a side of a place.
+
+    Returns:
+        float32 [B, g, g, F], g = tile // patch.
+
+    Raises:
+        ValueError: the map has another size than the place.
+    """
     b, h, w, f = pixel.shape
     if (h, w) != (tile, tile):
         raise ValueError(
@@ -94,11 +120,22 @@ def collect(
     patch: int,
     needs: str | None = None,
 ) -> dict[str, Rows]:
-    """One pass over the batches, all methods and tasks: {task: Rows} of the labelled rows only.
+    """Collects the labelled rows of all methods and tasks in one pass over the batches.
 
-    batches: eval batches {"sensors", "label" [B, K], "label_map" [B, N, N], "place": {"name": [B] texts, "lon", "lat"
-    [B]}, "weight": [B], 0 = padding}. patch: base pixels of a patch. needs: leave out the places where this sensor
-    measured nothing. Raises ValueError when a task has no labelled row.
+    Args:
+        batches: eval batches {"sensors", "label" [B, K], "label_map" [B, N, N], "place": {"name": [B] texts, "lon",
+            "lat"
+            [B]}, "weight": [B], 0 = padding}.
+        methods: name -> method.
+        tasks: some of :data:`TASKS`.
+        patch: base pixels of a patch.
+        needs: leave out the places where this sensor measured nothing; None = none.
+
+    Returns:
+        {task: Rows} of the labelled rows only.
+
+    Raises:
+        ValueError: a task has no labelled row.
     """
     features: dict[str, dict[str, list[np.ndarray]]] = {task: {name: [] for name in methods} for task in tasks}
     targets: dict[str, list[np.ndarray]] = {task: [] for task in tasks}
@@ -113,17 +150,18 @@ def collect(
         names = np.array([place_of(str(name)) for name in batch["place"]["name"]])
         for task in tasks:
             target = _targets(batch, task, patch)
-            keep = target.any(-1) & real.reshape((-1,) + (1,) * (target.ndim - 2))
-            targets[task].append(target[keep])
-            groups[task].append(np.broadcast_to(names.reshape((-1,) + (1,) * (keep.ndim - 1)), keep.shape)[keep])
+            labelled = target.any(-1) & real.reshape((-1,) + (1,) * (target.ndim - 2))
+            targets[task].append(target[labelled])
+            column = names.reshape((-1,) + (1,) * (labelled.ndim - 1))
+            groups[task].append(np.broadcast_to(column, labelled.shape)[labelled])
             for name in methods:
-                features[task][name].append(np.asarray(outputs[name][task])[keep])
+                features[task][name].append(np.asarray(outputs[name][task])[labelled])
     result = {}
     for task in tasks:
-        if not sum(len(part) for part in targets[task]):
+        if not sum(len(target) for target in targets[task]):
             raise ValueError(
                 f"no labelled {task} row" + (f" with a measured {needs!r}" if needs else "") + " in this split"
             )
-        joined = {name: np.concatenate(parts) for name, parts in features[task].items()}
+        joined = {name: np.concatenate(arrays) for name, arrays in features[task].items()}
         result[task] = Rows(joined, np.concatenate(targets[task]), np.concatenate(groups[task]))
     return result

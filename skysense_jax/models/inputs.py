@@ -15,6 +15,24 @@ PLACE = "place"
 """Entry of a PlaceInput beside its sensors: where the places are."""
 
 
+def sensor_rule(contract: Mapping[str, Any], sensor: str) -> Mapping[str, Any]:
+    """Looks a sensor up in an input contract.
+
+    Args:
+        contract: the input contract.
+        sensor: its name.
+
+    Returns:
+        The sensor's entry: bands, unit, grid, statistics.
+
+    Raises:
+        ValueError: the contract does not have it.
+    """
+    if sensor not in contract["sensors"]:
+        raise ValueError(f"the model takes no {sensor!r}; its input contract has {', '.join(contract['sensors'])}")
+    return contract["sensors"][sensor]
+
+
 def check_inputs(inputs: Mapping[str, Mapping[str, Any]], contract: Mapping[str, Any]) -> tuple[int, int]:
     """Door check of a PlaceInput's shapes; returns the base grid (h, w). Raises ValueError naming the sensor and the
     rule.
@@ -23,9 +41,7 @@ def check_inputs(inputs: Mapping[str, Mapping[str, Any]], contract: Mapping[str,
     for name, sensor in inputs.items():
         if name == PLACE:
             continue
-        if name not in contract["sensors"]:
-            raise ValueError(f"the model takes no {name!r}; its input contract has {', '.join(contract['sensors'])}")
-        rule, shape = contract["sensors"][name], tuple(sensor["image"].shape)
+        rule, shape = sensor_rule(contract, name), tuple(sensor["image"].shape)
         if len(shape) != 5 or shape[-1] != len(rule["bands"]):
             raise ValueError(
                 f"{name}: image must be [B,T,H,W,{len(rule['bands'])}] with bands {rule['bands']}, got {shape}"

@@ -1,4 +1,4 @@
-"""The files of Swin-MoE, one per process, as one: every file holds the experts, or slices of experts, of its process.
+"""The files of Swin-MoE, one per process, as one: each holds the experts, or slices of experts, of its process.
 
 FILE.rank0, FILE.rank1, ... hold experts, FILE.master what all processes share (microsoft/Swin-Transformer, utils_moe).
 Process r of E experts x s slices has slice r % s of expert r // s (tutel, experts/ffn.py with a negative count per
@@ -17,24 +17,38 @@ import numpy as np
 from skysense_jax.convert.tensor_files import Tensors, joined
 
 SHARDED = ("batched_fc1_w", "batched_fc1_bias", "batched_fc2_w", "batched_fc2_bias")
-"""Last parts of the names of what a process has of its own, [local experts, hidden or out, ...]."""
+"""Last parts of the names of the tensors that differ between processes, [local experts, hidden or out, ...]."""
 
 
 class Shards(NamedTuple):
-    """Files of one checkpoint in the order of their processes. count: of experts of the model. stem: path without the
-    rank."""
+    """Files of one checkpoint in the order of their processes.
+
+    Attributes:
+        files: their tensors.
+        stem: path without the rank.
+        experts: of the model.
+    """
 
     files: tuple[Tensors, ...]
     stem: str
-    count: int
+    experts: int
 
     def merged(self, name: str, hidden: int) -> tuple[tuple[int, ...], int]:
-        """(shape of a tensor of all experts, slices an expert is cut into). Raises ValueError naming the files that are
-        missing, or that do not have their part.
+        """The shape of a tensor of all experts.
+
+        Args:
+            name: of the tensor.
+            hidden: channels inside an expert of the model.
+
+        Returns:
+            (shape, slices that an expert is cut into).
+
+        Raises:
+            ValueError: files are missing, or do not have their part; they are named.
         """
         first = name.rsplit("batched_", 1)[0] + "batched_fc1_w"
         for rank, file in enumerate(self.files):
-            if absent := [wanted for wanted in (name, first) if wanted not in file.shapes]:
+            if absent := [tensor for tensor in (name, first) if tensor not in file.shapes]:
                 raise ValueError(f"{self.stem}.rank{rank} holds no {absent[0]}, which other ranks hold")
         shapes = [file.shapes[name] for file in self.files]
         if len(set(shapes)) > 1:
@@ -43,21 +57,30 @@ class Shards(NamedTuple):
         local, *rest = shapes[0]
         kernel = self.files[0].shapes[first]
         slices = max(hidden // kernel[1], 1)
-        if (len(self.files) * local, hidden) != (self.count * slices, kernel[1] * slices):
-            whole = self.count * slices // local
-            absent = ", ".join(f"{self.stem}.rank{rank}" for rank in range(len(self.files), whole))
+        if (len(self.files) * local, hidden) != (self.experts * slices, kernel[1] * slices):
+            whole = self.experts * slices // local
+            missing = ", ".join(f"{self.stem}.rank{rank}" for rank in range(len(self.files), whole))
             raise ValueError(
                 f"{name} is {shapes[0]} in each of {len(self.files)} files ({self.stem}.rank*): "
-                f"{len(self.files) * local} x {kernel[1]} hidden channels, the model has {self.count} experts "
-                f"(model.moe.experts) x {hidden}" + (f"; missing: {absent}" if absent else "")
+                f"{len(self.files) * local} x {kernel[1]} hidden channels, the model has {self.experts} experts "
+                f"(model.moe.experts) x {hidden}" + (f"; missing: {missing}" if missing else "")
             )
         width = rest[0] * slices
         if name.endswith("fc2_bias"):  # cut into equal slices, so that the last one may reach beyond
             width = min(width, self.files[0].shapes[name.removesuffix("bias") + "w"][2])
-        return (self.count, width, *rest[1:]), slices
+        return (self.experts, width, *rest[1:]), slices
 
     def read(self, name: str, slices: int, width: int) -> np.ndarray:
-        """The tensor of all experts: slices of an expert side by side, experts one after the other."""
+        """Reads the tensor of all experts: slices of an expert side by side, experts one after the other.
+
+        Args:
+            name: of the tensor.
+            slices: that an expert is cut into.
+            width: of the tensor's second axis.
+
+        Returns:
+            [experts, width, ...].
+        """
         arrays = [file[name] for file in self.files]
         experts = [np.concatenate(arrays[i : i + slices], axis=1)[:, :width] for i in range(0, len(arrays), slices)]
         return np.concatenate(experts, axis=0)
@@ -72,16 +95,27 @@ def flat_biases(tensors: Tensors) -> Tensors:
 
 
 def join(files: Mapping[str, Tensors], experts: int, hidden: Mapping[int, int]) -> Tensors:
-    """One mapping of the files of a checkpoint: those of all ranks and what they share, or files that are no shards.
+    """Presents the files of a checkpoint as one mapping.
 
-    files: path -> tensors. experts: of the model. hidden: stage -> channels inside an expert there. Raises ValueError
-    naming a rank that is missing or given twice, ranks that do not make the model's experts, and a tensor that two
-    files hold differently.
+    They are those of all ranks and what they share, or files that are no shards.
+
+    Args:
+        files: path -> tensors.
+        experts: of the model.
+        hidden: stage -> channels inside an expert of it.
+
+    Returns:
+        The tensors of all files, experts merged.
+
+    Raises:
+        ValueError: a rank is missing or comes twice, the ranks do not make the model's experts, or two files hold a
+            tensor differently.
     """
-    files, ranks = {path: flat_biases(tensors) for path, tensors in files.items()}, {}
+    files = {path: flat_biases(tensors) for path, tensors in files.items()}
+    ranks: dict[int, str] = {}
     for path in files:
-        if found := re.fullmatch(r"\.rank(\d+)", pathlib.Path(path).suffix):
-            rank = int(found[1])
+        if match := re.fullmatch(r"\.rank(\d+)", pathlib.Path(path).suffix):
+            rank = int(match[1])
             if rank in ranks:
                 raise ValueError(f"{ranks[rank]} and {path} are both of rank {rank}")
             ranks[rank] = path

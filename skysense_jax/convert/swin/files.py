@@ -1,5 +1,7 @@
-"""Files with the weights of a Swin-V1: SimMIM and GFM checkpoints, supervised (ImageNet) ones, Swin-MoE's, and our own
-exports of msGFM. What is in them, and what has to be done to their tensors before they fit `models.msgfm`.
+"""Files with the weights of a Swin-V1, as parts of `models.msgfm`.
+
+These are SimMIM and GFM checkpoints, supervised (ImageNet) ones, Swin-MoE's, and exports of msGFM. This file says what
+is in them, and changes tensors where they do not fit the model.
 """
 
 from __future__ import annotations
@@ -12,11 +14,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from ml_collections import config_dict
 
 from skysense_jax.convert import keymap, released
 from skysense_jax.convert.swin import bias_tables
 from skysense_jax.convert.tensor_files import Tensors
 from skysense_jax.models import msgfm
+from skysense_jax.models.inputs import sensor_rule
 from skysense_jax.nn.attention import trunc_normal
 
 DROPPED = (
@@ -31,13 +35,20 @@ TABLE = "attn.relative_position_bias_table"
 COORDINATES = "relative_coords_table"
 GATE_SEED = 0
 
-Readers = dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]
+Read = Callable[[], np.ndarray]
+Readers = dict[str, tuple[tuple[int, ...], Read]]
 """name -> (shape, what reads the tensor)."""
 
 
 class Found(NamedTuple):
-    """tensors: those of the model, under the names of `entries`. modules: top-level parameters they make. new: those of
-    the same sensors that they do not. notes: what was changed, left out or made new, one line each.
+    """What a file gives the model.
+
+    Attributes:
+        tensors: those of the model, under the names of `entries`.
+        entries: one per tensor.
+        modules: top-level parameters that they make.
+        new: those of the same sensors that they do not.
+        notes: what was changed, left out or made new, one line each.
     """
 
     tensors: Tensors
@@ -48,8 +59,16 @@ class Found(NamedTuple):
 
 
 def bare(tensors: Tensors) -> Tensors:
-    """The tensors without what wrappers put in front of their names, `module.` and `model.`. Raises ValueError where
-    two names become one.
+    """The tensors without what wrappers put in front of their names, `module.` and `model.`.
+
+    Args:
+        tensors: in a file.
+
+    Returns:
+        The same ones.
+
+    Raises:
+        ValueError: two names become one.
     """
     names: dict[str, str] = {}
     for name in tensors:
@@ -60,12 +79,21 @@ def bare(tensors: Tensors) -> Tensors:
 
 
 def sensors_in(tensors: Tensors, sensor: str | None) -> tuple[tuple[str, ...], bool]:
-    """(sensors whose patch embeddings a file holds, whether it names them). One that does not, holds one: `sensor`,
-    "hr" where that is None. Raises ValueError for a file without a patch embedding, and a `sensor` for one that names
-    them.
+    """Finds the sensors whose patch embeddings a file holds.
+
+    Args:
+        tensors: in the file.
+        sensor: the one that a file without sensors' names holds; None = "hr".
+
+    Returns:
+        (the sensors, whether the file names them).
+
+    Raises:
+        ValueError: the file has no patch embedding, or it names its sensors and `sensor` is set.
     """
     tensors = bare(tensors)
-    named = [found[1] for name in tensors if (found := re.match(r"encoder\.patch_embeds\.(\w+)\.proj\.weight$", name))]
+    matches = (re.match(r"encoder\.patch_embeds\.(\w+)\.proj\.weight$", name) for name in tensors)
+    named = [match[1] for match in matches if match]
     if named and sensor is not None:
         raise ValueError(f"--sensor {sensor}: the file itself says that its sensors are {', '.join(named)}")
     if named:
@@ -79,20 +107,35 @@ def sensors_in(tensors: Tensors, sensor: str | None) -> tuple[tuple[str, ...], b
 
 
 def fit(
-    tensors: Tensors, sensor: str | None, cfg: Any, contract: Mapping[str, Any], leave_out: Sequence[str] = ()
+    tensors: Tensors,
+    sensor: str | None,
+    cfg: config_dict.ConfigDict,
+    contract: Mapping[str, Any],
+    leave_out: Sequence[str] = (),
 ) -> Found:
-    """The tensors of a file as those of `models.msgfm.make_model(cfg, contract)`.
+    """Brings the tensors of a file to those of `models.msgfm.make_model(cfg, contract)`.
 
     A mask token and decoders that the file does not have stay new; so does the gate where a block with experts gets
-    them from an MLP (every expert is a copy of it). Bias tables of another window are resized. What else is missing or
-    too much `torch_import.fill` refuses. leave_out: patterns of names that are not wanted. Raises ValueError where the
-    file is of another architecture, naming tensor, shape and fix.
+    them from an MLP (every expert is a copy of it). Bias tables of another window are resized. `torch_import.fill`
+    refuses whatever else is missing or too much.
+
+    Args:
+        tensors: in the file.
+        sensor: the one that a file without sensors' names holds; None = "hr".
+        cfg: config.model.
+        contract: the input contract.
+        leave_out: patterns of names to be dropped.
+
+    Returns:
+        What the file gives the model.
+
+    Raises:
+        ValueError: the file is of another architecture; tensor, shape and fix are named.
     """
     tensors = bare(tensors)
     sensors, named = sensors_in(tensors, sensor)
     for name in sensors:
-        if name not in contract["sensors"]:
-            raise ValueError(f"the model takes no {name!r}; its input contract has {', '.join(contract['sensors'])}")
+        sensor_rule(contract, name)  # refuses a sensor that the model does not take
     sensors = tuple(name for name in contract["sensors"] if name in sensors)
     prefix = "encoder." if named or "encoder.patch_embed.proj.weight" in tensors else ""
     optional = (msgfm.MASK_TOKEN, *(msgfm.DECODER.format(name) for name in sensors))
@@ -100,29 +143,44 @@ def fit(
     entries = {module: keymap.msgfm_entries(cfg, [module]) for module in modules}
     if not named:
         entries = {
-            module: [e._replace(torch=own_name(e.torch, sensors[0], prefix)) for e in of]
-            for module, of in entries.items()
+            module: [e._replace(torch=name_in_file(e.torch, sensors[0], prefix)) for e in several]
+            for module, several in entries.items()
         }
-    readers, notes = kept(tensors, leave_out)
-    check(readers, prefix, cfg)
-    check_bands(readers, entries, cfg, contract)
+    readers, notes = readers_of(tensors, leave_out)
+    check_sizes(readers, prefix, cfg)
+    check_bands(readers, entries, contract)
     trained = {name: (shape[1] + 1) // 2 for name, shape in tensors.shapes.items() if name.endswith(COORDINATES)}
     notes += with_tables(readers, prefix, trained, cfg) + with_experts(readers, prefix, cfg)
     new = tuple(module for module in optional if not any(e.torch in readers for e in entries[module]))
-    held = tuple(module for module in modules if module not in new)
-    found = Tensors({name: shape for name, (shape, _) in readers.items()}, lambda name: readers[name][1]())
-    return Found(found, [entry for module in held for entry in entries[module]], held, new, tuple(notes))
+    filled = tuple(module for module in modules if module not in new)
+    fitted = Tensors({name: shape for name, (shape, _) in readers.items()}, lambda name: readers[name][1]())
+    return Found(fitted, [entry for module in filled for entry in entries[module]], filled, new, tuple(notes))
 
 
-def own_name(torch: str, sensor: str, prefix: str) -> str:
-    """The name of a tensor in a file of one sensor whose encoder has this prefix."""
+def name_in_file(torch: str, sensor: str, prefix: str) -> str:
+    """Translates a tensor's name to a file of one sensor.
+
+    Args:
+        torch: key in a file of several sensors.
+        sensor: of the file.
+        prefix: of its encoder, "encoder." or "".
+
+    Returns:
+        The name in the file.
+    """
     torch = keymap.one_sensor(torch, sensor)
     return torch if prefix else torch.removeprefix("encoder.")
 
 
-def kept(tensors: Tensors, leave_out: Sequence[str]) -> tuple[Readers, list[str]]:
-    """The tensors no rule leaves out, and a note for every rule that did. Tutel's older spelling `gate.` is brought to
-    `gates.0.`.
+def readers_of(tensors: Tensors, leave_out: Sequence[str]) -> tuple[Readers, list[str]]:
+    """Picks the tensors that no rule leaves out. Tutel's older spelling `gate.` becomes `gates.0.`.
+
+    Args:
+        tensors: in a file.
+        leave_out: patterns of names to be dropped, beside :data:`DROPPED`.
+
+    Returns:
+        (what reads each tensor, a note for every rule that left some out).
     """
     rules = [*DROPPED, *((fnmatch.translate(pattern), f"asked by --leave-out {pattern}") for pattern in leave_out)]
     readers: Readers = {}
@@ -130,8 +188,8 @@ def kept(tensors: Tensors, leave_out: Sequence[str]) -> tuple[Readers, list[str]
     for name, shape in tensors.shapes.items():
         why = next((why for pattern, why in rules if re.fullmatch(pattern, name)), None)
         if why is None:
-            ours = name.replace("_moe_layer.gate.wg.", "_moe_layer.gates.0.wg.")
-            readers[ours] = (shape, functools.partial(tensors.__getitem__, name))
+            newer = name.replace("_moe_layer.gate.wg.", "_moe_layer.gates.0.wg.")
+            readers[newer] = (shape, functools.partial(tensors.__getitem__, name))
         else:
             dropped.setdefault(why, []).append(name)
     return readers, [
@@ -140,18 +198,28 @@ def kept(tensors: Tensors, leave_out: Sequence[str]) -> tuple[Readers, list[str]
     ]
 
 
-def check(readers: Readers, prefix: str, cfg: Any) -> None:
-    """Raises ValueError, with every contradiction, unless the file's sizes are those of config.model."""
+def check_sizes(readers: Readers, prefix: str, cfg: config_dict.ConfigDict) -> None:
+    """Checks that the file's sizes are those of config.model.
+
+    Args:
+        readers: of the file.
+        prefix: of its encoder.
+        cfg: config.model.
+
+    Raises:
+        ValueError: names every contradiction.
+    """
     wrong: list[str] = []
 
-    def compare(name: str, field: str, found: Any, wanted: Any) -> None:
-        if found != wanted:
-            wrong.append(f"{name} {readers[name][0]}: the file has model.{field} = {found}, the configuration {wanted}")
+    def compare(name: str, field: str, size: object, expected: object) -> None:
+        if size != expected:
+            shape = readers[name][0]
+            wrong.append(f"{name} {shape}: the file has model.{field} = {size}, the configuration {expected}")
 
     blocks: dict[int, dict[int, list[str]]] = {}
     for name in readers:
-        if found := re.match(re.escape(prefix) + r"layers\.(\d+)\.blocks\.(\d+)\.", name):
-            blocks.setdefault(int(found[1]), {}).setdefault(int(found[2]), []).append(name)
+        if match := re.match(re.escape(prefix) + r"layers\.(\d+)\.blocks\.(\d+)\.", name):
+            blocks.setdefault(int(match[1]), {}).setdefault(int(match[2]), []).append(name)
     if blocks:
         depths = tuple(max(blocks.get(stage, {-1: []})) + 1 for stage in range(max(blocks) + 1))
         stage = next((s for s in blocks if s >= len(cfg.depths) or depths[s] != cfg.depths[s]), max(blocks))
@@ -181,8 +249,17 @@ def check(readers: Readers, prefix: str, cfg: Any) -> None:
         )
 
 
-def check_bands(readers: Readers, entries: Mapping[str, Sequence[keymap.Entry]], cfg: Any, contract: Any) -> None:
-    """Raises ValueError where a patch embedding does not take as many bands as the contract says of its sensor."""
+def check_bands(readers: Readers, entries: Mapping[str, Sequence[keymap.Entry]], contract: Mapping[str, Any]) -> None:
+    """Checks that a patch embedding takes as many bands as the contract says of its sensor.
+
+    Args:
+        readers: of the file.
+        entries: of the top-level parameters, by name.
+        contract: the input contract.
+
+    Raises:
+        ValueError: it takes another number.
+    """
     for sensor, rule in contract["sensors"].items():
         kernel = next((e.torch for e in entries.get(msgfm.EMBED.format(sensor), ()) if e.kind == "conv"), "")
         shape = readers[kernel][0] if kernel in readers else ()
@@ -193,10 +270,19 @@ def check_bands(readers: Readers, entries: Mapping[str, Sequence[keymap.Entry]],
             )
 
 
-def with_tables(readers: Readers, prefix: str, trained: Mapping[str, int], cfg: Any) -> list[str]:
-    """Brings the bias tables to the model's windows, in place: computed where the file has Swin-MoE's network for them,
-    resized where it has a table of another window. trained: buffer of coordinates -> window it was made for. Returns
-    the notes.
+def with_tables(readers: Readers, prefix: str, trained: Mapping[str, int], cfg: config_dict.ConfigDict) -> list[str]:
+    """Brings the bias tables to the model's windows, in place.
+
+    They are computed where the file has Swin-MoE's network for them, resized where it has a table of another window.
+
+    Args:
+        readers: of the file.
+        prefix: of its encoder.
+        trained: buffer of coordinates -> window that it was made for.
+        cfg: config.model.
+
+    Returns:
+        The notes.
     """
     resized, computed = [], []
     for stage, window in enumerate(msgfm.stage_windows(cfg)):
@@ -208,30 +294,42 @@ def with_tables(readers: Readers, prefix: str, trained: Mapping[str, int], cfg: 
             if name in readers:
                 shape, read = readers[name]
                 if len(shape) == 2 and shape[0] != rows and bias_tables.window_of(shape[0]) is not None:
-                    readers[name] = (
-                        (rows, heads),
-                        lambda read=read, window=window: bias_tables.resized(read(), window),
-                    )
+                    readers[name] = (rows, heads), functools.partial(_read_resized, read, window)
                     resized.append(f"{shape[0]} to {rows}")
             elif all(key in readers for key in network):
                 reads = [readers.pop(key)[1] for key in network]
-                readers[name] = (
-                    (rows, heads),
-                    lambda reads=reads, attn=attn, window=window: bias_tables.from_network(
-                        *(read() for read in reads), window, trained.get(attn + COORDINATES, window)
-                    ),
-                )
+                pretrained = trained.get(attn + COORDINATES, window)
+                readers[name] = (rows, heads), functools.partial(_read_computed, reads, window, pretrained)
                 computed.append(name)
     notes = [f"{resized.count(change)} bias tables resized from {change} rows" for change in dict.fromkeys(resized)]
     return notes + ([f"{len(computed)} bias tables computed by the file's cpb_mlp"] if computed else [])
 
 
-def with_experts(readers: Readers, prefix: str, cfg: Any) -> list[str]:
-    """What blocks with experts need where the file has an MLP there: every expert a copy of it ("upcycling"), a new
-    gate. And the bias of the second layer, zeros where no MLP of the file has one, as in Swin-MoE. In place; returns
-    the notes.
+def _read_resized(read: Read, window: int) -> np.ndarray:
+    return bias_tables.resized(read(), window)
+
+
+def _read_computed(reads: Sequence[Read], window: int, trained: int) -> np.ndarray:
+    kernel1, bias1, kernel2 = (read() for read in reads)
+    return bias_tables.from_network(kernel1, bias1, kernel2, window, trained)
+
+
+def with_experts(readers: Readers, prefix: str, cfg: config_dict.ConfigDict) -> list[str]:
+    """Makes what blocks with experts need where the file has an MLP, in place.
+
+    Every expert is a copy of it ("upcycling"), the gate is new. And the bias of the second layer: zeros where no MLP of
+    the file has one, as in Swin-MoE.
+
+    Args:
+        readers: of the file.
+        prefix: of its encoder.
+        cfg: config.model.
+
+    Returns:
+        The notes.
     """
-    notes, made = [], []
+    notes: list[str] = []
+    gates: list[str] = []
     dense = [name for name in readers if name.endswith("mlp.fc2.weight")]
     if dense and not any(name.endswith("mlp.fc2.bias") for name in readers):
         for name in dense:
@@ -242,40 +340,47 @@ def with_experts(readers: Readers, prefix: str, cfg: Any) -> list[str]:
         for block in range(1, cfg.depths[stage], 2):
             torch = f"{prefix}layers.{stage}.blocks.{block}."
             if f"{torch}mlp.fc1.weight" in readers:
-                upcycle(readers, torch, int(cfg.moe.experts), jax.random.fold_in(jax.random.key(GATE_SEED), len(made)))
-                made.append(f"{torch}{keymap.EXPERTS}gates.0.wg.weight")
-    if made:
+                upcycle(readers, torch, int(cfg.moe.experts), jax.random.fold_in(jax.random.key(GATE_SEED), len(gates)))
+                gates.append(f"{torch}{keymap.EXPERTS}gates.0.wg.weight")
+    if gates:
         notes.append(
-            f"{len(made)} blocks have an MLP in the file and experts in the model: every expert is a copy; "
-            f"new gates (truncated normal, 0.02, seed {GATE_SEED}): {made[0]}{', ...' if made[1:] else ''}"
+            f"{len(gates)} blocks have an MLP in the file and experts in the model: every expert is a copy; "
+            f"new gates (truncated normal, 0.02, seed {GATE_SEED}): {gates[0]}{', ...' if gates[1:] else ''}"
         )
     return notes
 
 
 def upcycle(readers: Readers, torch: str, experts: int, key: jax.Array) -> None:
-    """The MLP of a block in Tutel's names and layout, once per expert, and a gate drawn from the key; in place."""
+    """Turns the MLP of a block into experts, in Tutel's names and layout, and draws a gate; in place.
+
+    Args:
+        readers: of the file.
+        torch: prefix of the block's names.
+        experts: number of copies.
+        key: of the gate.
+    """
     mlp = {
-        part: readers.pop(f"{torch}mlp.{part}")
-        for part in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
-        if f"{torch}mlp.{part}" in readers
+        tensor: readers.pop(f"{torch}mlp.{tensor}")
+        for tensor in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
+        if f"{torch}mlp.{tensor}" in readers
     }
     width = mlp["fc1.weight"][0][-1]
 
-    def copies(part: str, transposed: bool) -> tuple[tuple[int, ...], Callable[[], np.ndarray]]:
-        shape, read = mlp[part]
+    def copies(tensor: str, transposed: bool) -> tuple[tuple[int, ...], Read]:
+        shape, read = mlp[tensor]
         turn = (lambda: read().T) if transposed else read
         shape = (experts, *(shape[::-1] if transposed else shape))
         return shape, lambda: np.broadcast_to(turn(), shape)
 
     layer = f"{torch}{keymap.EXPERTS}"
-    for part, name, transposed in (
+    for tensor, name, transposed in (
         ("fc1.weight", "fc1_w", False),
         ("fc1.bias", "fc1_bias", False),
         ("fc2.weight", "fc2_w", True),
         ("fc2.bias", "fc2_bias", False),
     ):
-        if part in mlp:
-            readers[f"{layer}experts.batched_{name}"] = copies(part, transposed)
+        if tensor in mlp:
+            readers[f"{layer}experts.batched_{name}"] = copies(tensor, transposed)
     readers[f"{layer}gates.0.wg.weight"] = (
         (experts, width),
         lambda: np.asarray(trunc_normal(key, (experts, width), np.float32)),
