@@ -21,9 +21,10 @@ import numpy as np
 from skysense_jax import evaluation, networks
 from skysense_jax.commands import prototypes as command
 from skysense_jax.evals import assignment, region
+from skysense_jax.evals.unit import unit
 from skysense_jax.models.skysense import region_side
 from skysense_jax.ops import prototypes
-from skysense_jax.ops.contrast import normalise
+from skysense_jax.ops.unit import unit as unit_float32
 
 SIDE = 8
 """Cells along a view."""
@@ -36,7 +37,7 @@ def centred(maps: np.ndarray, valid: np.ndarray, patch: int) -> np.ndarray:
     for at in np.ndindex(patch, patch):
         here = (rows == at[0]) & (columns == at[1])
         out[:, here] += mean - out[:, here][valid[:, here]].mean(0)
-    return np.asarray(normalise(jnp.asarray(out, jnp.float32)))
+    return np.asarray(unit_float32(jnp.asarray(out, jnp.float32), "clamp"))
 
 
 def learn(
@@ -96,7 +97,7 @@ def main() -> None:
         reference = assignment.agreement(assignment.kmeans(cells, count, 0), label)
         for together in args.together:
             empty = prototypes.empty_bank(jax.random.key(0), 1, count, cells.shape[-1], found.model.geo_context.cell)
-            learnt = assignment.unit(
+            learnt = unit(
                 learn(
                     empty,
                     seen,

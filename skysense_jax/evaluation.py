@@ -20,7 +20,8 @@ from tqdm import tqdm
 from skysense_jax import networks
 from skysense_jax.data import records
 from skysense_jax.data.batches import views
-from skysense_jax.evals import assignment, baselines, compare, region, rows
+from skysense_jax.evals import baselines, compare, region, rows
+from skysense_jax.evals.unit import unit
 from skysense_jax.models import skysense, systems
 from skysense_jax.models.inputs import PLACE
 from skysense_jax.ops import regions
@@ -211,7 +212,7 @@ def places_in_region(network: networks.Network, bank: Mapping[str, np.ndarray], 
             query, mask = (np.asarray(one)[real] for one in forward(encoder, batch["sensors"]))
             parts.append(
                 {
-                    "query": assignment.unit(query).astype(np.float32),
+                    "query": unit(query).astype(np.float32),
                     "mask": mask > 0,
                     "label": batch["label_map"][real],
                     "names": batch["place"]["name"][real],

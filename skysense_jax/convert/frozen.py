@@ -10,7 +10,8 @@ import numpy as np
 
 from skysense_jax.models import msgfm
 from skysense_jax.models.inputs import normalise
-from skysense_jax.models.skysense import Params, make_model, per_stage
+from skysense_jax.models.skysense import Params, make_model
+from skysense_jax.models.skysense_modules import per_stage
 from skysense_jax.ops import regions
 
 Inputs = dict[str, dict[str, np.ndarray]]
@@ -57,7 +58,7 @@ def frozen_place(bank: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def skysense_outputs(
     params: Params, cfg: Any, contract: Mapping[str, Any], inputs: Mapping[str, Mapping[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """fused [B,E,h,w], fused_mask, maps.<sensor> [B,T,D,h,w], mask.<sensor>, hr_stages.<i> [B,T,C,H,W]."""
+    """Fused [B,E,h,w], fused_mask, maps.<sensor> [B,T,D,h,w], mask.<sensor>, hr_stages.<i> [B,T,C,H,W]."""
     found = jax.device_get(jax.jit(make_model(cfg, contract).apply)(params, inputs))
     flat = {}
     if "fused" in found:

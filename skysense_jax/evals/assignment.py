@@ -17,12 +17,6 @@ RESTARTS = 5
 """Beginnings of k-means, of which the best one is kept."""
 
 
-def unit(x: np.ndarray) -> np.ndarray:
-    """Rows of length 1 in float64; a row of zeros stays one. x: [..., D]."""
-    x = np.asarray(x, np.float64)
-    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-
-
 def shares(assigned: np.ndarray, count: int) -> np.ndarray:
     """Share of the cells that each of `count` clusters has: float64 [count]. assigned: integers."""
     return np.bincount(np.ravel(assigned), minlength=count) / max(np.size(assigned), 1)

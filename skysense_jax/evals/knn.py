@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from skysense_jax.evals.unit import unit
+
 _CHUNK = 1024  # test rows scored at once: bounds the similarity matrix, changes nothing in the result
-
-
-def _unit(features: np.ndarray) -> np.ndarray:
-    features = np.asarray(features, np.float64)
-    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
 
 def knn_scores(
@@ -41,11 +38,11 @@ def knn_scores(
         raise ValueError("kNN: no training row; the training split holds no labelled place")
     if k < 1 or temperature <= 0:
         raise ValueError(f"kNN: k must be >= 1 and temperature > 0, got k={k}, temperature={temperature}")
-    bank, target = _unit(train_features), np.asarray(train_target, np.float64)
+    bank, target = unit(train_features), np.asarray(train_target, np.float64)
     k = min(k, len(bank))
     scores = np.empty((len(test_features), target.shape[1]))
     for start in range(0, len(test_features), _CHUNK):
-        similarity = _unit(test_features[start : start + _CHUNK]) @ bank.T
+        similarity = unit(test_features[start : start + _CHUNK]) @ bank.T
         nearest = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
         # exp((s - s_max) / T): the same vote, no overflow at small temperatures
         near = np.take_along_axis(similarity, nearest, axis=1)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from skysense_jax.evals import assignment
+from skysense_jax.evals.unit import unit
 from skysense_jax.ops import prototypes as banks
 from skysense_jax.ops import regions
 from skysense_jax.sensors import UNLABELLED
@@ -71,7 +72,7 @@ def region_report(bank: Mapping[str, np.ndarray], row: int, cell: int, side: flo
     """What the bank itself says about a region, JSON-able. cell: the one of its cells that is shown; side: metres of a
     cell of the grid."""
     edges = bank["lon_edges"], bank["lat_edges"]
-    own = assignment.unit(bank["prototypes"][row])
+    own = unit(bank["prototypes"][row])
     cosine = own @ own.T
     pairs = cosine[~np.eye(len(own), dtype=bool)]
     others = np.where(np.eye(len(own), dtype=bool), -np.inf, cosine)
@@ -111,7 +112,7 @@ def assigned(seen: Seen, prototypes: np.ndarray, seed: int) -> tuple[np.ndarray,
     prototypes whose cells they share, for the eye alone.
     """
     own, clusters = (np.full(seen.valid.shape, banks.NO_PROTOTYPE, np.uint16) for _ in range(2))
-    nearest = (seen.features[seen.valid] @ assignment.unit(prototypes).T).argmax(-1)
+    nearest = (seen.features[seen.valid] @ unit(prototypes).T).argmax(-1)
     own[seen.valid] = nearest
     found = assignment.kmeans(seen.features[seen.valid], len(prototypes), seed)
     clusters[seen.valid] = assignment.matched(found, nearest, len(prototypes))
@@ -121,7 +122,7 @@ def assigned(seen: Seen, prototypes: np.ndarray, seed: int) -> tuple[np.ndarray,
 def data_report(seen: Seen, own: np.ndarray, prototypes: np.ndarray, seed: int) -> dict[str, Any]:
     """What the region's places say about its prototypes, JSON-able."""
     count = len(prototypes)
-    cosine = seen.features @ assignment.unit(prototypes).T
+    cosine = seen.features @ unit(prototypes).T
     share = assignment.shares(own[seen.valid], count)
     order, best = assignment.best_of_places(cosine, seen.valid, NEAREST)
     return {

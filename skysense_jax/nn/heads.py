@@ -42,7 +42,10 @@ class UPHead(nn.Module):
 
 
 def unit_prototypes(v: jax.Array) -> jax.Array:
-    """The last layer's weight with the gain fixed at 1: [bottleneck, prototypes] -> same, columns of length 1."""
+    """The last layer's weight with the gain fixed at 1: [bottleneck, prototypes] -> same, columns of length 1.
+
+    Weight decay on v therefore changes nothing: the length of its columns is normalised away.
+    """
     return unit(v, "zero", axis=0)
 
 
