@@ -18,7 +18,8 @@ from skysense_jax.core.shapes import FeatureMap, Scalar, Windows
 from skysense_jax.nn.attention import dense, drop_path, drop_rates, gelu, layer_norm, trunc_normal, wide
 from skysense_jax.nn.moe import MixtureOfExperts
 from skysense_jax.nn.patch import ConcatMerging
-from skysense_jax.nn.swin import in_windows, region_bias, relative_index, stage_plan
+from skysense_jax.nn.swin import stage_plan
+from skysense_jax.nn.windows import in_windows, region_bias, relative_index
 
 Stats = dict[str, jax.Array]
 """What a mixture of experts reports (nn.moe); empty for a dense block."""
@@ -74,7 +75,7 @@ class TableAttention(nn.Module):
 
         Args:
             x: [B, windows, n*n, C]; an n smaller than `window` uses the table's central part.
-            regions: [windows, n*n] of nn.swin.shift_regions, or None.
+            regions: [windows, n*n] of nn.windows.shift_regions, or None.
 
         Returns:
             The same shape.
