@@ -13,8 +13,8 @@ from skysense_jax import cli, recipes, sensors
 from skysense_jax.configs import msgfm_base
 from skysense_jax.convert import keymap
 from skysense_jax.models import msgfm
-from skysense_jax.nn.windows import OTHER_REGION, relative_index, shift_regions
 from skysense_jax.nn.swin_v1 import Block, position_bias
+from skysense_jax.nn.windows import OTHER_REGION, relative_index, shift_regions
 from skysense_jax.ops.masking import masked_l1, pixel_mask
 from tests import resolved_configs
 
