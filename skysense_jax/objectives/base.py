@@ -52,7 +52,7 @@ class Objective(NamedTuple):
             leaf has exactly one rule, each rule is used.
         streams: names of the random streams that `loss` draws from (core.rngs.keys).
         schedule_keys: names that `loss` and `settle` read from the schedule, beside what the optimiser itself needs.
-            Each objective says what its names mean.
+            What there is, and what each means: run.optim.
     """
 
     init: Callable[[Key, Tree], tuple[Tree, Tree, Tree]]
