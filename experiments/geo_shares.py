@@ -24,7 +24,7 @@ from skysense_jax.evals import assignment, region
 from skysense_jax.evals.unit import unit
 from skysense_jax.models.skysense import region_side
 from skysense_jax.ops import prototypes
-from skysense_jax.ops.contrast import normalise
+from skysense_jax.ops.unit import unit as unit_float32
 
 SIDE = 8
 """Cells along a view."""
@@ -37,7 +37,7 @@ def centred(maps: np.ndarray, valid: np.ndarray, patch: int) -> np.ndarray:
     for at in np.ndindex(patch, patch):
         here = (rows == at[0]) & (columns == at[1])
         out[:, here] += mean - out[:, here][valid[:, here]].mean(0)
-    return np.asarray(normalise(jnp.asarray(out, jnp.float32)))
+    return np.asarray(unit_float32(jnp.asarray(out, jnp.float32), "clamp"))
 
 
 def learn(

@@ -10,11 +10,12 @@ from skysense_jax.configs import skysense_full
 from skysense_jax.convert.torch_export import count_parameters
 from skysense_jax.models.inputs import normalise
 from skysense_jax.models.skysense import cell_mask, make_model, param_shapes
-from skysense_jax.nn.attention import drop_path, l2_normalise
+from skysense_jax.nn.attention import drop_path
 from skysense_jax.nn.fusion import Fusion
 from skysense_jax.nn.position import calendar_rows
 from skysense_jax.nn.swin import SwinBlock, SwinTransformerV2, stage_plan
 from skysense_jax.nn.vit import TransformerLayer, TransformerStack
+from skysense_jax.ops.unit import unit
 from tests.helpers import tiny_model as tiny
 
 CONTRACT = tiny.contract()
@@ -259,8 +260,8 @@ def test_training_without_stochastic_depth_is_evaluation(model):
 
 def test_zero_vectors_have_no_gradient():
     x = jnp.array([[0.0, 0.0], [3.0, 4.0]])
-    close(l2_normalise(x), [[0, 0], [0.6, 0.8]])
-    gradient = jax.grad(lambda x: jnp.sum(l2_normalise(x) * jnp.array([[1.0, 1.0], [1.0, 0.0]])))(x)
+    close(unit(x, "zero"), [[0, 0], [0.6, 0.8]])
+    gradient = jax.grad(lambda x: jnp.sum(unit(x, "zero") * jnp.array([[1.0, 1.0], [1.0, 0.0]])))(x)
     close(gradient, [[0, 0], [0.128, -0.096]])
 
 

@@ -12,8 +12,8 @@ from ml_collections import config_dict
 from skysense_jax import cli, recipes, sensors
 from skysense_jax.configs import msgfm_base
 from skysense_jax.models import msgfm
-from skysense_jax.nn.swin import OTHER_REGION, relative_index, shift_regions
 from skysense_jax.nn.swin_v1 import Block, position_bias
+from skysense_jax.nn.windows import OTHER_REGION, relative_index, shift_regions
 from skysense_jax.ops.masking import pixel_mask
 from tests import resolved_configs
 from tests.parity.names import simmim_entries

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from skysense_jax.evals.unit import unit as np_unit
 from skysense_jax.ops import clusters, contrast
 from skysense_jax.ops.ema import ema
 from skysense_jax.ops.sinkhorn import sinkhorn
+from skysense_jax.ops.unit import unit
 from tests.parity import reference_forms
 from tests.parity.training import Views, assignments, distilled, logits_of, pair_weights
 
@@ -225,6 +227,19 @@ def test_info_nce_twin():
     valid = np.array([[1, 1, 0], [0, 0, 0], [1, 1, 1], [0, 1, 1]])
     ours = contrast.info_nce(jnp.asarray(a), jnp.asarray(b), jnp.asarray(valid), 0.07)
     np.testing.assert_allclose(ours, np_info_nce(a.astype(np.float64), b.astype(np.float64), valid, 0.07), rtol=1e-5)
+
+
+def test_unit_vectors_say_what_happens_at_zero():
+    x, weight = normal(5, 7), normal(5, 7, seed=1)
+    x[2] = 0
+    for rule, gradient_at_zero in (("zero", 0 * weight[2]), ("clamp", weight[2] / np.float32(1e-12))):
+        value, gradient = jax.value_and_grad(lambda x, rule=rule: jnp.sum(unit(x, rule) * weight))(x)
+        np.testing.assert_allclose(value, np.sum(np_unit(x) * weight), rtol=1e-5)
+        np.testing.assert_allclose(gradient[2], gradient_at_zero, rtol=1e-6)
+        np.testing.assert_allclose(unit(x.T, rule, axis=0), np_unit(x).T, rtol=1e-5)
+    assert unit(x.astype(jnp.bfloat16), "zero").dtype == jnp.float32
+    with pytest.raises(ValueError, match="'zero' and 'clamp'"):
+        unit(x, "torch")
 
 
 def test_info_nce_without_rows_is_zero_and_finite():

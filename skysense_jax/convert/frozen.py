@@ -11,7 +11,8 @@ from ml_collections import config_dict
 
 from skysense_jax.models import msgfm
 from skysense_jax.models.inputs import normalise
-from skysense_jax.models.skysense import Params, make_model, per_stage
+from skysense_jax.models.skysense import Params, make_model
+from skysense_jax.models.skysense_modules import per_stage
 from skysense_jax.ops import regions
 
 Inputs = dict[str, dict[str, np.ndarray]]

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import config_dict
 
+from skysense_jax.core.trees import Tree
+
 
 class Description(NamedTuple):
     """A network without its weights.
@@ -46,4 +48,4 @@ class Reader(NamedTuple):
     mark: str
     recognise: Callable[[pathlib.Path], bool]
     describe: Callable[[pathlib.Path], Description]
-    weights: Callable[[Description], Any]
+    weights: Callable[[Description], Tree]

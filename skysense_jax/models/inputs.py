@@ -9,10 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from skysense_jax.core.shapes import Mask, Series
 from skysense_jax.nn.attention import wide
 
 PLACE = "place"
 """Entry of a PlaceInput beside its sensors: where the places are."""
+
+Contract = Mapping[str, Any]
+"""An input contract (sensors.input_contract): which sensors a model takes, their bands, grids and normalisation."""
+
+SensorInput = Mapping[str, jax.Array]
+"""Acquisitions of one sensor: "image" [B, T, H, W, C] raw units, "valid" [B, T, H, W], "bands" [B, T, C] measured or
+not, "dates" [B, T] int day of the year, -1 unknown."""
+
+PlaceInput = Mapping[str, SensorInput]
+"""A SensorInput for each of some sensors, and PLACE: {"lon", "lat"} [B] degrees, where the locations are known."""
 
 
 def sensor_rule(contract: Mapping[str, Any], sensor: str) -> Mapping[str, Any]:
@@ -33,9 +44,18 @@ def sensor_rule(contract: Mapping[str, Any], sensor: str) -> Mapping[str, Any]:
     return contract["sensors"][sensor]
 
 
-def check_inputs(inputs: Mapping[str, Mapping[str, Any]], contract: Mapping[str, Any]) -> tuple[int, int]:
-    """Door check of a PlaceInput's shapes; returns the base grid (h, w). Raises ValueError naming the sensor and the
-    rule.
+def check_inputs(inputs: PlaceInput, contract: Contract) -> tuple[int, int]:
+    """Door check of a PlaceInput's shapes.
+
+    Args:
+        inputs: arrays, or anything with their shapes.
+        contract: the model's input contract.
+
+    Returns:
+        The base grid (h, w).
+
+    Raises:
+        ValueError: a shape breaks a rule; the message names the sensor and the rule.
     """
     grids = {}
     for name, sensor in inputs.items():
@@ -46,15 +66,15 @@ def check_inputs(inputs: Mapping[str, Mapping[str, Any]], contract: Mapping[str,
             raise ValueError(
                 f"{name}: image must be [B,T,H,W,{len(rule['bands'])}] with bands {rule['bands']}, got {shape}"
             )
-        wanted = {"valid": shape[:4], "bands": shape[:2] + shape[-1:], "dates": shape[:2]}
-        for key, expected in wanted.items():
+        shapes = {"valid": shape[:4], "bands": shape[:2] + shape[-1:], "dates": shape[:2]}
+        for key, expected in shapes.items():
             if tuple(sensor[key].shape) != expected:
                 raise ValueError(f"{name}: {key} must have shape {expected}, got {tuple(sensor[key].shape)}")
         cell = contract["ratio"] if rule["grid"] == "hr" else 1
         if shape[2] % cell or shape[3] % cell:
             raise ValueError(f"{name}: {shape[2]}x{shape[3]} pixels are not multiples of the ratio {cell}")
         grids[name] = (shape[2] // cell, shape[3] // cell)
-        if any(np.shape(where) != shape[:1] for where in inputs.get(PLACE, {}).values()):
+        if any(np.shape(degrees) != shape[:1] for degrees in inputs.get(PLACE, {}).values()):
             raise ValueError(f"{PLACE}: lon and lat must have shape {shape[:1]}, one location per place")
     if not grids:
         raise ValueError("no sensor given; a place needs at least one")
@@ -63,11 +83,16 @@ def check_inputs(inputs: Mapping[str, Mapping[str, Any]], contract: Mapping[str,
     return next(iter(grids.values()))
 
 
-def normalise(sensor: Mapping[str, jax.Array], contract: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
-    """Raw units -> what the encoders eat. sensor: a SensorInput; contract: the input contract's entry of this sensor.
+def normalise(sensor: SensorInput, contract: Mapping[str, Any]) -> tuple[Series, Mask]:
+    """From raw units to what the encoders take.
 
-    Returns (image [B,T,H,W,C] float32 normalised, 0 where a pixel is invalid or a band unmeasured; valid [B,T,H,W]
-    float32, 0 also at dates where no band was measured).
+    Args:
+        sensor: acquisitions of one sensor.
+        contract: the input contract's entry of this sensor.
+
+    Returns:
+        (image [B, T, H, W, C] float32 normalised, 0 where a pixel is invalid or a band unmeasured; valid [B, T, H, W]
+        float32, 0 also at dates where no band was measured).
     """
     mean, std = (jnp.asarray(contract[key], jnp.float32) for key in ("mean", "std"))
     valid = sensor["valid"] * jnp.any(sensor["bands"] > 0, axis=-1)[:, :, None, None]
@@ -79,9 +104,15 @@ def normalise(sensor: Mapping[str, jax.Array], contract: Mapping[str, Any]) -> t
     return jnp.where(use, image, 0.0), valid.astype(jnp.float32)
 
 
-def lower_median(image: jax.Array, use: jax.Array) -> jax.Array:
-    """[B,T,H,W,C] -> [B,T,1,1,C], of the pixels where `use` (same shape) is true; 0 where there is none. The lower one
-    of two in the middle, as torch.median.
+def lower_median(image: Series, use: Mask) -> jax.Array:
+    """The median over the pixels of each acquisition and band; the lower of two in the middle, as torch.median.
+
+    Args:
+        image: [B, T, H, W, C].
+        use: [B, T, H, W, C] bool, which pixels count.
+
+    Returns:
+        [B, T, 1, 1, C], 0 where no pixel counts.
     """
     b, t, h, w, c = image.shape
     ordered = jnp.sort(jnp.where(use, image, jnp.inf).reshape(b, t, h * w, c), axis=2)

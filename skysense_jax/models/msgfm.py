@@ -1,20 +1,24 @@
-"""msGFM: one encoder for every sensor, each with its own patch embedding and its own decoder to pixels. Wired here,
-trained elsewhere.
+"""msGFM: one encoder for every sensor, each with its own patch embedding and its own decoder to pixels.
 
-The model was never released. Its parts follow the code it is built on (SimMIM and GFM, models/simmim.py and
-swin_transformer.py): Swin-V1, a mask token in place of hidden patches, a linear decoder with pixel shuffle.
+This file wires the model; objectives.msgfm trains it. The model was never released. Its parts follow the code it is
+built on (SimMIM and GFM, models/simmim.py and swin_transformer.py): Swin-V1, a mask token in place of hidden patches, a
+linear decoder with pixel shuffle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from ml_collections import config_dict
 
 from skysense_jax.core.rngs import name_hash
+from skysense_jax.core.shapes import FeatureMap, Image, Key, Mask
+from skysense_jax.models.inputs import Contract
 from skysense_jax.nn.attention import layer_norm, trunc_normal
 from skysense_jax.nn.heads import UPHead
 from skysense_jax.nn.patch import PatchEmbed, conv_bias, torch_linear
@@ -27,54 +31,66 @@ Params = dict[str, Any]
 
 
 class Model(NamedTuple):
-    """init(rng) -> params; embed, encode, decode: see :func:`make_model`."""
+    """The functions of a model, see :func:`make_model`."""
 
-    init: Callable[[jax.Array], Params]
-    embed: Callable[..., jax.Array]
+    init: Callable[[Key], Params]
+    embed: Callable[..., FeatureMap]
     encode: Callable[..., Encoded]
-    decode: Callable[[Params, str, jax.Array], jax.Array]
+    decode: Callable[[Params, str, FeatureMap], Image]
 
 
 class NormedPatches(nn.Module):
-    """Patch embedding, then LayerNorm: [B,H,W,C] -> [B,ceil(H/patch),ceil(W/patch),width]."""
+    """Patch embedding, then LayerNorm."""
 
     width: int
     patch: int
     eps: float = 1e-5
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Image) -> FeatureMap:
+        """[B, H, W, C] -> [B, ceil(H/patch), ceil(W/patch), width]."""
         x = PatchEmbed(self.width, self.patch, self.dtype, torch_linear, name="proj")(x)
         return layer_norm(self.eps, "norm")(x).astype(self.dtype)
 
 
-def stage_windows(cfg: Any) -> tuple[int, ...]:
-    """The window of each stage's bias table: model.window, or the stage's whole map where that is smaller at
-    model.img_size.
+def stage_windows(cfg: config_dict.ConfigDict) -> tuple[int, ...]:
+    """The window of each stage's bias table, of config.model.
+
+    It is model.window, or the side of the stage's whole map where that is smaller at model.img_size.
     """
     grids = [cfg.img_size // (cfg.patch * 2**stage) for stage in range(len(cfg.depths))]
     return tuple(min(cfg.window, grid) for grid in grids)
 
 
-def stride(cfg: Any) -> int:
+def stride(cfg: config_dict.ConfigDict) -> int:
     """Pixels along one cell of the encoder's last map."""
     return cfg.patch * 2 ** (len(cfg.depths) - 1)
 
 
-def make_model(cfg: Any, contract: Mapping[str, Any]) -> Model:
-    """A msGFM model from `config.model` and an input contract (sensors.input_contract), whose sensors it takes.
+def make_model(cfg: config_dict.ConfigDict, contract: Contract) -> Model:
+    """A msGFM model for the sensors of an input contract.
 
-    Params: "embed_<sensor>" and "decoder_<sensor>" for each sensor, "encoder", "mask_token" [1,1,width]; float32.
-    Images are normalised, [B,H,W,bands of the sensor].
+    init(rng) -> params
+        "encoder", "mask_token" [1, 1, width], and for each sensor "embed_<sensor>" and "decoder_<sensor>"; float32.
+    embed(params, sensor, image, mask=None) -> tokens [B, h, w, width], h = ceil(H / patch)
+        image: normalised, [B, H, W, bands of the sensor]. mask: [B, h, w], nonzero = hidden: the token is replaced by
+        the mask token. Raises ValueError for an image whose bands are not the contract's.
+    encode(params, tokens, *, train=False, rng=None) -> nn.swin_v1.Encoded
+        tokens: of any sensor, or sums of those of several. rng: needed with train=True where drop_path is positive or
+        the gates have noise.
+    decode(params, sensor, final) -> normalised pixels of the sensor [B, h_4 * stride, w_4 * stride, bands]
+        final: the last map of `encode`.
 
-    embed(params, sensor, image, mask=None) -> tokens [B,h,w,width], h = ceil(H/patch); mask [B,h,w], nonzero = hidden:
-      the token is replaced by the mask token.
-    encode(params, tokens, *, train=False, rng=None) -> nn.swin_v1.Encoded. tokens of any sensor or their sums. rng is
-      needed with train=True where drop_path is positive or the gates have noise.
-    decode(params, sensor, final) -> the sensor's normalised pixels [B,h_4*stride,w_4*stride,bands].
+    Args:
+        cfg: config.model.
+        contract: the input contract.
 
-    Raises ValueError where fields contradict each other and for an image whose bands are not the contract's.
+    Returns:
+        The four functions.
+
+    Raises:
+        ValueError: fields contradict each other.
     """
     sensors = contract["sensors"]
     if len(cfg.num_heads) != len(cfg.depths):
@@ -107,8 +123,10 @@ def make_model(cfg: Any, contract: Mapping[str, Any]) -> Model:
         for name, rule in sensors.items()
     }
 
-    def init(rng: jax.Array) -> Params:
-        key = lambda name: jax.random.fold_in(rng, name_hash(name))
+    def init(rng: Key) -> Params:
+        def key(name: str) -> Key:
+            return jax.random.fold_in(rng, name_hash(name))
+
         side = cfg.img_size // cfg.patch
         params: Params = {
             ENCODER: encoder.init(key(ENCODER), jnp.zeros((1, side, side, cfg.embed_dims)))["params"],
@@ -125,40 +143,54 @@ def make_model(cfg: Any, contract: Mapping[str, Any]) -> Model:
         if sensor not in sensors:
             raise ValueError(f"the model takes no {sensor!r}; its input contract has {', '.join(sensors)}")
 
-    def embed(params: Params, sensor: str, image: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    def embed(params: Params, sensor: str, image: Image, mask: Mask | None = None) -> FeatureMap:
         check(sensor)
         bands = sensors[sensor]["bands"]
         if image.ndim != 4 or image.shape[-1] != len(bands):
             raise ValueError(f"{sensor}: image must be [B,H,W,{len(bands)}] with bands {bands}, got {image.shape}")
-        tokens = patches.apply({"params": params[EMBED.format(sensor)]}, image)
+        tokens = cast(FeatureMap, patches.apply({"params": params[EMBED.format(sensor)]}, image))
         if mask is None:
             return tokens
         if mask.shape != tokens.shape[:3]:
             raise ValueError(f"{sensor}: the mask must be {tokens.shape[:3]}, one value per token, got {mask.shape}")
         return jnp.where(mask[..., None] != 0, params[MASK_TOKEN][0, 0].astype(tokens.dtype), tokens)
 
-    def encode(params: Params, tokens: jax.Array, *, train: bool = False, rng: jax.Array | None = None) -> Encoded:
+    def encode(params: Params, tokens: FeatureMap, *, train: bool = False, rng: Key | None = None) -> Encoded:
         rngs = {}
         if train and rng is not None:
             rngs = {stream: jax.random.fold_in(rng, name_hash(stream)) for stream in ("drop_path", "gate")}
-        return encoder.apply({"params": params[ENCODER]}, tokens, train=train, rngs=rngs)
+        return cast(Encoded, encoder.apply({"params": params[ENCODER]}, tokens, train=train, rngs=rngs))
 
-    def decode(params: Params, sensor: str, final: jax.Array) -> jax.Array:
+    def decode(params: Params, sensor: str, final: FeatureMap) -> Image:
         check(sensor)
-        return decoders[sensor].apply({"params": params[DECODER.format(sensor)]}, final)
+        return cast(Image, decoders[sensor].apply({"params": params[DECODER.format(sensor)]}, final))
 
     return Model(init, embed, encode, decode)
 
 
-def module_names(cfg: Any, contract: Mapping[str, Any]) -> tuple[str, ...]:
-    """Top-level parameters of a model in order: all of them, or, of weights from a file that lacked some, those in
-    model.modules.
+def module_names(cfg: config_dict.ConfigDict, contract: Contract) -> tuple[str, ...]:
+    """Top-level parameters of a model in order.
+
+    Args:
+        cfg: config.model. With `modules`, of weights from a file that lacked some, only those count.
+        contract: the input contract.
+
+    Returns:
+        Their names.
     """
     names = (ENCODER, MASK_TOKEN, *(kind.format(name) for kind in (EMBED, DECODER) for name in contract["sensors"]))
     return tuple(name for name in names if name in cfg.get("modules", names))
 
 
-def param_shapes(cfg: Any, contract: Mapping[str, Any]) -> Params:
-    """The parameter tree of a model as ShapeDtypeStructs; nothing is allocated."""
+def param_shapes(cfg: config_dict.ConfigDict, contract: Contract) -> Params:
+    """The parameter tree of a model; nothing is allocated.
+
+    Args:
+        cfg: config.model.
+        contract: the input contract.
+
+    Returns:
+        A tree of ShapeDtypeStructs.
+    """
     shapes = jax.eval_shape(make_model(cfg, contract).init, jax.random.key(0))
     return {name: shapes[name] for name in module_names(cfg, contract)}

@@ -7,41 +7,63 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from ml_collections import config_dict
 
+from skysense_jax.core.shapes import Image, Key
+from skysense_jax.core.trees import Tree
 from skysense_jax.models import msgfm
-from skysense_jax.models.inputs import normalise
+from skysense_jax.models.inputs import Contract, PlaceInput, normalise
 from skysense_jax.models.skysense_outputs import time_mean
 from skysense_jax.ops.masking import masked_sums, pixel_mask, random_cells
 from skysense_jax.sensors import SENSORS
 
-Tree = Any
 
+def normalised(contract: Contract, name: str, images: Mapping[str, jax.Array]) -> tuple[Image, jax.Array]:
+    """Normalised images of one sensor's entry of a batch.
 
-def normalised(contract: Mapping[str, Any], name: str, part: Tree) -> tuple[jax.Array, jax.Array]:
-    """(image [B,S,S,C] normalised, 0 where it was not measured; measured [B,S,S,C] float32) of one sensor's part of a
-    batch, whose last axis may hold more bands than the sensor has.
+    Args:
+        contract: the input contract.
+        name: of the sensor.
+        images: {"image" [B, S, S, C'] raw units, "valid" [B, S, S], "bands" [B, C']}, where C' may be more than the C
+            bands that the sensor has.
+
+    Returns:
+        (image [B, S, S, C] float32, 0 where it was not measured; measured [B, S, S, C] float32).
     """
     rule = contract["sensors"][name]
     bands = len(rule["bands"])
-    given = {
-        "image": part["image"][:, None, ..., :bands],
-        "valid": part["valid"][:, None],
-        "bands": part["bands"][:, None, :bands],
+    acquisition = {
+        "image": images["image"][:, None, ..., :bands],
+        "valid": images["valid"][:, None],
+        "bands": images["bands"][:, None, :bands],
     }
-    image, valid = normalise(given, rule)
-    return image[:, 0], valid[:, 0, ..., None] * part["bands"][:, None, None, :bands]
+    image, valid = normalise(acquisition, rule)
+    return image[:, 0], valid[:, 0, ..., None] * images["bands"][:, None, None, :bands]
 
 
 def encoder_features(
-    cfg: Any, contract: Mapping[str, Any], model: msgfm.Model, encoder: Tree, inputs: Tree
+    cfg: config_dict.ConfigDict, contract: Contract, model: msgfm.Model, encoder: Tree, inputs: PlaceInput
 ) -> dict[str, jax.Array]:
-    """Float32 features of a PlaceInput: "image" [B, D], "pixel" [B, h, w, D] on the base grid, and for each sensor
-    given "<sensor>_image", "<sensor>_pixel". cfg: config.model.
+    """Features of places.
 
     Every acquisition is brought to the image size of training and encoded alone; maps are averaged over the dates of a
-    sensor, then over the sensors: what the frozen encoder has seen in training is one sensor at a time. (Fine-tuning,
+    sensor, then over the sensors, because the frozen encoder has seen one sensor at a time in training. (Fine-tuning,
     as in the paper, may instead add up the sensors' patch embeddings in front of one pass.) The last map, of stride 32
     in the paper's model, is enlarged to the base grid.
+
+    Args:
+        cfg: config.model.
+        contract: the input contract.
+        model: the network's functions.
+        encoder: its parameters.
+        inputs: acquisitions of any of the sensors.
+
+    Returns:
+        float32: "image" [B, D], "pixel" [B, h, w, D] on the base grid, and for each sensor of the inputs
+        "<sensor>_image", "<sensor>_pixel".
+
+    Raises:
+        ValueError: the inputs have none of the contract's sensors.
     """
     if not set(inputs) & set(contract["sensors"]):
         raise ValueError(f"give at least one of the sensors {', '.join(contract['sensors'])}")
@@ -64,23 +86,39 @@ def encoder_features(
     return result
 
 
-def at_model_size(image: jax.Array, side: int) -> jax.Array:
-    """[B,H,W,C] -> [B,side,side,C], bilinear, antialiased where it shrinks: what the crops of training are."""
+def at_model_size(image: Image, side: int) -> Image:
+    """Images resized as the crops of training are: bilinear, antialiased where they shrink.
+
+    Args:
+        image: [B, H, W, C].
+        side: of the result in pixels.
+
+    Returns:
+        [B, side, side, C].
+    """
     return jax.image.resize(image, (len(image), side, side, image.shape[-1]), "bilinear")
 
 
 def reconstructions(
-    cfg: Any, contract: Mapping[str, Any], model: msgfm.Model, encoder: Tree, inputs: Tree, rng: jax.Array
-) -> dict[str, dict[str, jax.Array]]:
-    """What the model makes of a place behind a random mask, sensor by sensor. cfg: the whole configuration; inputs:
-    PlaceInput of one place, [1, 1, ...] by sensor.
+    cfg: config_dict.ConfigDict, contract: Contract, model: msgfm.Model, encoder: Tree, inputs: PlaceInput, rng: Key
+) -> dict[str, dict[str, Any]]:
+    """What the model makes of a place behind a random mask, sensor by sensor.
 
-    {sensor: {"image" [S, S, C], "measured" [S, S], "mask" [S, S] 1 = hidden, "made": {target: [S, S, C]}, "errors":
-    {target: [2]}}} for the sensor itself and its pair as targets. Images are float32 in raw units, "made" whole as the
-    decoder drew it. errors: mean absolute error of hidden measured pixels in deviations of the target's bands, the
-    model's and that of the training mean in its stead; nan where there are no such pixels.
+    Args:
+        cfg: the whole configuration.
+        contract: the input contract.
+        model: the network's functions.
+        encoder: its parameters.
+        inputs: one acquisition of one place, [1, 1, ...] for each sensor.
+        rng: of the mask.
+
+    Returns:
+        {sensor: {"image" [S, S, C], "measured" [S, S], "mask" [S, S] 1 = hidden, "made": {target: [S, S, C]}, "errors":
+        {target: [2]}}}, where the targets are the sensor itself and its pair. Images are float32 in raw units, "made"
+        is all that the decoder drew. errors: mean absolute error of hidden measured pixels in deviations of the
+        target's bands, the model's and, in its place, the training mean's; nan where there are no such pixels.
     """
-    side, cell, found = int(cfg.model.img_size), int(cfg.objective.mask_cell), {}
+    side, cell, results = int(cfg.model.img_size), int(cfg.objective.mask_cell), {}
     images, measured = {}, {}
     for name in (name for name in contract["sensors"] if name in inputs):
         image, valid = normalise(inputs[name], contract["sensors"][name])
@@ -91,24 +129,33 @@ def reconstructions(
         cells = random_cells(jax.random.fold_in(rng, number), 1, side // cell, cfg.objective.mask_ratio)
         tokens = model.embed(encoder, name, image, pixel_mask(cells, cell // cfg.model.patch))
         final, mask = model.encode(encoder, tokens).final, pixel_mask(cells, cell)
-        made, errors = {}, {}
-        for target in (one for one in (name, SENSORS[name].pair) if one in images):
-            guess, truth = model.decode(encoder, target, final), images[target]
-            counts = measured[target] * mask[..., None]
-            made[target] = raw(contract, target, guess[0])
-            sums = (masked_sums(one, truth, counts) for one in (guess, jnp.zeros_like(truth)))
+        drawn, errors = {}, {}
+        for target in (sensor for sensor in (name, SENSORS[name].pair) if sensor in images):
+            prediction, truth = model.decode(encoder, target, final), images[target]
+            hidden = measured[target] * mask[..., None]
+            drawn[target] = raw(contract, target, prediction[0])
+            sums = (masked_sums(guess, truth, hidden) for guess in (prediction, jnp.zeros_like(truth)))
             errors[target] = jnp.stack([error / pixels for error, pixels in sums])
-        found[name] = {
+        results[name] = {
             "image": raw(contract, name, image[0]),
             "mask": mask[0].astype(jnp.float32),
             "measured": measured[name][0].max(-1),
-            "made": made,
+            "made": drawn,
             "errors": errors,
         }
-    return found
+    return results
 
 
-def raw(contract: Mapping[str, Any], name: str, image: jax.Array) -> jax.Array:
-    """Normalised values [..., C] in the sensor's unit again; heights above the image's median."""
+def raw(contract: Contract, name: str, image: jax.Array) -> jax.Array:
+    """Normalised values in the sensor's unit again; heights are those above the image's median.
+
+    Args:
+        contract: the input contract.
+        name: of the sensor.
+        image: [..., C].
+
+    Returns:
+        [..., C] float32.
+    """
     mean, std = (jnp.asarray(contract["sensors"][name][key], jnp.float32) for key in ("mean", "std"))
     return image.astype(jnp.float32) * std + mean

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
+from skysense_jax.core.shapes import FeatureMap, MapSeries, Mask
+from skysense_jax.core.trees import Tree
+from skysense_jax.models.inputs import PlaceInput
 from skysense_jax.models.skysense import Model
 
-Tree = Any
 
+def encoder_features(model: Model, encoder: Tree, inputs: PlaceInput) -> dict[str, jax.Array]:
+    """Features of places. They need the model only, so that weights without a training configuration have them too.
 
-def encoder_features(model: Model, encoder: Tree, inputs: Tree) -> dict[str, jax.Array]:
-    """Float32 features of a PlaceInput: "image" [B, E], "pixel" [B, h, w, E] (with a fusion; E + D with geo-context,
-    whose bank is part of `encoder` and whose location is inputs["place"]) and, for each sensor given, "<sensor>_image"
-    [B, D], "<sensor>_pixel" [B, h, w, D] on the grid of its map. Needs the model only, so that weights without a
-    training configuration have them too.
+    Args:
+        model: the network's functions.
+        encoder: its parameters, with geo-context the bank among them.
+        inputs: acquisitions of any of the sensors, with geo-context the locations too.
+
+    Returns:
+        float32: "image" [B, E] and "pixel" [B, h, w, E] with a fusion (E + D with geo-context), and for each sensor of
+        the inputs "<sensor>_image" [B, D] and "<sensor>_pixel" [B, h, w, D] on the grid of its map.
     """
     out, result = model.apply(encoder, inputs), {}
     if "fused" in out:
@@ -27,9 +32,15 @@ def encoder_features(model: Model, encoder: Tree, inputs: Tree) -> dict[str, jax
     return {name: value.astype(jnp.float32) for name, value in result.items()}
 
 
-def time_mean(maps: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Masked means of [B, T, h, w, D], mask [B, T, h, w]: over cells and dates [B, D], and over dates [B, h, w, D] (0
-    where nothing is valid).
+def time_mean(maps: MapSeries, mask: Mask) -> tuple[jax.Array, FeatureMap]:
+    """Masked means over cells and dates, and over dates alone; 0 where nothing is valid.
+
+    Args:
+        maps: [B, T, h, w, D].
+        mask: [B, T, h, w], 0 = the cell is invalid.
+
+    Returns:
+        (over cells and dates [B, D], over dates [B, h, w, D]).
     """
     total, mass = jnp.sum(maps * mask[..., None], axis=1, dtype=jnp.float32), mask.sum(1)
     pixel = total / jnp.maximum(mass, 1.0)[..., None]

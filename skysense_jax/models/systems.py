@@ -1,7 +1,7 @@
 """The table of systems: what each kind of network is. Nothing outside of this table compares model names.
 
-A system is chosen by config.model.name. Its objective, data and torch layout are other tables with the same keys or rows
-that name it: `recipes.RECIPES`, `convert.layouts.LAYOUTS`.
+A system is chosen by config.model.name. Its objective, data and torch layout are other tables, with the same keys or
+with rows that name it: `recipes.RECIPES`, `convert.layouts.LAYOUTS`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,15 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+from ml_collections import config_dict
 
+from skysense_jax.core.shapes import Key
+from skysense_jax.core.trees import Tree
 from skysense_jax.models import msgfm, msgfm_outputs, skysense, skysense_outputs
+from skysense_jax.models.inputs import Contract, PlaceInput
 
-Contract = Mapping[str, Any]
-Features = Callable[[Any, Mapping[str, Any]], dict[str, jax.Array]]
+Features = Callable[[Tree, PlaceInput], dict[str, jax.Array]]
+"""(params, places) -> {"image" [B, E], "pixel" [B, h, w, E], "<sensor>_image", "<sensor>_pixel"}, float32."""
 
 
 class System(NamedTuple):
@@ -32,46 +36,45 @@ class System(NamedTuple):
         param_shapes: (model, contract) -> the parameter tree as ShapeDtypeStructs.
         fresh: (model, contract, key) -> freshly drawn parameters, an empty prototype bank among them where the network
             has one.
-        make_features: (model, contract) -> (params, PlaceInput with batch axis) -> {"image" [B, E], "pixel"
-            [B, h, w, E], "<sensor>_image", "<sensor>_pixel"}, float32.
+        make_features: (model, contract) -> the function that gives features, float32.
         has_bank: (model, contract) -> whether the network asks a prototype bank (geo-context).
-        reconstructions: what the network makes of hidden pixels, `msgfm_outputs.reconstructions`; None where it draws no
-            images.
+        reconstructions: what the network makes of hidden pixels, `msgfm_outputs.reconstructions`; None where it draws
+            no images.
     """
 
     fields: Mapping[str, tuple[str, ...]]
     of_sensors: tuple[str, ...]
     trained_tree: str
     encodes_sensors_alone: bool
-    module_names: Callable[[Any, Contract], tuple[str, ...]]
-    make_model: Callable[[Any, Contract], Any]
-    param_shapes: Callable[[Any, Contract], Any]
-    fresh: Callable[[Any, Contract, jax.Array], Any]
-    make_features: Callable[[Any, Contract], Features]
-    has_bank: Callable[[Any, Contract], bool]
+    module_names: Callable[[config_dict.ConfigDict, Contract], tuple[str, ...]]
+    make_model: Callable[[config_dict.ConfigDict, Contract], NamedTuple]
+    param_shapes: Callable[[config_dict.ConfigDict, Contract], Tree]
+    fresh: Callable[[config_dict.ConfigDict, Contract, Key], Tree]
+    make_features: Callable[[config_dict.ConfigDict, Contract], Features]
+    has_bank: Callable[[config_dict.ConfigDict, Contract], bool]
     reconstructions: Callable[..., dict[str, Any]] | None = None
 
 
-def _skysense_fresh(model: Any, contract: Contract, key: jax.Array) -> Any:
+def _skysense_fresh(model: config_dict.ConfigDict, contract: Contract, key: Key) -> Tree:
     params = jax.jit(skysense.make_model(model, contract).init)(key)
     if not _skysense_has_bank(model, contract):
         return params
     return skysense.with_bank(params, skysense.empty_bank(model, jax.random.key(0)))
 
 
-def _skysense_has_bank(model: Any, contract: Contract) -> bool:
+def _skysense_has_bank(model: config_dict.ConfigDict, contract: Contract) -> bool:
     return "geo" in skysense.module_names(model, contract)
 
 
-def _skysense_features(model: Any, contract: Contract) -> Features:
+def _skysense_features(model: config_dict.ConfigDict, contract: Contract) -> Features:
     return functools.partial(skysense_outputs.encoder_features, skysense.make_model(model, contract))
 
 
-def _msgfm_fresh(model: Any, contract: Contract, key: jax.Array) -> Any:
+def _msgfm_fresh(model: config_dict.ConfigDict, contract: Contract, key: Key) -> Tree:
     return jax.jit(msgfm.make_model(model, contract).init)(key)
 
 
-def _msgfm_features(model: Any, contract: Contract) -> Features:
+def _msgfm_features(model: config_dict.ConfigDict, contract: Contract) -> Features:
     return functools.partial(msgfm_outputs.encoder_features, model, contract, msgfm.make_model(model, contract))
 
 
@@ -145,7 +148,7 @@ SYSTEMS: dict[str, System] = {
 """config.model.name -> what the network is."""
 
 
-def system_of(model: Any) -> System:
+def system_of(model: config_dict.ConfigDict) -> System:
     """The row of config.model. Raises ValueError for a name that the table does not have."""
     if model.name not in SYSTEMS:
         raise ValueError(f"config.model.name={model.name!r}: no such network; there are {', '.join(SYSTEMS)}")

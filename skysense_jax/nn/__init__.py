@@ -1,0 +1,1 @@
+"""Layers and encoders as flax modules."""

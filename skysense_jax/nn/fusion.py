@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
+from skysense_jax.core.shapes import Mask, Tokens
 from skysense_jax.nn.attention import dense, trunc_normal
 from skysense_jax.nn.vit import TransformerStack
 
 
 class Fusion(nn.Module):
-    """SkySense release, models/transformer_encoder.py: projection, a learned token in front, pre-norm layers, no final
-    norm.
+    """The fusion of the SkySense release (models/transformer_encoder.py).
 
-    x: [N,n,D] sequences (N = batch x cells), mask: [N,n] bool or None, False = key not to be seen (the token is always
-    seen; without masked keys the result is the reference's). Cells do not see each other: N can be cut anywhere.
-    Returns (tokens [N,1+n,E], all layers' tokens [depth,N,1+n,E] if `emit` else None); with token_only the extra
-    token's output alone, [N,1,E], which is all that the model uses. No position or modality embedding: the token does
-    not depend on the order of x.
+    A projection, a learned token in front, pre-norm layers, no final norm. There is no position or modality embedding:
+    the token's output does not depend on the order of the sequence. Cells do not see each other, so that the batch of
+    sequences can be cut anywhere.
+
+    Attributes:
+        width, depth, heads, mlp_ratio: of the layers.
+        eps: of their LayerNorms.
+        drop: stochastic depth of the last layer.
+        remat: recompute a layer in the backward pass.
+        dtype: of the computation.
     """
 
     width: int
@@ -30,17 +34,25 @@ class Fusion(nn.Module):
     eps: float = 1e-5
     drop: float = 0.0
     remat: bool = False
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
-        self,
-        x: jax.Array,
-        mask: jax.Array | None = None,
-        train: bool = False,
-        emit: bool = False,
-        token_only: bool = False,
-    ) -> tuple[jax.Array, jax.Array | None]:
+        self, x: Tokens, mask: Mask | None = None, train: bool = False, emit: bool = False, token_only: bool = False
+    ) -> tuple[Tokens, jax.Array | None]:
+        """Fuse the sequences.
+
+        Args:
+            x: [N, n, D] sequences, N = batch x cells.
+            mask: [N, n] bool or None, False = the key is not seen. The token is always seen; without masked keys the
+                result is the reference's.
+            train: draw stochastic depth from the stream "drop_path".
+            emit: return the tokens of all layers too.
+            token_only: return the extra token's output alone, which is all that the model uses.
+
+        Returns:
+            (tokens [N, 1 + n, E], or [N, 1, E] with token_only; [depth, N, 1 + n, E] with emit, else None).
+        """
         x = dense(self.width, "proj", self.dtype)(x)
         token = self.param("cls_token", trunc_normal, (1, 1, self.width), jnp.float32)
         x = jnp.concatenate([jnp.broadcast_to(token.astype(self.dtype), (x.shape[0], 1, self.width)), x], axis=1)

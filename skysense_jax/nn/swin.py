@@ -1,31 +1,41 @@
-"""Swin-V2 as the SkySense release builds it (mmcls 0.25 semantics): cosine window attention, residual post-norm, extra
-norms.
+"""Swin-V2 as the SkySense release builds it: cosine window attention, residual post-norm, extra norms.
+
+The semantics are those of mmcls 0.25.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
-from skysense_jax.nn.attention import dense, drop_path, drop_rates, gelu, l2_normalise, layer_norm, wide
+from skysense_jax.core.shapes import FeatureMap, Image, Scalar, Windows
+from skysense_jax.nn.attention import dense, drop_path, drop_rates, gelu, layer_norm, wide
 from skysense_jax.nn.patch import PatchEmbed, PatchMerging, torch_linear
+from skysense_jax.nn.windows import in_windows, region_bias, relative_coords, relative_index
+from skysense_jax.ops.unit import unit
 
 BIAS_HIDDEN = 512  # hidden width of the log-CPB network
 MAX_LOGIT_SCALE = math.log(100.0)
-OTHER_REGION = -100.0  # added to logits between regions of a shifted map; not -inf: at the clamp it leaks, as it must
 
 
 def stage_plan(depth: int, extra_norm_every: int) -> list[tuple[str, int, int]]:
-    """How the blocks of a stage are laid out: [("pairs", first block, count) | ("block", i, 1) | ("norm", i, 1)].
+    """How the blocks of a stage are laid out.
 
-    The extra norm follows block i where (i+1) % extra_norm_every == 0 (never for 0). Between two extra norms, runs of
-    (unshifted, shifted) pairs are scanned; a block without its partner stands alone.
+    Between two extra norms, runs of (unshifted, shifted) pairs are scanned; a block without its partner stands alone.
+
+    Args:
+        depth: number of blocks.
+        extra_norm_every: an extra norm follows block i where (i + 1) % extra_norm_every == 0; 0: never.
+
+    Returns:
+        Steps in order, each ("pairs", first block, number of pairs), ("block", i, 1) or ("norm", i, 1).
     """
     plan: list[tuple[str, int, int]] = []
     start = 0
@@ -47,95 +57,35 @@ def stage_plan(depth: int, extra_norm_every: int) -> list[tuple[str, int, int]]:
     return plan
 
 
-def relative_coords(window: int, pretrained_window: int = 0) -> np.ndarray:
-    """[(2w-1)^2, 2] float32 log-spaced relative coordinates (dy outer, dx inner), the input of the log-CPB network."""
-    steps = np.arange(-(window - 1), window, dtype=np.float32)
-    table = np.stack(np.meshgrid(steps, steps, indexing="ij"), axis=-1).reshape(-1, 2)
-    table = table / np.float32((pretrained_window or window) - 1) * np.float32(8)
-    return (np.sign(table) * np.log2(np.abs(table) + np.float32(1)) / np.float32(np.log2(8))).astype(np.float32)
-
-
-def relative_index(window: int, table_window: int | None = None) -> np.ndarray:
-    """[w*w, w*w] int32 row of :func:`relative_coords` for (query i, key j), positions row-major in the window.
-
-    table_window: the window the table was made for, where it is the larger one: its central rows are used.
-    """
-    reach = (table_window or window) - 1
-    y, x = np.divmod(np.arange(window * window), window)
-    dy, dx = y[:, None] - y[None, :], x[:, None] - x[None, :]
-    return ((dy + reach) * (2 * reach + 1) + dx + reach).astype(np.int32)
-
-
-def to_windows(x: jax.Array, window: int) -> jax.Array:
-    """[B,H,W,C] -> [B, windows, w*w, C], windows and positions row-major."""
-    b, h, w, c = x.shape
-    x = x.reshape(b, h // window, window, w // window, window, c).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, -1, window * window, c)
-
-
-def from_windows(x: jax.Array, window: int, height: int, width: int) -> jax.Array:
-    """The inverse of :func:`to_windows`: [B, windows, w*w, C] -> [B,H,W,C]."""
-    b, c = x.shape[0], x.shape[-1]
-    x = x.reshape(b, height // window, width // window, window, window, c).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, height, width, c)
-
-
-def shift_regions(height: int, width: int, window: int, shift: int) -> np.ndarray:
-    """[windows, w*w] int8 region of every position of the rolled, padded map; attention between regions is
-    discouraged.
-    """
-
-    def axis(length: int) -> np.ndarray:
-        at = np.arange(length)
-        return (at >= length - window).astype(np.int8) + (at >= length - shift)
-
-    regions = 3 * axis(height)[:, None] + axis(width)[None, :]
-    regions = regions.reshape(height // window, window, width // window, window).transpose(0, 2, 1, 3)
-    return regions.reshape(-1, window * window).astype(np.int8)
-
-
-def region_bias(regions: np.ndarray) -> jax.Array:
-    """[windows, 1, w*w, w*w], added to the logits: OTHER_REGION between positions of different regions, else 0."""
-    # The barrier keeps XLA from folding the mask into a constant of windows x w^4 numbers.
-    ids = jax.lax.optimization_barrier(jnp.asarray(regions))
-    return jnp.where(ids[:, :, None] != ids[:, None, :], OTHER_REGION, 0.0)[:, None]
-
-
-def in_windows(
-    x: jax.Array, window: int, shift: int, attention: Callable[[jax.Array, np.ndarray | None], jax.Array]
-) -> jax.Array:
-    """Pad [B,H,W,C] with zeros to multiples of the window, roll by the shift, attend inside windows, undo both.
-
-    attention: ([B, windows, w*w, C], regions of :func:`shift_regions` or None) -> same. Padding is *not* masked.
-    """
-    _, height, width, _ = x.shape
-    h = jnp.pad(x, ((0, 0), (0, -height % window), (0, -width % window), (0, 0)))
-    padded = h.shape[1:3]
-    regions = None
-    if shift:
-        h = jnp.roll(h, (-shift, -shift), axis=(1, 2))
-        regions = shift_regions(*padded, window, shift)
-    h = from_windows(attention(to_windows(h, window), regions), window, *padded)
-    if shift:
-        h = jnp.roll(h, (shift, shift), axis=(1, 2))
-    return h[:, :height, :width]
-
-
 class WindowAttention(nn.Module):
-    """Scaled cosine attention with the log-CPB bias, inside windows. x: [B, windows, w*w, C] -> same.
+    """Scaled cosine attention with the log-CPB bias, inside windows.
 
-    regions: [windows, w*w] of :func:`shift_regions`, or None. Parameters as in the release: qkv without bias, q_bias,
-    v_bias (keys have none), logit_scale [heads,1,1] clamped at ln 100 (no gradient above), cpb1/cpb2 the bias network,
-    proj.
+    Parameters as in the release: qkv without bias, q_bias, v_bias (keys have none), logit_scale [heads, 1, 1] clamped
+    at ln 100 (no gradient above), cpb1 and cpb2 the bias network, proj.
+
+    Attributes:
+        heads: number of heads.
+        window: side w of a window in cells.
+        pretrained_window: see :func:`nn.windows.relative_coords`.
+        dtype: of the computation.
     """
 
     heads: int
     window: int
     pretrained_window: int = 0
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, regions: np.ndarray | None) -> jax.Array:
+    def __call__(self, x: Windows, regions: np.ndarray | None) -> Windows:
+        """Attend inside each window.
+
+        Args:
+            x: [B, windows, w*w, C].
+            regions: [windows, w*w] of :func:`nn.windows.shift_regions`, or None.
+
+        Returns:
+            The same shape.
+        """
         width = x.shape[-1]
         zeros = nn.initializers.zeros
         q_bias = self.param("q_bias", zeros, (width,), jnp.float32)
@@ -146,7 +96,7 @@ class WindowAttention(nn.Module):
         qkv = qkv.reshape(*x.shape[:-1], 3, self.heads, width // self.heads)
         q, k, v = qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
 
-        q, k = l2_normalise(q).astype(self.dtype), l2_normalise(k).astype(self.dtype)
+        q, k = unit(q, "zero").astype(self.dtype), unit(k, "zero").astype(self.dtype)
         logits = jnp.einsum("bnqhd,bnkhd->bnhqk", q, k, preferred_element_type=wide(self.dtype))
         # where, not minimum: the reference's clamp has gradient exactly 0 above the limit.
         scale = scale.astype(logits.dtype)
@@ -159,8 +109,9 @@ class WindowAttention(nn.Module):
         return dense(width, "proj", self.dtype, kernel_init=torch_linear)(out)
 
     def position_bias(self) -> jax.Array:
-        """[heads, w*w, w*w] float32 or wider: 16 sigmoid(network(log coordinates)), computed per relative offset, then
-        gathered.
+        """The bias of the logits, [heads, w*w, w*w] float32 or wider: 16 sigmoid(network(log coordinates)).
+
+        Computed for each relative offset once, then gathered.
         """
         coords = jnp.asarray(relative_coords(self.window, self.pretrained_window))
         hidden = nn.relu(dense(BIAS_HIDDEN, "cpb1", wide(self.dtype), kernel_init=torch_linear)(coords))
@@ -170,13 +121,23 @@ class WindowAttention(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """Residual post-norm block x + norm1(attn x), x + norm2(mlp x) on a map [B,H,W,C] -> same.
+    """Residual post-norm block on a map: x + norm1(attn x), x + norm2(mlp x).
 
-    The map is zero-padded to multiples of the window inside the attention; padded positions are *not* masked. shifted:
-    roll by half a window, unless the smaller side equals the window and pad_small_map is False. A side smaller than
-    the window needs pad_small_map=True, else ValueError. before_norm: stochastic depth acts on the branch before its
-    norm (the reference: a dropped branch still adds the norm's bias) instead of after it. branch_scale: initial scale
-    of norm1 and norm2; Swin-V2 advises 0.
+    The map is zero-padded to multiples of the window inside the attention; padded cells are *not* masked.
+
+    Attributes:
+        heads: number of heads.
+        window: side w of a window in cells.
+        shifted: roll by half a window, unless the smaller side equals the window and pad_small_map is False.
+        mlp_ratio: hidden width of the MLP / C.
+        pretrained_window: see :func:`nn.windows.relative_coords`.
+        pad_small_map: allow a side smaller than the window.
+        before_norm: stochastic depth acts on the branch before its norm (the reference: a dropped branch still adds the
+            norm's bias) instead of after it.
+        stochastic: draw stochastic depth from the stream "drop_path".
+        branch_scale: initial scale of norm1 and norm2; Swin-V2 advises 0.
+        eps: of the LayerNorms.
+        dtype: of the computation.
     """
 
     heads: int
@@ -189,10 +150,11 @@ class SwinBlock(nn.Module):
     stochastic: bool = False
     branch_scale: float = 0.0
     eps: float = 1e-5
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, rate: jax.Array | float = 0.0) -> jax.Array:
+    def __call__(self, x: FeatureMap, rate: Scalar | float = 0.0) -> FeatureMap:
+        """[B, H, W, C] -> the same shape; rate: of stochastic depth."""
         h = self.windowed(x)
         h = self.norm("norm1", h, rate)
         x = x + h
@@ -200,16 +162,29 @@ class SwinBlock(nn.Module):
         h = dense(x.shape[-1], "fc2", self.dtype, kernel_init=torch_linear)(h)
         return x + self.norm("norm2", h, rate)
 
-    def norm(self, name: str, h: jax.Array, rate: jax.Array | float) -> jax.Array:
-        """LayerNorm of a branch with its stochastic depth on the chosen side."""
+    def norm(self, name: str, h: FeatureMap, rate: Scalar | float) -> FeatureMap:
+        """LayerNorm of a branch, with stochastic depth before or after it (`before_norm`).
+
+        Args:
+            name: of the LayerNorm's parameters.
+            h: [B, H, W, C] the branch.
+            rate: of stochastic depth.
+
+        Returns:
+            The same shape, in `dtype`.
+        """
         rng = self.make_rng("drop_path") if self.stochastic else None
         layer = layer_norm(self.eps, name, scale_init=nn.initializers.constant(self.branch_scale))
         if self.before_norm:
             return layer(drop_path(h, rate, rng)).astype(self.dtype)
         return drop_path(layer(h).astype(self.dtype), rate, rng)
 
-    def windowed(self, x: jax.Array) -> jax.Array:
-        """The attention branch."""
+    def windowed(self, x: FeatureMap) -> FeatureMap:
+        """The attention branch, [B, H, W, C] -> the same shape.
+
+        Raises:
+            ValueError: a side is smaller than the window, without pad_small_map.
+        """
         _, height, width, _ = x.shape
         window, smaller = self.window, min(height, width)
         if smaller < window and not self.pad_small_map:
@@ -222,9 +197,14 @@ class SwinBlock(nn.Module):
 
 
 class SwinPair(nn.Module):
-    """An unshifted and a shifted block: the body of the scan. (x, rates [2]) -> (x, None). block: fields of
-    SwinBlock. looped: the scan has more than one step. A loop of one is compiled as no loop, where only prevent_cse
-    keeps XLA from sharing the recomputed values with the forward pass and so holding all of them (2.7 GiB of stage 0).
+    """An unshifted and a shifted block: the body of the scan.
+
+    Attributes:
+        block: fields of SwinBlock.
+        remat: recompute a block in the backward pass.
+        looped: the scan has more than one step. A loop of one step is compiled as no loop, and then only prevent_cse
+            keeps XLA from sharing the recomputed values with the forward pass and so holding all of them (2.7 GiB of
+            stage 0).
     """
 
     block: dict[str, Any]
@@ -232,24 +212,35 @@ class SwinPair(nn.Module):
     looped: bool = True
 
     @nn.compact
-    def __call__(self, x: jax.Array, rates: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(self, x: FeatureMap, rates: jax.Array) -> tuple[FeatureMap, None]:
+        """(map, stochastic depth of the two blocks [2]) -> (map, None)."""
         cls = nn.remat(SwinBlock, prevent_cse=not self.looped) if self.remat else SwinBlock
         x = cls(shifted=False, name="plain", **self.block)(x, rates[0])
         return cls(shifted=True, name="shifted", **self.block)(x, rates[1]), None
 
 
 class SwinStage(nn.Module):
-    """Optional merging, then `rates.shape[0]` blocks laid out by :func:`stage_plan`. [B,H,W,C] -> map of the stage."""
+    """Optional merging, then blocks laid out by :func:`stage_plan`.
+
+    Attributes:
+        block: fields of SwinBlock.
+        merge: begin with the merging.
+        extra_norm_every: see :func:`stage_plan`.
+        eps: of the merging's and the extra LayerNorms.
+        remat: recompute a block in the backward pass.
+        dtype: of the computation.
+    """
 
     block: dict[str, Any]
     merge: bool
     extra_norm_every: int = 0
     eps: float = 1e-5
     remat: bool = False
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, rates: jax.Array) -> jax.Array:
+    def __call__(self, x: FeatureMap, rates: jax.Array) -> FeatureMap:
+        """([B, H, W, C], stochastic depth of each block [depth]) -> the stage's map."""
         if self.merge:
             x = (nn.remat(PatchMerging) if self.remat else PatchMerging)(self.eps, self.dtype, name="downsample")(x)
         single = nn.remat(SwinBlock) if self.remat else SwinBlock
@@ -273,11 +264,18 @@ class SwinStage(nn.Module):
 
 
 class SwinTransformerV2(nn.Module):
-    """The HR encoder: [B,H,W,Cin] -> tuple of stage maps [B,H_i,W_i,width*2^i], one per index of `outputs`, each
-    through its norm.
+    """The HR encoder.
 
-    windows, pretrained_windows: one per stage. drop: stochastic depth of the last block, linear from 0 over all blocks.
-    branch_scale: of every block.
+    Attributes:
+        width: channels of the first stage; each stage doubles them.
+        patch: side of a patch in pixels.
+        depths, heads, windows, pretrained_windows: one value per stage.
+        drop: stochastic depth of the last block, linear from 0 over all blocks.
+        outputs: indices of the stages to return.
+        eps: of the LayerNorms.
+        remat: recompute blocks in the backward pass.
+        dtype: of the computation.
+        mlp_ratio, extra_norm_every, pad_small_map, before_norm, branch_scale: see SwinBlock and :func:`stage_plan`.
     """
 
     width: int
@@ -295,10 +293,19 @@ class SwinTransformerV2(nn.Module):
     outputs: Sequence[int] = (0, 1, 2, 3)
     eps: float = 1e-5
     remat: bool = False
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, ...]:
+    def __call__(self, x: Image, train: bool = False) -> tuple[FeatureMap, ...]:
+        """Encode images.
+
+        Args:
+            x: [B, H, W, Cin].
+            train: draw stochastic depth from the stream "drop_path".
+
+        Returns:
+            One map [B, H_i, W_i, width * 2^i] per index of `outputs`, each through its norm.
+        """
         x = PatchEmbed(self.width, self.patch, self.dtype, name="patch_embed")(x)
         x = layer_norm(self.eps, "patch_norm", self.remat)(x).astype(self.dtype)
         rates = drop_rates(self.drop, sum(self.depths))

@@ -1,38 +1,57 @@
-"""The prototype bank in pretraining: where a batch's views lie, what they say about the bank, how its leaves are
-sharded."""
+"""The prototype bank in pretraining: where views lie, what they say about the bank, how its leaves are sharded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from ml_collections import config_dict
 
+from skysense_jax.core.shapes import Scalar
+from skysense_jax.core.trees import Tree
 from skysense_jax.models.inputs import PLACE
 from skysense_jax.models.skysense import Model, region_side
 from skysense_jax.objectives.granularity import Cells
 from skysense_jax.ops import prototypes
 
-Tree = Any
 
+def located(views: Tree, place: prototypes.Place) -> Tree:
+    """Views whose PlaceInput also says where every view is.
 
-def located(views: Tree, place: Mapping[str, jax.Array]) -> Tree:
-    """Views whose PlaceInput also says where every view is: {"lon", "lat"} [B, V]."""
+    Args:
+        views: of a batch, V of each place.
+        place: {"lon", "lat"} [B] degrees.
+
+    Returns:
+        The views; the sensors' entry has PLACE with {"lon", "lat"} [B, V].
+    """
     b, v = views["cell"].shape
-    where = {name: jnp.broadcast_to(place[name][:, None], (b, v)) for name in ("lon", "lat")}
-    return {**views, "sensors": {**views["sensors"], PLACE: where}}
+    locations = {name: jnp.broadcast_to(place[name][:, None], (b, v)) for name in ("lon", "lat")}
+    return {**views, "sensors": {**views["sensors"], PLACE: locations}}
 
 
 def observe(
-    cfg: Any, model: Model, encoder: Tree, bank: Tree, place: Mapping[str, jax.Array], fused: Cells
-) -> tuple[prototypes.Observed, dict[str, jax.Array]]:
+    cfg: config_dict.ConfigDict,
+    model: Model,
+    encoder: Tree,
+    bank: prototypes.Bank,
+    place: prototypes.Place,
+    fused: Cells,
+) -> tuple[prototypes.Observed, dict[str, Scalar]]:
     """What the student's global views say about the bank, without gradient; see `prototypes.observe`.
 
-    cfg: the whole configuration; fused: the fused map's cells [B, V, 1, N, E + D], of which the bank sees the first E.
+    Args:
+        cfg: the whole configuration.
+        model: the network's functions.
+        encoder: the student's parameters.
+        bank: before the batch.
+        place: {"lon", "lat"} [B] degrees.
+        fused: the fused map's cells [B, V, 1, N, E + D], of which the bank sees the first E.
+
+    Returns:
+        (what the batch says about the bank, monitors by metric name).
     """
     features = jax.lax.stop_gradient(fused.features[:, :, 0, :, : cfg.model.fusion.embed_dims])
-    seen, monitors = prototypes.observe(
+    observed, monitors = prototypes.observe(
         bank,
         place,
         model.query(encoder, features),
@@ -41,12 +60,14 @@ def observe(
         cfg.objective.sinkhorn_iters,
         region_side(cfg.model.geo_context),
     )
-    return seen, {f"geo/{name}": value for name, value in monitors.items()}
+    return observed, {f"geo/{name}": value for name, value in monitors.items()}
 
 
-def rules(cfg: Any) -> tuple[tuple[str, str], ...]:
-    """Sharding of the query projection, where config.model has one, and of the bank (by region where they are
-    more than a prototype is wide, as at full size)."""
+def rules(cfg: config_dict.ConfigDict) -> tuple[tuple[str, str], ...]:
+    """Sharding of the bank, and of the query projection where config.model has one.
+
+    The bank is split by region where there are more regions than a prototype is wide, as at full size.
+    """
     bank = (("memory/bank/(prototypes|usage)", "fsdp"), ("memory/bank/(visits|cells|l(on|at)_edges)", "replicate"))
     if cfg.geo_context.width == cfg.fusion.embed_dims:
         return bank

@@ -1,4 +1,4 @@
-"""GFM's distillation: the student's features beside those of a frozen network that has learnt from other images.
+"""GFM's distillation: the student's features are compared with a frozen network's, which learnt from other images.
 
 GFM, models/simmim.py and models/teacher.py: an ImageNet Swin-B sees the same image unmasked, at its own size; both
 networks are compared at the map after the third merging, averaged over its cells, the student's through a linear layer.
@@ -6,34 +6,53 @@ networks are compared at the map after the third merging, averaged over its cell
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from ml_collections import config_dict
 
+from skysense_jax.core.shapes import FeatureMap, Image, Key, Scalar
+from skysense_jax.core.trees import Tree
 from skysense_jax.models import msgfm
+from skysense_jax.models.inputs import Contract
 from skysense_jax.models.msgfm_outputs import normalised
 from skysense_jax.nn.patch import conv_bias, torch_linear
 
 TAUGHT = "hr"
 """The sensor whose images the teacher knows; batches of others have no such term."""
 
-Tree = Any
-
 
 class Teacher(NamedTuple):
-    """init(rng) -> the frozen parameters; width: of the compared features; cosine(projector, teacher, merged, batch) ->
-    (mean cosine over the batch, 0 for a batch of another sensor; whether it is one of TAUGHT)."""
+    """The frozen network.
 
-    init: Callable[[jax.Array], Tree]
+    Attributes:
+        init: key -> the frozen parameters.
+        width: of the compared features.
+        cosine: (projector, teacher, merged, batch) -> (mean cosine over the batch, 0 for a batch of another sensor;
+            whether the batch is one of TAUGHT).
+    """
+
+    init: Callable[[Key], Tree]
     width: int
-    cosine: Callable[..., tuple[jax.Array, jax.Array]]
+    cosine: Callable[[Tree, Tree, FeatureMap, Tree], tuple[Scalar, Scalar]]
 
 
-def make_teacher(cfg: Any, contract: Mapping[str, Any]) -> Teacher:
-    """The teacher of config.objective.distill: the student's encoder without experts, at its own image size and window.
-    ValueError where no batch has images it knows.
+def make_teacher(cfg: config_dict.ConfigDict, contract: Contract) -> Teacher:
+    """The teacher of config.objective.distill: the student's encoder without experts.
+
+    It has an image size and a window of its own.
+
+    Args:
+        cfg: the whole configuration.
+        contract: the input contract.
+
+    Returns:
+        The teacher.
+
+    Raises:
+        ValueError: the contract lacks the sensor TAUGHT, so that no batch has images the teacher knows.
     """
     if TAUGHT not in contract["sensors"]:
         raise ValueError(
@@ -41,23 +60,23 @@ def make_teacher(cfg: Any, contract: Mapping[str, Any]) -> Teacher:
             f"{', '.join(contract['sensors'])}"
         )
     o, number = cfg.objective.distill, list(contract["sensors"]).index(TAUGHT)
-    own = cfg.model.copy_and_resolve_references()
-    own.unlock()
-    own.moe.stages, own.img_size, own.window = (), int(o.img_size), int(o.window)
-    network = msgfm.make_model(own, {**contract, "sensors": {TAUGHT: contract["sensors"][TAUGHT]}})
+    settings = cfg.model.copy_and_resolve_references()
+    settings.unlock()
+    settings.moe.stages, settings.img_size, settings.window = (), int(o.img_size), int(o.window)
+    network = msgfm.make_model(settings, {**contract, "sensors": {TAUGHT: contract["sensors"][TAUGHT]}})
 
-    def init(rng: jax.Array) -> Tree:
+    def init(rng: Key) -> Tree:
         params = network.init(rng)
         return {name: params[name] for name in (msgfm.ENCODER, msgfm.EMBED.format(TAUGHT))}
 
-    def cosine(projector: Tree, teacher: Tree, merged: jax.Array, batch: Tree) -> tuple[jax.Array, jax.Array]:
-        def compared(projector: Tree, merged: jax.Array) -> jax.Array:
-            image = stretched(normalised(contract, TAUGHT, batch["own"])[0], own.img_size)
-            theirs = network.encode(teacher, network.embed(teacher, TAUGHT, image)).merged
-            theirs = jax.lax.stop_gradient(theirs.mean((1, 2), dtype=jnp.float32))
-            mine = merged.mean((1, 2), dtype=jnp.float32) @ projector["kernel"] + projector["bias"]
-            norms = jnp.linalg.norm(mine, axis=-1) * jnp.linalg.norm(theirs, axis=-1)
-            return jnp.mean(jnp.sum(mine * theirs, axis=-1) / jnp.maximum(norms, 1e-8))
+    def cosine(projector: Tree, teacher: Tree, merged: FeatureMap, batch: Tree) -> tuple[Scalar, Scalar]:
+        def compared(projector: Tree, merged: FeatureMap) -> Scalar:
+            image = stretched(normalised(contract, TAUGHT, batch["own"])[0], settings.img_size)
+            target = network.encode(teacher, network.embed(teacher, TAUGHT, image)).merged
+            target = jax.lax.stop_gradient(target.mean((1, 2), dtype=jnp.float32))
+            student = merged.mean((1, 2), dtype=jnp.float32) @ projector["kernel"] + projector["bias"]
+            norms = jnp.linalg.norm(student, axis=-1) * jnp.linalg.norm(target, axis=-1)
+            return jnp.mean(jnp.sum(student * target, axis=-1) / jnp.maximum(norms, 1e-8))
 
         known = batch["sensor"][0] == number
         return jax.lax.cond(known, compared, lambda *_: jnp.float32(0), projector, merged), known
@@ -65,8 +84,16 @@ def make_teacher(cfg: Any, contract: Mapping[str, Any]) -> Teacher:
     return Teacher(init, cfg.model.embed_dims * 2 ** (len(cfg.model.depths) - 1), cosine)
 
 
-def projector(rng: jax.Array, width: int) -> Tree:
-    """Parameters of the student's linear layer, started as torch starts one."""
+def projector(rng: Key, width: int) -> Tree:
+    """Parameters of the student's linear layer, started as torch starts a linear layer.
+
+    Args:
+        rng: random key.
+        width: of the compared features, in and out.
+
+    Returns:
+        {"kernel" [width, width], "bias" [width]} float32.
+    """
     kernel, bias = jax.random.split(rng)
     return {
         "kernel": torch_linear(kernel, (width, width), jnp.float32),
@@ -74,9 +101,17 @@ def projector(rng: jax.Array, width: int) -> Tree:
     }
 
 
-def stretched(image: jax.Array, side: int) -> jax.Array:
-    """[B,H,H,C] -> [B,side,side,C] bilinear with the corner pixels on each other (torch's align_corners=True)."""
+def stretched(image: Image, side: int) -> Image:
+    """Square images resized bilinearly with the corner pixels on each other (torch's align_corners=True).
+
+    Args:
+        image: [B, H, H, C].
+        side: of the result in pixels.
+
+    Returns:
+        [B, side, side, C].
+    """
     size = image.shape[1]
-    at = jnp.arange(side) * ((size - 1) / max(side - 1, 1))
-    weights = jnp.maximum(1.0 - jnp.abs(at[:, None] - jnp.arange(size)), 0.0)
+    positions = jnp.arange(side) * ((size - 1) / max(side - 1, 1))
+    weights = jnp.maximum(1.0 - jnp.abs(positions[:, None] - jnp.arange(size)), 0.0)
     return jnp.einsum("ip,jq,bpqc->bijc", weights, weights, image, precision=jax.lax.Precision.HIGHEST)

@@ -35,30 +35,41 @@ Metrics (float32 scalars; "nan" where this batch has none of it):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from ml_collections import config_dict
 
 from skysense_jax.core import trees
 from skysense_jax.core.rngs import name_hash
+from skysense_jax.core.shapes import FeatureMap, Key, Mask, Scalar
+from skysense_jax.core.trees import Tree
 from skysense_jax.models import msgfm
+from skysense_jax.models.inputs import Contract
 from skysense_jax.models.msgfm_outputs import normalised
 from skysense_jax.objectives import flops, gfm
 from skysense_jax.objectives.base import Objective
 from skysense_jax.ops.masking import masked_sums, pixel_mask, random_cells
 from skysense_jax.sensors import SENSORS
 
-Tree = Any
 
-
-def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
-    """The objective of a whole configuration and an input contract. See objectives.base for the functions' contracts.
+def make_objective(cfg: config_dict.ConfigDict, contract: Contract) -> Objective:
+    """The objective of a configuration and an input contract. See objectives.base for the functions' contracts.
 
     params = {"encoder": models.msgfm's}; teacher = memory = {}. With distillation params has "projector" {"kernel",
-    "bias"} and teacher "encoder", the frozen network, whose weights somebody must put there (run.init_from). Raises
-    ValueError where the configuration contradicts itself.
+    "bias"} and teacher "encoder", the frozen network, whose weights run.init_from must put there.
+
+    Args:
+        cfg: the whole configuration.
+        contract: the input contract.
+
+    Returns:
+        The objective.
+
+    Raises:
+        ValueError: the configuration contradicts itself.
     """
     model, o, names = msgfm.make_model(cfg.model, contract), cfg.objective, tuple(contract["sensors"])
     cell, side = int(o.mask_cell), int(cfg.model.img_size)
@@ -70,52 +81,49 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
     if cfg.model.moe.stages and int(cfg.data.batch) % cfg.model.moe.group:
         raise ValueError(f"config.model.moe.group={cfg.model.moe.group} does not divide data.batch={cfg.data.batch}")
     bands = {name: len(rule["bands"]) for name, rule in contract["sensors"].items()}
-    targets = {name: tuple(one for one in (name, SENSORS[name].pair) if one in names) for name in names}
+    targets = {name: tuple(target for target in (name, SENSORS[name].pair) if target in names) for name in names}
     teach = gfm.make_teacher(cfg, contract) if o.distill.weight else None
     scales = tuple(float(cfg.optim.lr_scale[name]) for name in names)
 
-    def init(rng: jax.Array, spec: Tree) -> tuple[Tree, Tree, Tree]:
+    def init(rng: Key, spec: Tree) -> tuple[Tree, Tree, Tree]:
         params = {"encoder": model.init(rng)}
         if teach is None:
             return params, {}, {}
         student, teacher = (jax.random.fold_in(rng, name_hash(name)) for name in ("projector", "teacher"))
         return {**params, "projector": gfm.projector(student, teach.width)}, {"encoder": teach.init(teacher)}, {}
 
-    def embedding(name: str) -> Callable[..., jax.Array]:
-        def branch(params: Tree, own: Tree, mask: jax.Array) -> jax.Array:
-            return model.embed(params, name, normalised(contract, name, own)[0], mask)
+    def embedding(name: str) -> Callable[..., FeatureMap]:
+        def branch(params: Tree, images: Tree, mask: Mask) -> FeatureMap:
+            return model.embed(params, name, normalised(contract, name, images)[0], mask)
 
         return branch
 
     def errors(name: str) -> Callable[..., jax.Array]:
-        """[4]: summed error and pixels of the images that reconstruct themselves, and their partner."""
+        """[4]: summed error and pixels of the images that reconstruct themselves, then of those that their partner."""
 
-        def one(params: Tree, target: str, part: Tree, final: jax.Array, mask: jax.Array) -> tuple[jax.Array, ...]:
-            image, measured = normalised(contract, target, part)
+        def target_sums(
+            params: Tree, target: str, images: Tree, final: FeatureMap, mask: Mask
+        ) -> tuple[Scalar, Scalar]:
+            image, measured = normalised(contract, target, images)
             return masked_sums(model.decode(params, target, final), image, measured * mask[..., None])
 
-        def branch(params: Tree, batch: Tree, final: jax.Array, mask: jax.Array, crossing: jax.Array) -> jax.Array:
-            sums = one(params, name, batch["own"], final, mask * (1 - crossing)[:, None, None])
+        def branch(params: Tree, batch: Tree, final: FeatureMap, mask: Mask, crossing: Mask) -> jax.Array:
+            sums = target_sums(params, name, batch["own"], final, mask * (1 - crossing)[:, None, None])
             across = (jnp.zeros(()), jnp.zeros(()))
             for pair in targets[name][1:]:
-                across = one(params, pair, batch["pair"], final, mask * crossing[:, None, None])
+                across = target_sums(params, pair, batch["pair"], final, mask * crossing[:, None, None])
             return jnp.stack([*sums, *across]).astype(jnp.float32)
 
         return branch
 
     def loss(
-        params: Tree,
-        teacher: Tree,
-        memory: Tree,
-        batch: Tree,
-        keys: Mapping[str, jax.Array],
-        schedule: Mapping[str, jax.Array],
-    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Tree]]:
+        params: Tree, teacher: Tree, memory: Tree, batch: Tree, keys: Mapping[str, Key], schedule: Mapping[str, Scalar]
+    ) -> tuple[Scalar, tuple[dict[str, Scalar], Tree]]:
         encoder, sensor = params["encoder"], batch["sensor"][0]
         size = batch["sensor"].shape[0]
         cells = random_cells(keys["mask"], size, side // cell, o.mask_ratio)
         crossing = jax.random.bernoulli(keys["cross"], o.cross, (size,)) * batch["paired"]
-        outer = {name: part for name, part in encoder.items() if name != msgfm.ENCODER}
+        outer = {name: weights for name, weights in encoder.items() if name != msgfm.ENCODER}
         tokens = jax.lax.switch(
             sensor, [embedding(name) for name in names], outer, batch["own"], pixel_mask(cells, cell // cfg.model.patch)
         )
@@ -132,30 +140,31 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
             metrics["distill/cosine"] = jnp.where(known, cosine, jnp.nan)
         metrics |= {"loss/total": total, "loss/mim": mim, "cross/share": crossing.mean()}
         for number, name in enumerate(names):
-            for at, target in zip((0, 2), targets[name]):
-                seen = (sensor == number) & (sums[at + 1] > 0)
-                metrics[f"loss/{name}-{target}"] = jnp.where(seen, sums[at] / jnp.maximum(sums[at + 1], 1.0), jnp.nan)
+            for position, target in enumerate(targets[name]):
+                error, pixels = sums[2 * position], sums[2 * position + 1]
+                reconstructed = (sensor == number) & (pixels > 0)
+                metrics[f"loss/{name}-{target}"] = jnp.where(reconstructed, error / jnp.maximum(pixels, 1.0), jnp.nan)
         return total, (jax.lax.stop_gradient(metrics), {})
 
     def settle(
-        params: Tree, teacher: Tree, memory: Tree, settle_inputs: Tree, schedule: Mapping[str, jax.Array]
+        params: Tree, teacher: Tree, memory: Tree, settle_inputs: Tree, schedule: Mapping[str, Scalar]
     ) -> tuple[Tree, Tree]:
         return teacher, memory
 
-    def lr_scale(batch: Tree) -> jax.Array:
+    def lr_scale(batch: Tree) -> Scalar:
         return jnp.asarray(scales, jnp.float32)[batch["sensor"][0]]
 
     def taking_part(batch: Tree, params: Tree) -> Tree:
-        users = {msgfm.EMBED.format(name): (name,) for name in names}
-        users |= {msgfm.DECODER.format(name): [one for one in names if name in targets[one]] for name in names}
+        users: dict[str, Sequence[str]] = {msgfm.EMBED.format(name): (name,) for name in names}
+        users |= {msgfm.DECODER.format(name): [user for user in names if name in targets[user]] for name in names}
         users["projector"] = (gfm.TAUGHT,)
 
-        def leaf(name: str, _: Any) -> Any:
+        def trained(name: str, _: Any) -> Scalar:
             module = name.removeprefix("encoder/").split("/")[0]
-            numbers = [names.index(one) for one in users.get(module, names)]
+            numbers = [names.index(user) for user in users.get(module, names)]
             return jnp.any(batch["sensor"][0] == jnp.array(numbers))
 
-        return trees.map_named(leaf, params)
+        return trees.map_named(trained, params)
 
     return Objective(
         init,
@@ -170,7 +179,7 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
     )
 
 
-def moe_metrics(moe: Mapping[str, Mapping[str, jax.Array]]) -> tuple[jax.Array, dict[str, jax.Array]]:
+def moe_metrics(moe: Mapping[str, Mapping[str, jax.Array]]) -> tuple[Scalar, dict[str, Scalar]]:
     """(sum of the auxiliary losses, metrics) of what the mixtures of all stages report; (0, {}) of a dense encoder."""
     if not moe:
         return jnp.float32(0), {}
@@ -184,14 +193,22 @@ def moe_metrics(moe: Mapping[str, Mapping[str, jax.Array]]) -> tuple[jax.Array, 
         "moe/load_max": load.max(-1).mean(),
         **{
             f"moe/load/{mixture}-{expert}": share
-            for mixture, row in enumerate(load)
-            for expert, share in enumerate(row)
+            for mixture, shares in enumerate(load)
+            for expert, share in enumerate(shares)
         },
     }
 
 
-def sharding_rules(cfg: Any, distils: bool) -> tuple[tuple[str, str], ...]:
-    """Rules over the joined tree {"params", "teacher", "memory"} (core.sharding has the tactics)."""
+def sharding_rules(cfg: config_dict.ConfigDict, distils: bool) -> tuple[tuple[str, str], ...]:
+    """Sharding rules over the joined tree {"params", "teacher", "memory"}.
+
+    Args:
+        cfg: the whole configuration.
+        distils: whether there are a teacher and a projector.
+
+    Returns:
+        ((pattern, tactic), ...), tactics of core.sharding.
+    """
     experts = r"params/encoder/encoder/.+/moe/fc[12](_bias)?"
     rules = [
         (r"(params|teacher)/encoder/(embed|decoder)_[^/]+/.+", "fsdp"),

@@ -1,0 +1,1 @@
+"""Pure functions on arrays: losses, clustering, masks, the prototype bank; no parameters."""

@@ -11,20 +11,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from skysense_jax.core.shapes import Features, Mask
 from skysense_jax.ops.sinkhorn import sinkhorn
 
 
 def seed_cells(height: int, width: int, clusters: int) -> np.ndarray:
-    """Row-major indices (int32 [clusters], sorted) of a regular rows x columns subset of the cells of a height x width
-    map.
+    """A regular rows x columns subset of the cells of a map, one cell for each cluster.
 
     rows * columns = clusters, with the spacing as square as the divisors of `clusters` allow.
-    Raises ValueError where no such grid fits into the map.
+
+    Args:
+        height: of the map in cells.
+        width: of the map in cells.
+        clusters: number of clusters.
+
+    Returns:
+        Row-major indices of the cells, int32 [clusters], ascending.
+
+    Raises:
+        ValueError: no such grid fits into the map.
     """
     grids = [
-        (r, clusters // r)
-        for r in range(1, clusters + 1)
-        if clusters % r == 0 and r <= height and clusters // r <= width
+        (rows, clusters // rows)
+        for rows in range(1, clusters + 1)
+        if clusters % rows == 0 and rows <= height and clusters // rows <= width
     ]
     if not grids:
         raise ValueError(
@@ -36,13 +46,19 @@ def seed_cells(height: int, width: int, clusters: int) -> np.ndarray:
     return (y[:, None] * width + x[None, :]).reshape(-1)
 
 
-def assign(features: jax.Array, mask: jax.Array, seeds: np.ndarray, epsilon: float, iterations: int) -> jax.Array:
+def assign(features: Features, mask: Mask, seeds: np.ndarray, epsilon: float, iterations: int) -> jax.Array:
     """Balanced assignment of cells to the clusters seeded by some of them.
 
-    features: [..., N, D]; mask: [..., N], nonzero = the cell is valid; seeds: [C] cell indices; epsilon: temperature on
-    the cosine. Returns [..., N, C] float32 (float64 for float64): rows of valid cells sum to 1, of others are 0; a
-    cluster whose seed is invalid stays empty, and the others share the cells. With no valid seed at all everything is
-    0.
+    Args:
+        features: [..., N, D] of the cells.
+        mask: [..., N], nonzero = the cell is valid.
+        seeds: [C] cell indices.
+        epsilon: temperature on the cosine.
+        iterations: of Sinkhorn-Knopp.
+
+    Returns:
+        [..., N, C] float32 (float64 for float64): rows of valid cells sum to 1, rows of others are 0. A cluster whose
+        seed is invalid stays empty, and the other clusters share the cells. Without a valid seed everything is 0.
     """
     wide = jnp.promote_types(features.dtype, jnp.float32)
     dots = jnp.einsum("...nd,...cd->...nc", features, features[..., seeds, :], preferred_element_type=wide)
@@ -51,11 +67,16 @@ def assign(features: jax.Array, mask: jax.Array, seeds: np.ndarray, epsilon: flo
     return sinkhorn(cosine / epsilon, iterations, mask, mask[..., seeds])
 
 
-def centres(features: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+def centres(features: Features, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Weighted means of the cells' features.
 
-    features: [..., N, D]; weight: [..., N, C] >= 0. Returns (centres [..., C, D] float32 or wider, accumulated there
-    over products in the features' dtype; mass [..., C] = sum of the weights); a cluster without mass has centre 0.
+    Args:
+        features: [..., N, D] of the cells.
+        weight: [..., N, C] >= 0 of each cell in each cluster.
+
+    Returns:
+        (centres [..., C, D], float32 or wider, in which products in the features' dtype are accumulated; mass [..., C]
+        = sum of the weights). A cluster without mass has the centre 0.
     """
     mass = weight.sum(-2)
     share = (weight / jnp.maximum(mass, 1e-6)[..., None, :]).astype(features.dtype)

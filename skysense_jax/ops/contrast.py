@@ -16,11 +16,21 @@ import jax
 import jax.numpy as jnp
 
 from skysense_jax.core.mesh import batch_axes
+from skysense_jax.core.shapes import Features, Mask, Scalar
 from skysense_jax.core.sharding import one_each
+from skysense_jax.ops.unit import unit
 
 
 def safe_mean(total: jax.Array, weight: jax.Array) -> jax.Array:
-    """total / weight, and 0 (with zero gradient) where weight is 0."""
+    """A sum divided by its weight, and 0 with zero gradient where the weight is 0.
+
+    Args:
+        total: [...] weighted sums.
+        weight: [...] sums of the weights.
+
+    Returns:
+        [...].
+    """
     return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1.0), 0.0)
 
 
@@ -29,17 +39,22 @@ def add_up(values: Iterable[jax.Array]) -> jax.Array:
     return sum(values, start=jnp.float32(0))
 
 
-def normalise(x: jax.Array, eps: float = 1e-12) -> jax.Array:
-    """x / max(||x||, eps) over the last axis in float32 or wider; the gradient at 0 is 0, not NaN
-    (torch.nn.functional.normalize).
-    """
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return x / jnp.sqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), eps * eps))
+def normalise(x: Features) -> Features:
+    """Unit vectors over the last axis by the losses' rule: :func:`ops.unit.unit` with "clamp"."""
+    return unit(x, "clamp")
 
 
 def update_centre(centre: jax.Array, mean_logits: jax.Array, seen: jax.Array, momentum: float) -> jax.Array:
-    """DINO's centre after a batch: momentum * centre + (1 - momentum) * mean teacher logits; unchanged where `seen`
-    (scalar) is 0.
+    """DINO's centre after a batch: momentum * centre + (1 - momentum) * mean of the teacher's logits.
+
+    Args:
+        centre: [K] so far.
+        mean_logits: [K] of the batch.
+        seen: scalar, 0 = the batch has no logits; the centre then stays.
+        momentum: in [0, 1].
+
+    Returns:
+        [K].
     """
     return jnp.where(seen > 0, momentum * centre + (1 - momentum) * mean_logits, centre)
 
@@ -57,13 +72,25 @@ def distil(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Self-distillation of rows, without ever holding the logits of more than `chunk` rows of each place.
 
-    student: [B, n, d] normalised bottleneck vectors. teacher: [B, n, M, d], M targets for each student row. weight: [B,
-    n, M] >= 0. student_prototypes, teacher_prototypes: [d, K] float32. centre: [K]. Loss per row: sum_m weight_m *
-    CE(teacher_m, student), linear in the teacher's assignment, so the student's logits are made once. With n > chunk
-    the rows are scanned in pieces that are rematerialised in the backward pass (65,536 prototypes x 16,000 rows of a
-    sample would be 4 GB), each device its own places: the pieces' gradients are summed over devices once. Returns (ce
-    [B, n] = weighted cross-entropies, entropy [B, n] = weighted teacher entropies, assigned [K] = sum of weight *
-    teacher assignment), float32; only `ce` carries gradient, and only into the student's side.
+    The loss of a row is sum_m weight_m * CE(teacher_m, student), linear in the teacher's assignment, so that the
+    student's logits are computed once. With n > chunk the rows are scanned in pieces that are rematerialised in the
+    backward pass (65,536 prototypes x 16,000 rows of a sample would be 4 GB), each device scanning its own places: the
+    pieces' gradients are summed over devices once.
+
+    Args:
+        student: [B, n, d] normalised bottleneck vectors.
+        teacher: [B, n, M, d], M targets for each student row.
+        weight: [B, n, M] >= 0.
+        student_prototypes: [d, K] float32.
+        teacher_prototypes: [d, K] float32.
+        centre: [K] subtracted from the teacher's logits.
+        student_temp: temperature of the student's softmax.
+        teacher_temp: temperature of the teacher's softmax.
+        chunk: rows of a place whose logits may be held at once.
+
+    Returns:
+        (ce [B, n] = weighted cross-entropies, entropy [B, n] = weighted teacher entropies, assigned [K] = sum of weight
+        * teacher assignment), float32. Only `ce` carries gradient, and only into the student's side.
     """
     teacher, centre = jax.lax.stop_gradient((teacher, centre))
     teacher_prototypes, weight = jax.lax.stop_gradient((teacher_prototypes, weight))
@@ -107,20 +134,28 @@ def distil(
         ce, entropy = (jnp.moveaxis(x, 0, 1).reshape(-1, pieces * size)[:, :n] for x in (ce, entropy))
         return ce, entropy, assigned
 
-    if (parts := math.prod(batch_axes().values())) == 1:
+    if (devices := math.prod(batch_axes().values())) == 1:
         return scanned(student, teacher, weight, student_prototypes)
-    each = [x.reshape(parts, batch // parts, *x.shape[1:]) for x in (student, teacher, weight)]
-    ce, entropy, assigned = jax.vmap(scanned)(*each, one_each(student_prototypes))
+    zs, zt, w = (x.reshape(devices, batch // devices, *x.shape[1:]) for x in (student, teacher, weight))
+    ce, entropy, assigned = jax.vmap(scanned)(zs, zt, w, one_each(student_prototypes))
     return ce.reshape(batch, n), entropy.reshape(batch, n), assigned.sum(0)
 
 
-def info_nce(a: jax.Array, b: jax.Array, valid: jax.Array, temperature: float) -> jax.Array:
+def info_nce(a: Features, b: Features, valid: Mask, temperature: float) -> Scalar:
     """Symmetric InfoNCE between two sensors' regions, in both directions, over the global batch.
 
-    a, b: [B, n, d] L2-normalised region vectors of two sensors, row (place, region); valid: [B, n], nonzero = both
-    sensors see the region. Positive of (p, i) in one sensor: (p, i) in the other. Negatives: all valid regions of
-    *other* places; the other regions of the same place (same view or not) are in neither set, because they may show the
-    same ground. Returns the mean over valid regions and both directions, a float32 scalar; 0 where no region is valid.
+    The positive of (place, region) in one sensor is the same (place, region) in the other. Negatives are all valid
+    regions of *other* places; the other regions of the same place (same view or not) are in neither set, because they
+    may show the same ground.
+
+    Args:
+        a: [B, n, d] L2-normalised region vectors of one sensor, row (place, region).
+        b: [B, n, d] of the other sensor.
+        valid: [B, n], nonzero = both sensors see the region.
+        temperature: by which similarities are divided.
+
+    Returns:
+        The mean over valid regions and both directions, a float32 scalar; 0 where no region is valid.
     """
     places = a.shape[0]
     valid = (valid != 0).astype(jnp.float32)

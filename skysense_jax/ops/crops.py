@@ -5,16 +5,23 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from skysense_jax.core.shapes import Mask
+
 
 def match_cells(
     coords_a: jax.Array, coords_b: jax.Array, cell_a: jax.Array, cell_b: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, Mask]:
     """For every cell of view a the nearest cell of view b, and whether it is near enough to be the same ground.
 
-    coords_a: [..., ha, wa, 2] (x, y) of the cell centres in base pixels of the place; coords_b: [..., hb, wb, 2];
-    cell_a, cell_b: [...] side of one cell in base pixels. Batched over the leading axes.
-    Returns index int32 [..., ha*wa] into b's cells flattened row by row, and mask float32 [..., ha*wa]: 1 where the
-    centres lie at most half the diagonal of the larger cell apart. Equal distances: the first cell.
+    Args:
+        coords_a: [..., ha, wa, 2] (x, y) of the cell centres in base pixels of the place; leading axes are a batch.
+        coords_b: [..., hb, wb, 2] of view b.
+        cell_a: [...] side of a cell of view a in base pixels.
+        cell_b: [...] of a cell of view b.
+
+    Returns:
+        (index int32 [..., ha*wa] into b's cells flattened row by row, the first of equally distant cells; mask float32
+        [..., ha*wa], 1 where the centres lie at most half the diagonal of the larger cell apart).
     """
     flat_a = coords_a.reshape(*coords_a.shape[:-3], -1, 1, 2)
     flat_b = coords_b.reshape(*coords_b.shape[:-3], 1, -1, 2)

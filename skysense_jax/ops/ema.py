@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
+from skysense_jax.core.shapes import Scalar
+from skysense_jax.core.trees import Tree
 
-def ema(old: Any, new: Any, momentum: jax.Array | float) -> Any:
-    """momentum * old + (1 - momentum) * new, leaf by leaf.
 
-    old, new: trees of the same structure and shapes. momentum: scalar in [0, 1] (DINO's lambda; may be traced).
-    The result has `old`'s dtypes, which must be float32 or wider: an average kept in bfloat16 stalls, because its steps
-    are below half a unit in the last place. Raises ValueError for a narrower leaf.
+def ema(old: Tree, new: Tree, momentum: Scalar | float) -> Tree:
+    """The moving average momentum * old + (1 - momentum) * new, leaf by leaf.
+
+    Args:
+        old: the average so far. Its leaves must be float32 or wider: an average kept in bfloat16 stalls, because its
+            steps are below half a unit in the last place.
+        new: a tree of the same structure and shapes.
+        momentum: scalar in [0, 1] (DINO's lambda; may be traced).
+
+    Returns:
+        The average, in `old`'s dtypes.
+
+    Raises:
+        ValueError: a leaf of `old` is narrower than float32.
     """
 
-    def one(a: jax.Array, b: jax.Array) -> jax.Array:
-        if jnp.finfo(a.dtype).bits < 32:
-            raise ValueError(f"a moving average in {a.dtype} stalls; keep it in float32")
-        m = jnp.asarray(momentum, a.dtype)
-        return a * m + b.astype(a.dtype) * (1 - m)
+    def averaged(average: jax.Array, value: jax.Array) -> jax.Array:
+        if jnp.finfo(average.dtype).bits < 32:
+            raise ValueError(f"a moving average in {average.dtype} stalls; keep it in float32")
+        m = jnp.asarray(momentum, average.dtype)
+        return average * m + value.astype(average.dtype) * (1 - m)
 
-    return jax.tree.map(one, old, new)
+    return jax.tree.map(averaged, old, new)

@@ -15,10 +15,14 @@ column and row, and the table holds these.
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+Numbers = TypeVar("Numbers", jax.Array, np.ndarray)
+"""Either kind of array: what goes in comes out."""
 
 RADIUS = 6371007.1809
 """Metres: the sphere with the area of the WGS 84 ellipsoid."""
@@ -31,9 +35,16 @@ ALONE = 2**31 - 1
 
 
 def grid_edges(cell: float) -> tuple[np.ndarray, np.ndarray]:
-    """Inner edges of the grid's columns and rows in degrees, ascending: (longitudes [C-1], latitudes [R-1]) float32.
+    """Inner edges of the grid's columns and rows.
 
-    cell: side of a cell in metres at the equator. Raises ValueError where there would be no more than one cell.
+    Args:
+        cell: side of a cell in metres at the equator.
+
+    Returns:
+        (longitudes [C - 1], latitudes [R - 1]) in degrees, ascending, float32.
+
+    Raises:
+        ValueError: there would be no more than one cell.
     """
     if not 0 < cell < RADIUS:
         raise ValueError(f"model.geo_context.cell={cell} metres: give a side between 0 and {RADIUS:.0f}")
@@ -48,31 +59,46 @@ def grid_edges(cell: float) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def cell_ids(
-    lon: jax.Array, lat: jax.Array, lon_edges: jax.Array, lat_edges: jax.Array, side: int = ALONE
-) -> jax.Array:
-    """Cell of every location, row * columns + column, row and column modulo `side`: int32 [B], numpy for numpy input.
+def cell_ids(lon: Numbers, lat: Numbers, lon_edges: Numbers, lat_edges: Numbers, side: int = ALONE) -> Numbers:
+    """The cell of every location: row * columns + column, row and column modulo `side`.
 
-    lon, lat: [B] degrees; longitudes may run from -360 to 360, -180 and 180 are the same, and all at a pole; a location
-    that is not finite or outside of the Earth gives NOWHERE. A place on an edge belongs to the cell to the east or to
-    the north.
+    A location that is not finite or outside of the Earth gives NOWHERE. A place on an edge belongs to the cell to the
+    east or to the north.
+
+    Args:
+        lon: [B] degrees from -360 to 360; -180 and 180 are the same, and at a pole all are.
+        lat: [B] degrees.
+        lon_edges: inner edges of the columns, see :func:`grid_edges`.
+        lat_edges: inner edges of the rows.
+        side: rows and columns after which cells share regions, see the module.
+
+    Returns:
+        [B] int32, in numpy for numpy input.
     """
     xp = np if isinstance(lon, np.ndarray) else jnp
-    lon, lat = lon.astype(np.float32), lat.astype(np.float32)  # what batches hold
+    lon, lat = lon.astype(np.float32), lat.astype(np.float32)  # the dtype of a batch's locations
     tiny = np.finfo(np.float32).tiny  # below it devices read 0, numpy does not
     lon, lat = (xp.where(xp.abs(x) < tiny, np.float32(0), x) for x in (lon, lat))
-    there = (xp.abs(lon) <= 360) & (xp.abs(lat) <= 90)  # False for NaN
+    on_earth = (xp.abs(lon) <= 360) & (xp.abs(lat) <= 90)  # False for NaN
     lon = xp.where(xp.abs(lat) == 90, np.float32(0), lon)
     lon = xp.where(lon >= 180, lon - 360, xp.where(lon < -180, lon + 360, lon))  # exact in float32
     column = xp.sum(lon[:, None] >= lon_edges, axis=-1, dtype=np.int32) % side
     row = xp.sum(lat[:, None] >= lat_edges, axis=-1, dtype=np.int32) % side
-    return xp.where(there, row * (len(lon_edges) + 1) + column, NOWHERE).astype(np.int32)
+    return xp.where(on_earth, row * (len(lon_edges) + 1) + column, NOWHERE).astype(np.int32)
 
 
 def occupied(ids: np.ndarray, capacity: int) -> np.ndarray:
-    """The table of the cells in `ids`, ascending, its free rows NOWHERE: int32 [capacity].
+    """The table of the cells in which places lie.
 
-    Raises ValueError where there are more cells than rows.
+    Args:
+        ids: cells of the places, NOWHERE without a location.
+        capacity: rows of the table.
+
+    Returns:
+        int32 [capacity]: the cells ascending, then NOWHERE for the free rows.
+
+    Raises:
+        ValueError: there are more cells than rows.
     """
     cells = np.unique(ids[ids != NOWHERE])
     if len(cells) > capacity:
@@ -84,7 +110,15 @@ def occupied(ids: np.ndarray, capacity: int) -> np.ndarray:
 
 
 def shared(side: int, columns: int) -> np.ndarray:
-    """The table of a grid whose cells share regions: int32 [side^2], row `region` the cell that stands for it."""
+    """The table of a grid whose cells share regions.
+
+    Args:
+        side: rows and columns after which cells share regions.
+        columns: of the grid.
+
+    Returns:
+        int32 [side^2]: for each region the cell that stands for it.
+    """
     column, row = np.divmod(np.arange(side * side), side)
     return (row * columns + column).astype(np.int32)
 
@@ -96,16 +130,31 @@ def is_shared(cells: np.ndarray) -> bool:
 
 
 def lookup(cells: jax.Array, ids: jax.Array) -> jax.Array:
-    """Row of the table that holds each cell: int32 [B], NOWHERE where none does. cells: int32 [R]; ids: int32 [B]."""
+    """The region of each cell: the row of the table that has it.
+
+    Args:
+        cells: [R] int32, the table.
+        ids: [B] int32, the cells to look up.
+
+    Returns:
+        [B] int32, NOWHERE where no row has the cell.
+    """
     hit = (cells[None, :] == ids[:, None]) & (ids != NOWHERE)[:, None]
     return jnp.where(hit.any(-1), jnp.argmax(hit, axis=-1), NOWHERE).astype(jnp.int32)
 
 
 def claim(cells: jax.Array, ids: jax.Array) -> jax.Array:
-    """The table after the new cells in `ids` took its free rows, in ascending order: int32 [R].
+    """The table after new cells took its free rows, in ascending order.
 
-    Rows that are taken never change; cells that find no room stay out. The order of `ids` does not matter. This is how
-    a stream of unknown places fills a bank.
+    Rows that are taken never change; cells for which no row is free stay out. The order of `ids` does not matter. This
+    is how a stream of unknown places fills a bank.
+
+    Args:
+        cells: [R] int32, the table.
+        ids: [B] int32, the cells of a batch's places.
+
+    Returns:
+        [R] int32.
     """
     new = jnp.sort(jnp.where(lookup(cells, ids) == NOWHERE, ids, NOWHERE))
     first = (new != NOWHERE) & (new != jnp.roll(new, 1).at[0].set(NOWHERE))
@@ -117,13 +166,31 @@ def claim(cells: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def cell_bounds(cell: int, lon_edges: np.ndarray, lat_edges: np.ndarray) -> tuple[float, float, float, float]:
-    """(west, south, east, north) of a cell in degrees."""
+    """The edges of a cell.
+
+    Args:
+        cell: number of the cell.
+        lon_edges: inner edges of the grid's columns, degrees.
+        lat_edges: inner edges of the grid's rows, degrees.
+
+    Returns:
+        (west, south, east, north) in degrees.
+    """
     lon, lat = np.array([-180, *lon_edges, 180]), np.array([-90, *lat_edges, 90])
     row, column = divmod(int(cell), len(lon) - 1)
     return float(lon[column]), float(lat[row]), float(lon[column + 1]), float(lat[row + 1])
 
 
 def cell_centre(cell: int, lon_edges: np.ndarray, lat_edges: np.ndarray) -> tuple[float, float]:
-    """(longitude, latitude) in the middle between a cell's edges, degrees."""
+    """The middle between a cell's edges.
+
+    Args:
+        cell: number of the cell.
+        lon_edges: inner edges of the grid's columns, degrees.
+        lat_edges: inner edges of the grid's rows, degrees.
+
+    Returns:
+        (longitude, latitude) in degrees.
+    """
     west, south, east, north = cell_bounds(cell, lon_edges, lat_edges)
     return (west + east) / 2, (south + north) / 2

@@ -1,5 +1,4 @@
-"""Sinkhorn-Knopp in the log domain: scores of rows (samples) against columns (prototypes, clusters) -> balanced soft
-assignment.
+"""Sinkhorn-Knopp in the log domain: a balanced soft assignment of rows (samples) to columns (prototypes, clusters).
 
 Alternating normalisation of exp(scores) to equal column masses and equal row masses (Cuturi 2013; the order column
 first, then row, and the number of iterations as in SwAV `distributed_sinkhorn` and DINOv2 `sinkhorn_knopp_teacher`,
@@ -13,20 +12,30 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from skysense_jax.core.shapes import Logits, Mask
+
 NEGATIVE = -1e30
 """Logarithm of the mass of a masked entry: finite, so that no subtraction makes a NaN."""
 
 
 def sinkhorn(
-    scores: jax.Array, iterations: int, row_mask: jax.Array | None = None, column_mask: jax.Array | None = None
+    scores: Logits, iterations: int, row_mask: Mask | None = None, column_mask: Mask | None = None
 ) -> jax.Array:
     """Balanced assignment of rows to columns.
 
-    scores: [..., N, K], already divided by the temperature (epsilon); leading axes are independent problems. iterations
-    >= 1. row_mask: [..., N] and column_mask: [..., K], nonzero = takes part (default: all).
-    Returns float32 (float64 for float64 scores) [..., N, K]: every row that takes part sums to 1, the columns that take
-    part carry nearly equal mass (exactly before the last row step), everything masked is exactly 0. All rows masked ->
-    all zeros, never a NaN. Raises ValueError for iterations < 1.
+    Args:
+        scores: [..., N, K], already divided by the temperature (epsilon); leading axes are independent problems.
+        iterations: at least 1.
+        row_mask: [..., N], nonzero = the row takes part; None: all do.
+        column_mask: [..., K], nonzero = the column takes part; None: all do.
+
+    Returns:
+        [..., N, K] float32 (float64 for float64 scores). Every row that takes part sums to 1, the columns that take
+        part carry nearly equal mass (exactly before the last row step), everything masked is exactly 0. With all rows
+        masked everything is 0, never NaN.
+
+    Raises:
+        ValueError: iterations < 1.
     """
     if iterations < 1:
         raise ValueError(f"sinkhorn needs at least one iteration, got {iterations}")

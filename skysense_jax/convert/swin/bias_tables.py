@@ -10,7 +10,7 @@ import math
 import numpy as np
 from scipy.interpolate import RectBivariateSpline
 
-from skysense_jax.nn.swin import relative_coords
+from skysense_jax.nn.windows import relative_coords
 
 
 def window_of(rows: int) -> int | None:
