@@ -46,7 +46,7 @@ from skysense_jax.objectives import msgfm as msgfm_objective
 from skysense_jax.run import init_from, metrics, optim, state
 from skysense_jax.run import plan as plans
 from skysense_jax.run.step import make_step
-from skysense_jax.sensors import SENSORS
+from skysense_jax.sensors import SENSORS, on_fine_grid
 from tests.helpers import noise_dataset
 
 CONFIG = pathlib.Path(__file__).resolve().parents[1] / "configs" / "msgfm_smoke.py"
@@ -113,7 +113,7 @@ def split_places(data: pathlib.Path, folder: pathlib.Path) -> None:
 
     def coarser(record: Mapping[str, Any]) -> dict[str, Any]:
         record = dict(record)
-        for name in (name for name in NAMES if SENSORS[name].grid == "hr"):
+        for name in (name for name in NAMES if on_fine_grid(SENSORS[name])):
             for part in ("image", "valid", "clear"):
                 was = record[f"{name}_{part}"]
                 blocks = was.reshape(len(was), tile * RATIO, step, tile * RATIO, step, *was.shape[3:])

@@ -175,7 +175,7 @@ def placed(entries: Iterable[Entry], torch: str, name: str) -> list[Entry]:
 
 def module_entries(module: str, cfg: Any) -> list[Entry]:
     """Tensors of one top-level parameter of the model, names without its prefix on either side."""
-    if module == "hr":
+    if module == skysense.SWIN:
         return swin_entries(cfg.hr.depths, cfg.hr.extra_norm_every, range(len(cfg.hr.depths)))
     if module == "fusion":
         return fusion_entries(cfg.fusion.depth)

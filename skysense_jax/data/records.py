@@ -22,7 +22,7 @@ SYNTHETIC_TAG = "SKYSENSE_SYNTHETIC"
 
 
 def record_features(names: Sequence[str], tile: int, ratio: int, n_classes: int) -> tfds.features.FeaturesDict:
-    """Features of a record: one place of N x N base pixels (N = tile), S = N (grid "s2") or N * ratio (grid "hr").
+    """Features of a record: one place of N x N base pixels (N = tile), S = N (base grid) or N * ratio (fine grid).
 
     place, crs: text. lon, lat: float64 degrees of the centre. footprint: float64 [4] left, bottom, right, top in
     `crs`. label: uint8 [K] multi-hot (K = max(n_classes, 1); all 0 = unlabelled). label_map: uint8 [N, N], 255 =
@@ -48,7 +48,7 @@ def record_features(names: Sequence[str], tile: int, ratio: int, n_classes: int)
     }
     for name in names:
         row = sensors.SENSORS[name]
-        side, count = tile * (ratio if row.grid == "hr" else 1), len(row.bands)
+        side, count = tile * sensors.pixels_per_base(row, ratio), len(row.bands)
         features[f"{name}_image"] = tensor((None, side, side, count), row.dtype)
         features[f"{name}_valid"] = tensor((None, side, side), "uint8")
         features[f"{name}_clear"] = tensor((None, side, side), "uint8")
@@ -224,8 +224,8 @@ def check_dataset(meta: Mapping[str, Any], contract: Mapping[str, Any], cfg: Any
             raise ValueError(f"config.data.bands names {name!r}, which the input contract does not have")
     if contract["ratio"] != cfg.model.ratio:
         raise ValueError(f"config.model.ratio is {cfg.model.ratio}, the input contract says {contract['ratio']}")
-    on_hr_grid = [name for name, rule in contract["sensors"].items() if rule["grid"] == "hr"]
-    if on_hr_grid and meta["ratio"] != contract["ratio"]:
+    fine = any(sensors.on_fine_grid(rule) for rule in contract["sensors"].values())
+    if fine and meta["ratio"] != contract["ratio"]:
         raise ValueError(
             f"the dataset in {data.dir} has {meta['ratio']} HR pixels along a base pixel, "
             f"the model {contract['ratio']}; build the dataset with --ratio {contract['ratio']} or change the model"

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from skysense_jax.nn.attention import wide
+from skysense_jax.sensors import pixels_per_base
 
 PLACE = "place"
 """Entry of a PlaceInput beside its sensors: where the places are."""
@@ -34,7 +35,7 @@ def check_inputs(inputs: Mapping[str, Mapping[str, Any]], contract: Mapping[str,
         for key, expected in wanted.items():
             if tuple(sensor[key].shape) != expected:
                 raise ValueError(f"{name}: {key} must have shape {expected}, got {tuple(sensor[key].shape)}")
-        cell = contract["ratio"] if rule["grid"] == "hr" else 1
+        cell = pixels_per_base(rule, contract["ratio"])
         if shape[2] % cell or shape[3] % cell:
             raise ValueError(f"{name}: {shape[2]}x{shape[3]} pixels are not multiples of the ratio {cell}")
         grids[name] = (shape[2] // cell, shape[3] // cell)

@@ -38,6 +38,9 @@ BANKS = ("none", "on", "frozen")
 TABLES = ("places", "stream", "hashed")
 """model.geo_context.table: regions are the cells of the training places, cells as they come, or all, sharing them."""
 
+SWIN = "hr"
+"""The sensor whose encoder is a Swin; the others have a ViT."""
+
 HEADS = {"s2": "head_s2", "s1": "head_s1"}
 """The UP head that brings a ViT's map to the common grid."""
 
@@ -101,7 +104,7 @@ def build_modules(cfg: Any, contract: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"model.ratio is {cfg.ratio}, the input contract's ratio is {contract['ratio']}")
     dtype = jnp.dtype(cfg.dtype)
     modules: dict[str, Any] = {}
-    if "hr" in sensors:
+    if SWIN in sensors:
         hr, stages = cfg.hr, len(cfg.hr.depths)
         stride, width = hr.patch * 2 ** (stages - 1), hr.embed_dims * 2 ** (stages - 1)
         if stride != cfg.ratio or width != cfg.width:
@@ -249,7 +252,7 @@ def fusion_sequence(
         if name not in maps:
             continue
         x = maps[name]
-        if calendar == "dated" or (calendar == "s2" and name == "s2"):
+        if calendar in ("dated", name):
             x = x + calendar_rows(gathered(table), dates[name])[:, :, None, None, :].astype(x.dtype)
         parts.append(x.transpose(0, 2, 3, 1, 4))
         seen.append(masks[name].transpose(0, 2, 3, 1))
@@ -308,7 +311,7 @@ def make_model(cfg: Any, contract: Mapping[str, Any]) -> Model:
             image, valid = normalise(sensor, contract["sensors"][name])
             b, t = image.shape[:2]
             image = image.reshape(b * t, *image.shape[2:])
-            if name == "hr":
+            if name == SWIN:
                 stages = run(name, image)
                 outputs["hr_stages"] = tuple(m.reshape(b, t, *m.shape[1:]) for m in stages)
                 outputs["maps"][name] = outputs["hr_stages"][-1]
@@ -359,7 +362,7 @@ def param_shapes(cfg: Any, contract: Mapping[str, Any]) -> Params:
 
 def _smallest(name: str, cfg: Any, contract: Mapping[str, Any]) -> tuple[int, ...]:
     """Shape of the smallest input a module accepts: parameters do not depend on it, the time to initialise does."""
-    if name == "hr":
+    if name == SWIN:
         windows = per_stage(cfg.hr.window, len(cfg.hr.depths), "window")
         side = max(window * cfg.hr.patch * 2**stage for stage, window in enumerate(windows))
         return (1, side, side, len(contract["sensors"]["hr"]["bands"]))

@@ -46,7 +46,7 @@ import jax.numpy as jnp
 from skysense_jax.core import flops as count
 from skysense_jax.core.rngs import name_hash
 from skysense_jax.core.sharding import gathered
-from skysense_jax.models.skysense import SENSOR_ORDER, empty_bank, fused_width, make_model, with_bank
+from skysense_jax.models.skysense import SENSOR_ORDER, SWIN, empty_bank, fused_width, make_model, with_bank
 from skysense_jax.models.skysense_outputs import encoder_features
 from skysense_jax.nn.heads import DINOHead
 from skysense_jax.objectives import distillation, geo
@@ -290,7 +290,7 @@ def sharding_rules(cfg: Any, sensors: tuple[str, ...]) -> tuple[tuple[str, str],
     """Rules over the joined tree {"params", "teacher", "memory"}: one per family of modules (see core.sharding for the
     tactics).
     """
-    families = [*sensors, *(f"head_{name}" for name in sensors if name != "hr"), "fusion"]
+    families = [*sensors, *(f"head_{name}" for name in sensors if name != SWIN), "fusion"]
     rules = [(f"(params|teacher)/encoder/{family}/.+", "fsdp") for family in families]
     if cfg.model.calendar != "none":
         rules.append(("(params|teacher)/encoder/ctpe", "fsdp"))

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from skysense_jax.sensors import pixels_per_base
+
 
 class Leaf(NamedTuple):
     """Shape and dtype of one array of a batch."""
@@ -55,7 +57,7 @@ def views_spec(cfg: Any, contract: Mapping[str, Any]) -> dict[str, Any]:
         inputs = {}
         for name, rule in contract["sensors"].items():
             lead = (batch, count, int(data.dates[name]))
-            pixels = size * contract["ratio"] if rule["grid"] == "hr" else size
+            pixels = size * pixels_per_base(rule, contract["ratio"])
             channels = len(rule["bands"])
             inputs[name] = {
                 "image": Leaf((*lead, pixels, pixels, channels), f32),

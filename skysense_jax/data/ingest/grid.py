@@ -14,9 +14,7 @@ from rasterio.warp import reproject, transform, transform_bounds
 from rasterio.windows import Window
 
 from skysense_jax.data.ingest.raster import GDAL_ERRORS, Header, RasterRefused
-
-ANCHORS = ("s2", "s1", "hr", "dsm")
-"""The first of these sensors a place has decides its CRS and, in a single-tile place, where the grid starts."""
+from skysense_jax.sensors import base_grid_first
 
 MAX_TILES = 1_000_000
 _ALIGNED = 1e-3  # fraction of a pixel below which two grids are the same
@@ -129,8 +127,13 @@ def extent(head: Header, crs: CRS) -> tuple[tuple[float, float, float, float], t
 
 
 def reference(heads: Sequence[tuple[str, Header]]) -> Header:
-    """The raster that decides the grid: first sensor of ANCHORS, then the smallest pixel, then the catalog's order."""
-    return min(heads, key=lambda pair: (ANCHORS.index(pair[0]), pair[1].step))[1]
+    """The raster that decides a place's CRS and, in a single-tile place, where the grid starts.
+
+    That of the first sensor of :func:`skysense_jax.sensors.base_grid_first`, then the one with the smallest pixel, then
+    the first in the catalog's order. heads: (sensor, header) of every image.
+    """
+    order = base_grid_first()
+    return min(heads, key=lambda head: (order.index(head[0]), head[1].step))[1]
 
 
 def tiles_of(place: str, head: Header, extents: Sequence[tuple], crs: CRS, tile: int, gsd: float) -> Iterator[Tile]:

@@ -20,29 +20,8 @@ from skysense_jax.data.ingest.plain_images import Cut, cuts_of
 from skysense_jax.data.ingest.raster import GDAL_ERRORS, BrokenFile, Files, RasterRefused, read_window
 from skysense_jax.data.ingest.report import REFUSED, USED, add_dates, file_entry
 from skysense_jax.data.ingest.units import convert
+from skysense_jax.data.ingest.settings import Settings
 from skysense_jax.sensors import NO_DATE, SENSORS, UNLABELLED
-
-
-class Settings(NamedTuple):
-    """What a build is asked for. tile: base pixels along a tile. gsd: metres of a base pixel. ratio: HR pixels along
-    a base pixel. sensors: those of the dataset. label_classes: order of the multi-hot label. root: the catalog's
-    folder. max_pixels, max_upsample: limits of one file. georeferenced: False = the images have no place on Earth and
-    are cut by their pixels.
-    """
-
-    tile: int
-    gsd: float
-    ratio: int
-    sensors: tuple[str, ...]
-    label_classes: tuple[str, ...]
-    root: Path
-    max_pixels: int
-    max_upsample: float
-    georeferenced: bool = True
-
-    def side(self, sensor: str) -> int:
-        """Pixels of the sensor along a tile."""
-        return self.tile * (self.ratio if SENSORS[sensor].grid == "hr" else 1)
 
 
 class _Place(NamedTuple):
@@ -67,16 +46,7 @@ def _inspect(
             if not settings.georeferenced and (row.kind != "image" or place.images):
                 raise RasterRefused("without georeference a place is one image: nothing says what lies on what")
             if row.kind == "image":
-                layer = inspect_image(
-                    row,
-                    files,
-                    settings.root,
-                    settings.gsd,
-                    settings.ratio,
-                    settings.max_pixels,
-                    settings.max_upsample,
-                    settings.georeferenced,
-                )
+                layer = inspect_image(row, files, settings)
                 same = place.images.setdefault(row.sensor, {}).setdefault(row.date, [])
                 twice = duplicate_bands(same, layer)
                 if twice:
