@@ -155,7 +155,7 @@ def test_stopped_while_finishing(source, straight, tmp_path, monkeypatch):
 
 PROGRAM = """
 import sys
-from skysense_jax.data import builder
+from skysense_jax.data.ingest import build as builder
 if __name__ == "__main__":
     options = builder.Options(tile=8, ratio=2, shard_places=1)
     builder.build(sys.argv[1], sys.argv[2], options, workers=int(sys.argv[3]), progress=False)
