@@ -16,9 +16,6 @@ from skysense_jax.sensor_row import ClearMask, Mistake, Offset, Sensor, Unit
 NO_DATE = -1
 """Stored date of an acquisition whose date is unknown (allowed only for sensors with ``dated=False``)."""
 
-LAST_DAY = 364
-"""Last row of the calendar table; 31 December of a leap year is clamped to it."""
-
 UNLABELLED = 255
 """Value of a label-map pixel without a label."""
 

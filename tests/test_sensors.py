@@ -5,10 +5,8 @@ import csv
 import json
 import pathlib
 
-import jax
 import numpy as np
 import pytest
-import rasterio
 
 from skysense_jax import cli, networks, sensors
 from skysense_jax import train as training

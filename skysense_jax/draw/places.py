@@ -8,7 +8,6 @@ and synthetic data says so in the picture.
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from skysense_jax.core.days import iso_date
 from skysense_jax.data.records import as_text, read_place
 from skysense_jax.sensors import NO_DATE, SENSORS, UNLABELLED, Sensor, on_fine_grid, pixels_per_base
 
@@ -59,7 +59,7 @@ _OTHER_COLOURS = (
 
 def date_text(day: int) -> str:
     """ISO date of a stored day (days since 1970-01-01)."""
-    return "no date" if day == NO_DATE else (datetime.date(1970, 1, 1) + datetime.timedelta(int(day))).isoformat()
+    return "no date" if day == NO_DATE else iso_date(day)
 
 
 def hatch(image: np.ndarray, valid: np.ndarray) -> np.ndarray:
@@ -204,7 +204,8 @@ def draw(record: Record, meta: Meta) -> Image.Image:
     height = 50 + _TEXT + _LARGE + _GAP + len(series) * (_SMALL + 2 * _TEXT + _GAP)
     canvas = Image.new("RGB", (width, height), (250, 250, 250))
     pen, font = ImageDraw.Draw(canvas), letters()
-    labels = [name for name, on in zip(meta["label_classes"], record["label"]) if on]
+    # a dataset without classes stores one place for a label all the same
+    labels = [name for name, on in zip(meta["label_classes"], record["label"], strict=False) if on]
     where = "no georeference"
     if meta["gsd"]:
         where = f"lon {float(record['lon']):.4f} lat {float(record['lat']):.4f}   {as_text(record['crs'])[:24]}"

@@ -54,8 +54,7 @@ def picture(
 ) -> Image.Image:
     """The grid of reconstructions `found` of a place, under its name and `what`."""
     found = jax.tree.map(np.asarray, dict(found))
-    name = record["place"]
-    title = f"{name.decode() if isinstance(name, bytes) else name}   {what}"
+    title = f"{dataset_records.as_text(record['place'])}   {what}"
     return panels.draw(contract, found, title, bool(meta.get("synthetic")))
 
 

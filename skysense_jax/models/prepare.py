@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from skysense_jax import sensors
+from skysense_jax.core.days import LAST_DAY, day_of_year
 
 FIELDS = ("image", "dates", "valid", "bands", "unit")
 """What a user may say of a sensor's images."""
@@ -137,7 +138,7 @@ def _image(contract: Contract, name: str, entry: Any) -> np.ndarray:
 
 
 def _valid(name: str, image: np.ndarray, stated: np.ndarray | None, batched: bool) -> np.ndarray:
-    """bool [B, T, H, W]: the pixels that `stated` says are valid, else those that hold measurements."""
+    """Validity bool [B, T, H, W]: the pixels that `stated` says are valid, else those that hold measurements."""
     finite = np.isfinite(image).all(-1)
     if stated is None:
         nodata = sensors.SENSORS[name].nodata
@@ -227,19 +228,22 @@ def _day_of_year(name: str, date: Date) -> int:
     if isinstance(date, (int, np.integer)) and not isinstance(date, bool):
         if not 0 <= date <= 365:
             raise ValueError(f"{name}: {date} is no day of the year (1 January = 0, 31 December = 364 or 365)")
-        return min(int(date), sensors.LAST_DAY)
+        return min(int(date), LAST_DAY)
     if not isinstance(date, (str, datetime.date, np.datetime64)):
         raise ValueError(f"{name}: {date!r} is no date; give ISO text, datetime.date or a day of the year")
     if isinstance(date, str) and len(date) < len("2020-01-31"):
         raise ValueError(f"{name}: {date!r} is not a full date; write YYYY-MM-DD")
-    if isinstance(date, datetime.datetime):
-        date = date.date()  # numpy refuses time zones
+    when: np.ndarray
     try:
-        # the first ten characters of an ISO time are its date, whatever the time zone that follows
-        when = np.datetime64(date[:10] if isinstance(date, str) else date, "D")
+        if isinstance(date, str):
+            # the first ten characters of an ISO time are its date, whatever the time zone that follows
+            when = np.asarray(np.datetime64(date[:10], "D"))
+        elif isinstance(date, datetime.datetime):
+            when = np.asarray(date.date()).astype("datetime64[D]")  # numpy refuses time zones
+        else:
+            when = np.asarray(date).astype("datetime64[D]")
     except ValueError as error:
         raise ValueError(f"{name}: {date!r} is no date ({error}); write YYYY-MM-DD") from error
     if np.isnat(when):
         raise ValueError(f"{name}: not a date (NaT)")
-    year = when.astype("datetime64[Y]").astype("datetime64[D]")
-    return int(min((when - year).astype(int), sensors.LAST_DAY))
+    return int(day_of_year(when))

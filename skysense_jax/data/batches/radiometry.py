@@ -32,7 +32,9 @@ def colour_matrix(brightness: float, contrast: float, saturation: float, hue: fl
     is clipped once, at the end.
 
     Args:
-        brightness, contrast, saturation: factors, 1 = unchanged.
+        brightness: factor, 1 = unchanged.
+        contrast: factor, 1 = unchanged.
+        saturation: factor, 1 = unchanged.
         hue: part of a full turn about the grey axis (YIQ).
         gray: whether chroma is removed after them.
 
@@ -116,7 +118,8 @@ def reflectance(
     Args:
         rng: source of all randomness.
         planes: float32 [T, C, H, W], digital numbers proportional to reflectance.
-        valid, view: not read.
+        valid: not read.
+        view: not read.
         cfg: the fields `s2_*` of `config.data.augment`.
 
     Returns:
@@ -136,7 +139,8 @@ def backscatter(
     Args:
         rng: source of all randomness.
         planes: float32 [T, C, H, W] in decibel.
-        valid, view: not read.
+        valid: not read.
+        view: not read.
         cfg: the fields `s1_*` of `config.data.augment`.
 
     Returns:

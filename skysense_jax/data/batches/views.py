@@ -253,7 +253,7 @@ def whole_place(record: Mapping[str, Any], plans: tuple[SensorPlan, ...], tile: 
             _fill(inputs[p.name], (), p, record, chosen, image, valid[chosen])
         inputs[p.name]["dates"] = geometry.day_of_year(inputs[p.name]["dates"])
     name = record["place"]
-    place = {**_place(record), "name": np.array(name.decode() if isinstance(name, bytes) else str(name))}
+    place = {**_place(record), "name": np.array(dataset_records.as_text(name))}
     return {"sensors": inputs, "label": record["label"], "label_map": record["label_map"], "place": place}
 
 

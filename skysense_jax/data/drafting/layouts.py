@@ -142,7 +142,7 @@ def sen12ms(folder: str | Path) -> Draft:
         cells = {"place": place, "path": path.as_posix(), "datetime": date} | _SEN12MS_FACTS[kind]
         places.setdefault(place, []).append(_cells(cells))
     rows = []
-    for place, patch_rows in sorted(places.items()):
+    for _, patch_rows in sorted(places.items()):
         images = {row["sensor"] for row in patch_rows} & set(SENSORS)
         if not images:
             questions.append(_left_out(Path(patch_rows[0]["path"]), "a land cover map without s1 or s2"))

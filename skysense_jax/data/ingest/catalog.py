@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from skysense_jax.core.days import day_number
 from skysense_jax.sensors import NO_DATE, SENSORS, UNITS, UNLABELLED, band_name
 
 COLUMNS = ("place", "sensor", "datetime", "path", "bands", "units", "scale", "offset", "nodata", "classes", "split")
@@ -28,7 +29,6 @@ SKIPPED_BAND = "-"
 NO_NODATA = "none"
 """Entry of `nodata` that switches the file's own nodata value off."""
 _MAX_LISTED = 20
-_EPOCH = datetime.date(1970, 1, 1)
 
 
 class CatalogError(ValueError):
@@ -88,7 +88,7 @@ def parse_date(text: str) -> int:
     when = datetime.datetime.fromisoformat(text)
     if when.tzinfo is not None:
         when = when.astimezone(datetime.UTC)
-    day = (when.date() - _EPOCH).days
+    day = day_number(when.date())
     if day < 0:
         raise ValueError(f"{text} lies before 1970")
     return day

@@ -1,8 +1,9 @@
-"""Inspects one catalog row's file and says how to read it: which band is which, what is nodata, what the numbers mean."""
+"""Inspects the file of a catalog row and says how to read it: bands, nodata, and what the numbers mean."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +35,17 @@ class Layer(NamedTuple):
     columns: tuple[int, ...]
     conversion: Conversion | None
     facts: dict[str, Any]
+
+
+def path_of(row: Row) -> Path:
+    """The raster of a catalog row.
+
+    Raises:
+        RasterRefused: the row has none, as a row of labels.
+    """
+    if row.path is None:
+        raise RasterRefused("no raster: the row has no path")
+    return row.path
 
 
 def _described(file: rasterio.DatasetReader, sensor: str) -> list[str | None]:
@@ -158,9 +170,9 @@ def inspect_image(row: Row, files: Files, settings: Settings) -> Layer:
     Raises:
         RasterRefused: the file cannot be used; the message is the reason.
     """
-    sensor = SENSORS[row.sensor]
-    file = files.get(row.path)
-    head = header(file, row.path, bool(row.nodata) or row.drop_nodata, settings.max_pixels, settings.georeferenced)
+    sensor, path = SENSORS[row.sensor], path_of(row)
+    file = files.get(path)
+    head = header(file, path, bool(row.nodata) or row.drop_nodata, settings.max_pixels, settings.georeferenced)
     if settings.georeferenced:
         # Heights are smooth: they may be much coarser than the fine grid they are stored on.
         _coarse(head, settings.gsd if sensor.heights else settings.step(row.sensor), settings.max_upsample)
@@ -186,7 +198,7 @@ def inspect_image(row: Row, files: Files, settings: Settings) -> Layer:
     if reading.alpha:
         _real_alpha(files, reading)
     raw, valid = sample(files, reading)
-    conversion = decide(Source(row, file, settings.root, bands), raw, valid)
+    conversion = decide(Source(row, file, path, settings.root, bands), raw, valid)
     facts = {"bands": list(bands)} | describe(conversion)
     if note:
         facts["note"] = "; ".join(part for part in (facts.get("note"), note) if part)
@@ -209,14 +221,15 @@ def inspect_classes(row: Row, files: Files, max_pixels: int) -> Layer:
     Raises:
         RasterRefused: the file cannot be used; the message is the reason.
     """
-    file = files.get(row.path)
-    head = header(file, row.path, bool(row.nodata) or row.drop_nodata, max_pixels)
+    path = path_of(row)
+    file = files.get(path)
+    head = header(file, path, bool(row.nodata) or row.drop_nodata, max_pixels)
     if head.dtype.kind not in "iu":
         raise RasterRefused(f"pixels of type {head.dtype}: a {row.kind} holds integer classes")
-    if head.count != max(1, len(row.bands)):
+    if head.bands != max(1, len(row.bands)):
         raise RasterRefused(
-            f"{head.count} bands: a {row.kind} has one, or the catalog's bands column says which it is, for example "
-            f"{','.join(['class', *SKIPPED_BAND * (head.count - 1)])}"
+            f"{head.bands} bands: a {row.kind} has one, or the catalog's bands column says which it is, for example "
+            f"{','.join(['class', *SKIPPED_BAND * (head.bands - 1)])}"
         )
     index = next((index for index, name in enumerate(row.bands, 1) if name != SKIPPED_BAND), 1)
     nodata = row.nodata[0] if row.nodata else None if row.drop_nodata else head.nodata[index - 1]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import datetime
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from skysense_jax.core.days import iso_date
 
 REFUSED, USED = "refused", "used"
 _MAX_PRINTED, _MAX_FILES = 30, 5
@@ -101,7 +102,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _day(day: int | None) -> str:
-    return "-" if day is None else str(datetime.date(1970, 1, 1) + datetime.timedelta(days=day))
+    return "-" if day is None else iso_date(day)
 
 
 def render(report: Mapping[str, Any]) -> str:

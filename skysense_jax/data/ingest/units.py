@@ -34,10 +34,14 @@ _UNIT_SPELLINGS = {
 
 
 class Source(NamedTuple):
-    """A raster whose numbers are to be converted. bands: name of each band to read -> its 1-based index in the file."""
+    """A raster whose numbers are to be converted.
+
+    root: the catalog's folder. bands: name of each band to read -> its 1-based index in the file.
+    """
 
     row: Row
     file: rasterio.DatasetReader
+    path: Path
     root: Path
     bands: dict[str, int]
 
@@ -152,7 +156,7 @@ def _with_offset(rule: Offset, source: Source, raw: np.ndarray, valid: np.ndarra
     elif not as_numbers and not scaled:
         offset, origin = [0.0] * len(scale), f"declared as {unit}"
     else:
-        stated = known_offset(source.sensor, file, row.path, source.root, source.bands)
+        stated = known_offset(sensor, file, source.path, source.root, source.bands)
         if stated is None:
             product = f" nor a {listed(rule.product_files)}" if rule.product_files else ""
             raise RasterRefused(
@@ -282,7 +286,7 @@ def convert(raw: np.ndarray, valid: np.ndarray, conversion: Conversion) -> np.nd
     shape = (-1,) + (1,) * (raw.ndim - 1)
     if offset_rule is not None and conversion.unit == sensor.unit:
         valid = valid & (raw > 0)
-    value = raw.astype(wide)
+    value: np.ndarray[Any, np.dtype[np.floating]] = raw.astype(wide)
     if any(factor != 1 for factor in conversion.scale):
         value = value * np.array(conversion.scale).reshape(shape)
     if any(term != 0 for term in conversion.offset):
