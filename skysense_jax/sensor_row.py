@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -33,6 +34,12 @@ class Offset(NamedTuple):
     hint_band: str
     clearly_negative: float
     lowest: float
+
+    @property
+    def product(self) -> str:
+        """The product files in one word, as "MTD_MSIL*.xml"; "" where there are none."""
+        suffixes = {name.rpartition(".")[2] for name in self.product_files}
+        return f"{os.path.commonprefix(self.product_files)}*.{min(suffixes)}" if suffixes else ""
 
 
 class ClearMask(NamedTuple):

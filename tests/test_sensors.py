@@ -183,6 +183,7 @@ def test_the_rules_are_those_of_the_row(table, tmp_path):
     write(tmp_path / "lc.tif", image)
     reason = refused(tmp_path, {**rows, "path": "lc.tif"})
     assert "the Landsat offset is not known" in reason and "offset=-8000" in reason and "MTD" not in reason
+    assert SENSORS["s2"].offset.product == "MTD_MSIL*.xml" and not LANDSAT.offset.product
     write(tmp_path / "tagged.tif", image, tags={"REFLECTANCE_ADD": "-8000"})
     record, _ = only_record(tmp_path, {**rows, "path": "tagged.tif"})
     np.testing.assert_array_equal(record["landsat_image"][0], np.moveaxis(image - 8000, 0, -1))

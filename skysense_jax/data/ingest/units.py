@@ -158,7 +158,7 @@ def _with_offset(rule: Offset, source: Source, raw: np.ndarray, valid: np.ndarra
     else:
         stated = known_offset(sensor, file, source.path, source.root, source.bands)
         if stated is None:
-            product = f" nor a {listed(rule.product_files)}" if rule.product_files else ""
+            product = f" nor a {rule.product}" if rule.product else ""
             raise RasterRefused(
                 f"the {sensor.title} offset is not known: neither the catalog (column offset: {rule.usual:g}, or 0 "
                 f"where it was removed) nor the file's tags{product} gives it, and the date does not decide it."
