@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from skysense_jax.data import records
-from skysense_jax.sensors import SENSORS
+from skysense_jax.sensors import SENSORS, on_fine_grid
 from tests.helpers import noise_dataset
 
 NAMES = ("hr", "s2", "s1", "dsm")
@@ -36,7 +36,7 @@ def split_places(data: pathlib.Path, folder: pathlib.Path) -> None:
 
     def coarser(record: Mapping[str, Any]) -> dict[str, Any]:
         record = dict(record)
-        for name in (name for name in NAMES if SENSORS[name].grid == "hr"):
+        for name in (name for name in NAMES if on_fine_grid(SENSORS[name])):
             for part in ("image", "valid", "clear"):
                 was = record[f"{name}_{part}"]
                 blocks = was.reshape(len(was), tile * RATIO, step, tile * RATIO, step, *was.shape[3:])

@@ -8,6 +8,7 @@ import subprocess
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "skysense_jax"
 FLOORS = (
+    ("sensor_row",),
     ("sensors", "core"),
     ("configs", "nn", "ops", "data/records"),
     ("data/batches", "data/ingest", "models"),

@@ -31,7 +31,7 @@ DATES = {"hr": 1, "s2": 6, "s1": 2}
 
 def ground(kind: str) -> np.ndarray:
     """[S, S, 2]: (x, y) of every pixel centre in base pixels of the tile."""
-    per_base = RATIO if kind == "hr" else 1
+    per_base = RATIO if kind == "fine" else 1
     steps = (np.arange(TILE * per_base) + 0.5) / per_base
     return np.stack(np.meshgrid(steps, steps), -1)
 

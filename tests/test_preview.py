@@ -72,7 +72,7 @@ def _record(**changes):
         "label_map": np.full((8, 8), 255, np.uint8),
     }
     for name, sensor in SENSORS.items():
-        size = 8 if sensor.grid == "s2" else 64
+        size = 8 if sensor.grid == "base" else 64
         record |= {
             f"{name}_image": np.zeros((0, size, size, len(sensor.bands)), sensor.dtype),
             f"{name}_date": np.zeros(0, np.int32),
@@ -100,7 +100,7 @@ def test_invalid_pixels_are_hatched_not_black():
 
 def test_a_sensor_without_dates_is_drawn_too(monkeypatch):
     plain = places.draw(_record(), META)
-    monkeypatch.setitem(SENSORS, "thermal", SENSORS["dsm"]._replace(name="thermal", grid="s2", heights=False))
+    monkeypatch.setitem(SENSORS, "thermal", SENSORS["dsm"]._replace(name="thermal", grid="base", heights=False))
     seen = {
         "thermal_image": np.ones((1, 8, 8, 1), np.float32),
         "thermal_valid": np.ones((1, 8, 8), np.uint8),

@@ -18,7 +18,7 @@ from skysense_jax.core.config import read_config
 from skysense_jax.data import records
 from skysense_jax.models import msgfm, systems
 from skysense_jax.run import plan as plans
-from skysense_jax.sensors import SENSORS, input_contract
+from skysense_jax.sensors import SENSORS, input_contract, on_fine_grid
 
 KIND_NAMES = {
     "workdir": "workdir (newest checkpoint)",
@@ -26,6 +26,8 @@ KIND_NAMES = {
     "export": "exported weights",
     "imported": "imported weights",
 }
+COUNTED_WITH = "hr"
+"""The sensor whose patch embedding papers count with an encoder."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +74,7 @@ def contract_table(contract: Mapping[str, Any]) -> str:
     ]
     for name, rule in contract["sensors"].items():
         row = SENSORS[name]
-        grid = "fine grid (one base pixel = ratio x ratio)" if rule["grid"] == "hr" else "base grid"
+        grid = "fine grid (one base pixel = ratio x ratio)" if on_fine_grid(rule) else "base grid"
         dates = "dated acquisitions" if row.dated else "no date needed"
         lines.append(
             f"  {name}: [dates, rows, columns, {len(rule['bands'])}], {rule['unit']}, {grid}, "
@@ -141,7 +143,7 @@ def describe_config(path: str) -> str:
     contract = input_contract(config.data.bands.to_dict(), config.model.ratio)
     title = f"configuration  {path}  ({config.steps} steps of {config.data.batch} places)"
     counted = parameters(plans.abstract(config, contract))
-    if "moe" in config.model and "hr" in contract["sensors"]:
+    if "moe" in config.model and COUNTED_WITH in contract["sensors"]:
         counted += f"\n{encoder_sizes(config.model, contract)}"
     return "\n\n".join([title, counted, contract_table(contract)])
 
@@ -149,17 +151,17 @@ def describe_config(path: str) -> str:
 def encoder_sizes(model: Any, contract: Mapping[str, Any]) -> str:
     """Parameters of an msGFM encoder with the embedding of hr, which is how papers count: as `model` says, dense, and
     with mixtures in all stages from its first one on. model: config.model."""
-    stages = tuple(model.moe.stages)
+    stages, embed = tuple(model.moe.stages), msgfm.EMBED.format(COUNTED_WITH)
     more = tuple(
         stage for stage in range(min(stages, default=len(model.depths)), len(model.depths)) if model.depths[stage] > 1
     )
-    lines = ["encoder with embed_hr, as its mixtures are placed (model.moe.stages; this configuration first)"]
+    lines = [f"encoder with {embed}, as its mixtures are placed (model.moe.stages; this configuration first)"]
     for one in dict.fromkeys((stages, (), more)):
         other = model.copy_and_resolve_references()
         with other.unlocked():
             other.moe.stages = one
         shapes = msgfm.param_shapes(other, contract)
-        lines.append(f"  {str(one) if one else '() dense':<28}{_size((shapes['encoder'], shapes['embed_hr'])):>16,}")
+        lines.append(f"  {str(one) if one else '() dense':<28}{_size((shapes['encoder'], shapes[embed])):>16,}")
     return "\n".join(lines)
 
 

@@ -11,9 +11,10 @@ from ml_collections import config_dict
 
 from skysense_jax.models import msgfm
 from skysense_jax.models.inputs import normalise
-from skysense_jax.models.skysense import Params, make_model
+from skysense_jax.models.skysense import SWIN, Params, make_model
 from skysense_jax.models.skysense_modules import per_stage
 from skysense_jax.ops import regions
+from skysense_jax.sensors import SENSORS, pixels_per_base
 
 Inputs = dict[str, dict[str, np.ndarray]]
 """A PlaceInput in raw units; PLACE: where it is; for msGFM with "hidden" [B,T,h,w], 1 = the patch is hidden."""
@@ -34,13 +35,13 @@ def skysense_inputs(cfg: config_dict.ConfigDict, contract: Mapping[str, Any], se
     """
     rng = np.random.default_rng(seed)
     cells = 4
-    if "hr" in contract["sensors"]:
+    if SWIN in contract["sensors"]:
         windows = per_stage(cfg.hr.window, len(cfg.hr.depths), "window")
         cells = max(-(-window * cfg.hr.patch * 2**stage // cfg.ratio) for stage, window in enumerate(windows))
     inputs = {}
     for name, rule in contract["sensors"].items():
-        dates = 1 if name == "hr" else 3
-        side, bands = cells * (cfg.ratio if rule["grid"] == "hr" else 1), len(rule["bands"])
+        dates = 3 if SENSORS[name].dated else 1
+        side, bands = cells * pixels_per_base(rule, cfg.ratio), len(rule["bands"])
         noise = rng.standard_normal((2, dates, side, side, bands))
         valid = np.ones((2, dates, side, side), np.float32)
         valid[0, 0, : side // 4] = 0
@@ -48,7 +49,7 @@ def skysense_inputs(cfg: config_dict.ConfigDict, contract: Mapping[str, Any], se
         if dates > 1:
             valid[1, -1] = 0
             measured[0, 1, 0] = 0
-        days = rng.integers(0, 365, (2, dates)) if name != "hr" else np.full((2, dates), -1)
+        days = rng.integers(0, 365, (2, dates)) if SENSORS[name].dated else np.full((2, dates), -1)
         inputs[name] = {
             "image": (np.asarray(rule["mean"]) + np.asarray(rule["std"]) * noise).astype(np.float32),
             "valid": valid,

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import config_dict
 
-from skysense_jax.models import msgfm, skysense
+from skysense_jax.models import msgfm, skysense, skysense_modules
 from skysense_jax.nn.swin import stage_plan
 
 
@@ -209,7 +209,7 @@ def module_entries(module: str, cfg: config_dict.ConfigDict) -> list[Entry]:
     Returns:
         Its entries.
     """
-    if module == "hr":
+    if module == skysense_modules.SWIN:
         return swin_entries(cfg.hr.depths, cfg.hr.extra_norm_every, range(len(cfg.hr.depths)))
     if module == "fusion":
         return fusion_entries(cfg.fusion.depth)

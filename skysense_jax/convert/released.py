@@ -16,6 +16,7 @@ import numpy as np
 
 from skysense_jax.convert import keymap
 from skysense_jax.convert.tensor_files import Tensors
+from skysense_jax.models.skysense import HEADS, SWIN
 from skysense_jax.sensors import SKYSENSE_BANDS
 
 OUTER_PREFIXES = ("module.", "model.")
@@ -210,7 +211,7 @@ def table_side(part: Part, module: str) -> int | None:
     Raises:
         ValueError: the table is no square grid.
     """
-    if module not in ("s2", "s1") or "pos_embed" not in part.tensors.shapes:
+    if module not in HEADS or "pos_embed" not in part.tensors.shapes:
         return None
     rows = part.tensors.shapes["pos_embed"][1]
     for count in (rows - 1, rows):
@@ -273,9 +274,9 @@ def for_bands(part: Part, module: str, bands: Sequence[str]) -> Part:
     shape = part.tensors.shapes[key]
     if shape[1] == len(bands) != len(stored):
         return part
-    if module == "hr" and tuple(bands) == (*stored, "NIR"):
+    if module == SWIN and tuple(bands) == (*stored, "NIR"):
         index, factor = [0, 1, 2, 0], 1.0
-    elif set(bands) <= set(stored) and (module != "hr" or len(bands) == len(stored)):
+    elif set(bands) <= set(stored) and (module != SWIN or len(bands) == len(stored)):
         index, factor = [stored.index(band) for band in bands], len(stored) / len(bands)
     else:
         raise ValueError(f"{part.path}: no rule makes a kernel for {module} bands {list(bands)} from {list(stored)}")

@@ -6,7 +6,6 @@ that a dataset fits a model's input contract.
 
 from __future__ import annotations
 
-import datetime
 import json
 import pathlib
 import sys
@@ -25,13 +24,6 @@ SYNTHETIC_TAG = "SKYSENSE_SYNTHETIC"
 """Tag of every raster whose pixels were rendered, not measured."""
 SPLITS = ("train", "test")
 """Splits of a dataset, in the order in which their places are numbered."""
-EPOCH = datetime.date(1970, 1, 1)
-"""Day 0 of the dates of a record."""
-
-
-def date_of(day: int) -> datetime.date:
-    """The date of a record's day number (days since 1970-01-01)."""
-    return EPOCH + datetime.timedelta(days=int(day))
 
 
 def as_text(value: Any) -> str:
@@ -40,7 +32,7 @@ def as_text(value: Any) -> str:
 
 
 def record_features(names: Sequence[str], tile: int, ratio: int, n_classes: int) -> tfds.features.FeaturesDict:
-    """Features of a record: one place of N x N base pixels (N = tile), S = N (grid "s2") or N * ratio (grid "hr").
+    """Features of a record: one place of N x N base pixels (N = tile), S = N (base grid) or N * ratio (fine grid).
 
     The fields of a record:
         place, crs: text.
@@ -82,7 +74,7 @@ def record_features(names: Sequence[str], tile: int, ratio: int, n_classes: int)
     }
     for name in names:
         row = sensors.SENSORS[name]
-        side, count = tile * (ratio if row.grid == "hr" else 1), len(row.bands)
+        side, count = tile * sensors.pixels_per_base(row, ratio), len(row.bands)
         features[f"{name}_image"] = tensor((None, side, side, count), row.dtype)
         features[f"{name}_valid"] = tensor((None, side, side), "uint8")
         features[f"{name}_clear"] = tensor((None, side, side), "uint8")
@@ -327,8 +319,8 @@ def check_dataset(meta: Mapping[str, Any], contract: Mapping[str, Any], cfg: con
             raise ValueError(f"config.data.bands names {name!r}, which the input contract does not have")
     if contract["ratio"] != cfg.model.ratio:
         raise ValueError(f"config.model.ratio is {cfg.model.ratio}, the input contract says {contract['ratio']}")
-    on_hr_grid = [name for name, rule in contract["sensors"].items() if rule["grid"] == "hr"]
-    if on_hr_grid and meta["ratio"] != contract["ratio"]:
+    fine = any(sensors.on_fine_grid(rule) for rule in contract["sensors"].values())
+    if fine and meta["ratio"] != contract["ratio"]:
         raise ValueError(
             f"the dataset in {data.dir} has {meta['ratio']} HR pixels along a base pixel, "
             f"the model {contract['ratio']}; build the dataset with --ratio {contract['ratio']} or change the model"

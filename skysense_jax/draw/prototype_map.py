@@ -120,7 +120,7 @@ def draw(
 def _imagery(record: Mapping[str, Any], meta: Mapping[str, Any]) -> tuple[str, np.ndarray | None]:
     """The finest optical image there is: HR, else the clearest Sentinel-2 date."""
     if len(record.get("hr_image", ())) or not len(record.get("s2_image", ())):
-        return places.hr_panel(record, meta)
+        return places.photo_panel("hr", record, meta)
     clearest = int((record["s2_clear"] * record["s2_valid"]).mean((1, 2)).argmax())
     shown = places.hatch(places.true_colour(record["s2_image"][clearest]), record["s2_valid"][clearest] > 0)
     return f"s2  {places.date_text(record['s2_date'][clearest])}  true colour", shown

@@ -91,8 +91,7 @@ def draw(
         The picture.
     """
     arrays = jax.tree.map(np.asarray, dict(reconstructed))
-    name = record["place"]
-    title = f"{name.decode() if isinstance(name, bytes) else name}   {note}"
+    title = f"{dataset_records.as_text(record['place'])}   {note}"
     return panels.draw(contract, arrays, title, bool(meta.get("synthetic")))
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from skysense_jax.core.shapes import Mask, Series
 from skysense_jax.nn.attention import wide
+from skysense_jax.sensors import pixels_per_base
 
 PLACE = "place"
 """Entry of a PlaceInput beside its sensors: where the places are."""
@@ -70,7 +71,7 @@ def check_inputs(inputs: PlaceInput, contract: Contract) -> tuple[int, int]:
         for key, expected in shapes.items():
             if tuple(sensor[key].shape) != expected:
                 raise ValueError(f"{name}: {key} must have shape {expected}, got {tuple(sensor[key].shape)}")
-        cell = contract["ratio"] if rule["grid"] == "hr" else 1
+        cell = pixels_per_base(rule, contract["ratio"])
         if shape[2] % cell or shape[3] % cell:
             raise ValueError(f"{name}: {shape[2]}x{shape[3]} pixels are not multiples of the ratio {cell}")
         grids[name] = (shape[2] // cell, shape[3] // cell)

@@ -15,7 +15,7 @@ from skysense_jax.models import msgfm
 from skysense_jax.models.inputs import Contract, PlaceInput, normalise
 from skysense_jax.models.skysense_outputs import time_mean
 from skysense_jax.ops.masking import masked_sums, pixel_mask, random_cells
-from skysense_jax.sensors import SENSORS
+from skysense_jax.sensors import SENSORS, pixels_per_base
 
 
 def normalised(contract: Contract, name: str, images: Mapping[str, jax.Array]) -> tuple[Image, jax.Array]:
@@ -71,7 +71,7 @@ def encoder_features(
     for name in (name for name in contract["sensors"] if name in inputs):
         image, valid = normalise(inputs[name], contract["sensors"][name])
         b, t, rows, columns, bands = image.shape
-        ratio = contract["ratio"] if contract["sensors"][name]["grid"] == "hr" else 1
+        ratio = pixels_per_base(contract["sensors"][name], contract["ratio"])
         image = at_model_size(image.reshape(b * t, rows, columns, bands), side)
         final = model.encode(encoder, model.embed(encoder, name, image)).final.astype(jnp.float32)
         base = (rows // ratio, columns // ratio)

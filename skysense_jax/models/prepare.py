@@ -1,5 +1,4 @@
-"""The door in front of the model: a user's arrays and dates become a checked PlaceInput, or an error that names the
-sensor and the rule.
+"""Checks what a user passes to a model: arrays and dates become a PlaceInput, or an error names sensor and rule.
 
 Most wrong numbers in this field come from silent preprocessing errors (bands in another order, reflectance for digital
 numbers, linear power for decibels, normalising twice). None of these is repaired here by guessing: each is refused
@@ -15,27 +14,42 @@ from typing import Any
 import numpy as np
 
 from skysense_jax import sensors
+from skysense_jax.core.days import LAST_DAY, day_of_year
 
 FIELDS = ("image", "dates", "valid", "bands", "unit")
-MAX_OUTSIDE = 0.001  # share of valid values that may lie outside the sensor's plausible range (hot pixels, speckle)
-MAX_SCORE = 6.0  # |mean of a band after normalising|: no real scene lies this far from the statistics
+"""What a user may say of a sensor's images."""
+
+MAX_OUTSIDE = 0.001
+"""Share of valid values that may lie outside the sensor's plausible range (hot pixels, speckle)."""
+
+MAX_SCORE = 6.0
+"""|mean of a band after normalising|: no real scene lies this far from the statistics."""
+
+Date = str | datetime.date | np.datetime64 | int | None
+Contract = Mapping[str, Any]
 
 
-def prepare(contract: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+def prepare(contract: Contract, images: Mapping[str, Any]) -> tuple[dict[str, dict[str, np.ndarray]], bool]:
     """Checks and batches the input of one place, or of a batch of places.
 
-    contract: the model's input contract. given: {sensor: {"image" [T, H, W, C] or [B, T, H, W, C] in the contract's
-    unit and band order, "dates" (T, or B lists of T: ISO text, datetime.date, numpy datetime64, or day of year counted
-    from 0; None = unknown, for sensors without a time series only), optional "valid" [(B,) T, H, W], "bands" names,
-    "unit"}}. Without "valid" a pixel is valid where every band is finite and none is the sensor's nodata value.
+    Args:
+        contract: the model's input contract.
+        images: {sensor: {"image" [T, H, W, C] or [B, T, H, W, C] in the contract's unit and band order, "dates" (T, or
+            B lists of T: ISO text, datetime.date, numpy datetime64, or day of year counted from 0; None = unknown, for
+            sensors without a time series only), optional "valid" [(B,) T, H, W], "bands" names, "unit"}}. Without
+            "valid" a pixel is valid where every band is finite and none is the sensor's nodata value.
 
-    Returns (PlaceInput with a leading batch axis, whether the input had one): image, valid, bands float32, dates
-    int32. Raises ValueError, naming sensor and rule, for anything that does not fit.
+    Returns:
+        (PlaceInput with a leading batch axis, whether `images` had one): image, valid, bands float32, dates int32.
+
+    Raises:
+        ValueError: something does not fit; the message names the sensor and the rule.
     """
-    if not isinstance(given, Mapping) or not given:
+    if not isinstance(images, Mapping) or not images:
         raise ValueError(f"give a dict with at least one of the sensors {', '.join(contract['sensors'])}")
-    inputs, batched, grids = {}, {}, {}
-    for name, entry in given.items():
+    inputs: dict[str, dict[str, np.ndarray]] = {}
+    batched, grids = {}, {}
+    for name, entry in images.items():
         image = _image(contract, name, entry)
         batched[name] = image.ndim == 5
         image = image if batched[name] else image[None]
@@ -59,23 +73,30 @@ def prepare(contract: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict
         raise ValueError(f"the sensors hold different numbers of places: {counts}")
     if len(set(grids.values())) > 1:
         raise ValueError(
-            f"the sensors do not cover the same ground: base grids {grids} (hr-grid sensors "
-            f"have {contract['ratio']} pixels along every base pixel)"
+            f"the sensors do not cover the same ground: base grids {grids} (sensors on the "
+            f"fine grid have {contract['ratio']} pixels along every base pixel)"
         )
     return inputs, next(iter(batched.values()))
 
 
 def location(place: Mapping[str, Any], count: int) -> dict[str, np.ndarray]:
-    """Where `count` places are: {"lon", "lat"} float32 [count] of degrees, one number each or one per place.
+    """Where places are.
 
-    nan = not known. Raises ValueError for a name that is missing or unknown, another number of places, or degrees that
-    are none on Earth.
+    Args:
+        place: {"lon", "lat"} in degrees, one number each or one per place; nan = not known.
+        count: number of places.
+
+    Returns:
+        {"lon", "lat"} float32 [count].
+
+    Raises:
+        ValueError: a name that is missing or unknown, another number of places, or degrees that are none on Earth.
     """
     if not isinstance(place, Mapping) or set(place) != {"lon", "lat"}:
         raise ValueError(f'place: give {{"lon": degrees, "lat": degrees}}, got {place!r}')
-    found = {name: np.asarray(values, np.float64) for name, values in place.items()}
+    degrees = {name: np.asarray(values, np.float64) for name, values in place.items()}
     for name, limit in (("lon", 360), ("lat", 90)):
-        values = found[name]
+        values = degrees[name]
         if values.size != count or values.ndim > 1:
             raise ValueError(f"place: {name} has shape {values.shape}, for {count} places one number each is needed")
         if (np.abs(values) > limit).any():
@@ -83,10 +104,10 @@ def location(place: Mapping[str, Any], count: int) -> dict[str, np.ndarray]:
                 f"place: {name} must lie within -{limit}..{limit} degrees, nan where it is not known; got "
                 f"{values[np.abs(values) > limit][0] if values.ndim else values:g}"
             )
-    return {name: values.astype(np.float32).reshape(count) for name, values in found.items()}
+    return {name: values.astype(np.float32).reshape(count) for name, values in degrees.items()}
 
 
-def _image(contract: Mapping[str, Any], name: str, entry: Any) -> np.ndarray:
+def _image(contract: Contract, name: str, entry: Any) -> np.ndarray:
     if name not in contract["sensors"]:
         raise ValueError(f"the model takes no {name!r}; its input contract has {', '.join(contract['sensors'])}")
     rule = contract["sensors"][name]
@@ -116,18 +137,19 @@ def _image(contract: Mapping[str, Any], name: str, entry: Any) -> np.ndarray:
     return image.astype(np.float32)
 
 
-def _valid(name: str, image: np.ndarray, given: Any, batched: bool) -> np.ndarray:
+def _valid(name: str, image: np.ndarray, stated: np.ndarray | None, batched: bool) -> np.ndarray:
+    """Validity bool [B, T, H, W]: the pixels that `stated` says are valid, else those that hold measurements."""
     finite = np.isfinite(image).all(-1)
-    if given is None:
+    if stated is None:
         nodata = sensors.SENSORS[name].nodata
         valid = finite if nodata is None else finite & (image != nodata).all(-1)
     else:
-        valid = np.asarray(given)
+        valid = np.asarray(stated)
         valid = valid if batched else valid[None]
         if valid.shape != image.shape[:4]:
             raise ValueError(
-                f"{name}: valid of shape {np.shape(given)} does not match the image's dates, rows and columns "
-                f"{image.shape[not batched : 4]}"
+                f"{name}: valid of shape {np.shape(stated)} does not match the image's dates, rows and columns "
+                f"{image.shape[:4] if batched else image.shape[1:4]}"
             )
         if not np.isin(valid, (0, 1)).all():
             raise ValueError(f"{name}: valid must hold 0 and 1 only")
@@ -139,26 +161,20 @@ def _valid(name: str, image: np.ndarray, given: Any, batched: bool) -> np.ndarra
     return valid
 
 
-def _plausible(contract: Mapping[str, Any], name: str, image: np.ndarray, valid: np.ndarray) -> None:
+def _plausible(contract: Contract, name: str, image: np.ndarray, valid: np.ndarray) -> None:
+    """Refuses values that are in another unit, in another order of bands or normalised already."""
     row, rule = sensors.SENSORS[name], contract["sensors"][name]
     values = image[valid]
     low, middle, high = float(values.min()), float(np.median(values)), float(values.max())
-    seen = f"{name}: valid values {low:.4g} .. {high:.4g} (median {middle:.4g})"
-    if name == "s2" and 0 <= low and high <= 2.0:
-        raise ValueError(
-            f"{seen}: are you passing reflectance 0..1? The model expects digital numbers; multiply by 10000"
-        )
-    if name == "hr" and 0 <= low and high <= 1.0 and (values != np.round(values)).any():
-        raise ValueError(f"{seen}: are you passing values scaled to 0..1? The model expects 0..255; multiply by 255")
-    if name == "s1" and low >= 0:
-        raise ValueError(
-            f"{seen}: no value is negative, this looks like linear power or amplitude; the model expects decibels "
-            "(10 log10 of power, 20 log10 of amplitude)"
-        )
+    summary = f"{name}: valid values {low:.4g} .. {high:.4g} (median {middle:.4g})"
+    for mistake in row.mistakes:
+        fits = not mistake.fractional or (values != np.round(values)).any()
+        if mistake.low <= low and high <= mistake.high and fits:
+            raise ValueError(f"{summary}: {mistake.advice}")
     outside = float(((values < row.plausible[0]) | (values > row.plausible[1])).mean())
     if outside > MAX_OUTSIDE:
         raise ValueError(
-            f"{seen}: {outside:.1%} lie outside the plausible {row.plausible[0]:g} .. {row.plausible[1]:g} "
+            f"{summary}: {outside:.1%} lie outside the plausible {row.plausible[0]:g} .. {row.plausible[1]:g} "
             f"{rule['unit']}; give raw values in this unit (normalisation belongs to the model)"
         )
     if "datum" in rule:
@@ -172,9 +188,9 @@ def _plausible(contract: Mapping[str, Any], name: str, image: np.ndarray, valid:
         )
 
 
-def _base_grid(contract: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> tuple[int, int]:
+def _base_grid(contract: Contract, name: str, shape: tuple[int, ...]) -> tuple[int, int]:
     """Rows and columns in base pixels."""
-    step = contract["ratio"] if contract["sensors"][name]["grid"] == "hr" else 1
+    step = sensors.pixels_per_base(contract["sensors"][name], contract["ratio"])
     if shape[0] % step or shape[1] % step:
         raise ValueError(
             f"{name}: {shape[0]}x{shape[1]} pixels; rows and columns must be multiples of the ratio {step}"
@@ -182,15 +198,15 @@ def _base_grid(contract: Mapping[str, Any], name: str, shape: tuple[int, ...]) -
     return shape[0] // step, shape[1] // step
 
 
-def _dates(name: str, given: Any, places: int, count: int, batched: bool) -> np.ndarray:
+def _dates(name: str, stated: Any, places: int, count: int, batched: bool) -> np.ndarray:
     """Day of the year from 0 for every acquisition: int32 [B, T], -1 = unknown."""
-    if given is None:
+    if stated is None:
         if sensors.SENSORS[name].dated:
             raise ValueError(f'{name}: a time series needs "dates", one per acquisition')
         return np.full((places, count), sensors.NO_DATE, np.int32)
-    if isinstance(given, (str, datetime.date, np.datetime64)):
+    if isinstance(stated, (str, datetime.date, np.datetime64)):
         raise ValueError(f"{name}: give dates as a list, one per acquisition")
-    lists = list(given) if batched else [given]
+    lists = list(stated) if batched else [stated]
     if len(lists) != places:
         raise ValueError(f"{name}: dates for {len(lists)} places given, the images hold {places}")
     days = np.empty((places, count), np.int32)
@@ -203,7 +219,8 @@ def _dates(name: str, given: Any, places: int, count: int, batched: bool) -> np.
     return days
 
 
-def _day_of_year(name: str, date: Any) -> int:
+def _day_of_year(name: str, date: Date) -> int:
+    """Day of the year from 0 of one date in any of the forms `prepare` takes, NO_DATE where it is unknown."""
     if date is None:
         if sensors.SENSORS[name].dated:
             raise ValueError(f"{name}: an acquisition of a time series without a date")
@@ -211,19 +228,22 @@ def _day_of_year(name: str, date: Any) -> int:
     if isinstance(date, (int, np.integer)) and not isinstance(date, bool):
         if not 0 <= date <= 365:
             raise ValueError(f"{name}: {date} is no day of the year (1 January = 0, 31 December = 364 or 365)")
-        return min(int(date), sensors.LAST_DAY)
+        return min(int(date), LAST_DAY)
     if not isinstance(date, (str, datetime.date, np.datetime64)):
         raise ValueError(f"{name}: {date!r} is no date; give ISO text, datetime.date or a day of the year")
     if isinstance(date, str) and len(date) < len("2020-01-31"):
         raise ValueError(f"{name}: {date!r} is not a full date; write YYYY-MM-DD")
-    if isinstance(date, datetime.datetime):
-        date = date.date()  # numpy refuses time zones
+    when: np.ndarray
     try:
-        # the first ten characters of an ISO time are its date, whatever the time zone that follows
-        when = np.datetime64(date[:10] if isinstance(date, str) else date, "D")
+        if isinstance(date, str):
+            # the first ten characters of an ISO time are its date, whatever the time zone that follows
+            when = np.asarray(np.datetime64(date[:10], "D"))
+        elif isinstance(date, datetime.datetime):
+            when = np.asarray(date.date()).astype("datetime64[D]")  # numpy refuses time zones
+        else:
+            when = np.asarray(date).astype("datetime64[D]")
     except ValueError as error:
         raise ValueError(f"{name}: {date!r} is no date ({error}); write YYYY-MM-DD") from error
     if np.isnat(when):
         raise ValueError(f"{name}: not a date (NaT)")
-    year = when.astype("datetime64[Y]").astype("datetime64[D]")
-    return int(min((when - year).astype(int), sensors.LAST_DAY))
+    return int(day_of_year(when))

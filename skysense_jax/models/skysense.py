@@ -23,6 +23,7 @@ from skysense_jax.models.inputs import PLACE, Contract, PlaceInput, check_inputs
 from skysense_jax.models.skysense_modules import (
     HEADS,
     SENSOR_ORDER,
+    SWIN,
     build_modules,
     has_calendar,
     module_names,
@@ -157,7 +158,7 @@ def fusion_sequence(
         if name not in maps:
             continue
         x = maps[name]
-        if calendar == "dated" or (calendar == "s2" and name == "s2"):
+        if calendar in ("dated", name):
             if table is None:
                 raise ValueError(f"the parameters have no calendar table (ctpe); model.calendar={calendar!r} needs one")
             x = x + calendar_rows(gathered(table), dates[name])[:, :, None, None, :].astype(x.dtype)
@@ -234,7 +235,7 @@ def make_model(cfg: config_dict.ConfigDict, contract: Contract) -> Model:
             image, valid = normalise(sensor, contract["sensors"][name])
             b, t = image.shape[:2]
             image = image.reshape(b * t, *image.shape[2:])
-            if name == "hr":
+            if name == SWIN:
                 stages = apply_module(name, image)
                 outputs["hr_stages"] = tuple(m.reshape(b, t, *m.shape[1:]) for m in stages)
                 outputs["maps"][name] = outputs["hr_stages"][-1]

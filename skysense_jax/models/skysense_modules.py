@@ -28,6 +28,9 @@ TABLES = ("places", "stream", "hashed")
 """model.geo_context.table: which cells have a region: those of the training places, cells as they come, or all cells,
 which then share regions."""
 
+SWIN = "hr"
+"""The sensor whose encoder is a Swin; the others have a ViT."""
+
 HEADS = {"s2": "head_s2", "s1": "head_s1"}
 """The UP head that brings a ViT's map to the common grid."""
 
@@ -95,7 +98,7 @@ def build_modules(cfg: config_dict.ConfigDict, contract: Contract) -> dict[str, 
         raise ValueError(f"model.ratio is {cfg.ratio}, the input contract's ratio is {contract['ratio']}")
     dtype = jnp.dtype(cfg.dtype)
     modules: dict[str, nn.Module] = {}
-    if "hr" in sensors:
+    if SWIN in sensors:
         hr, stages = cfg.hr, len(cfg.hr.depths)
         stride, width = hr.patch * 2 ** (stages - 1), hr.embed_dims * 2 ** (stages - 1)
         if stride != cfg.ratio or width != cfg.width:
@@ -219,7 +222,7 @@ def smallest_input(name: str, cfg: config_dict.ConfigDict, contract: Contract) -
     Returns:
         Its shape.
     """
-    if name == "hr":
+    if name == SWIN:
         windows = per_stage(cfg.hr.window, len(cfg.hr.depths), "window")
         side = max(window * cfg.hr.patch * 2**stage for stage, window in enumerate(windows))
         return (1, side, side, len(contract["sensors"]["hr"]["bands"]))

@@ -63,8 +63,8 @@ def skysense_encoder(cfg: Any, shapes: Mapping[str, tuple[int, ...]], ratio: int
     """
     parts, dates, cells = {}, 0, 0.0
     for name, (places, t, height, width, bands) in shapes.items():
-        if name == "hr":
-            parts[name] = swin(cfg.hr, places * t, height, width, bands)
+        if "depths" in cfg[name]:  # an encoder with stages is a Swin
+            parts[name] = swin(cfg[name], places * t, height, width, bands)
             height, width = height // ratio, width // ratio
         else:
             parts[name] = vit(cfg[name], places * t, height, width, bands)

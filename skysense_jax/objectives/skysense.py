@@ -59,7 +59,7 @@ import jax
 import jax.numpy as jnp
 
 from skysense_jax.core.rngs import name_hash
-from skysense_jax.models.skysense import SENSOR_ORDER, Model, empty_bank, fused_width, make_model, with_bank
+from skysense_jax.models.skysense import SENSOR_ORDER, SWIN, Model, empty_bank, fused_width, make_model, with_bank
 from skysense_jax.nn.heads import DINOHead
 from skysense_jax.objectives import alignment, distillation, flops, geo, granularity
 from skysense_jax.objectives.base import Objective
@@ -326,7 +326,7 @@ def encode(settings: Settings, encoder: Tree, views: Tree, rng: jax.Array | None
 
 def sharding_rules(cfg: Any, sensors: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     """Rules over the joined tree {"params", "teacher", "memory"}, one per module (core.sharding has the tactics)."""
-    modules = [*sensors, *(f"head_{name}" for name in sensors if name != "hr"), "fusion"]
+    modules = [*sensors, *(f"head_{name}" for name in sensors if name != SWIN), "fusion"]
     rules = [(f"(params|teacher)/encoder/{module}/.+", "fsdp") for module in modules]
     if cfg.model.calendar != "none":
         rules.append(("(params|teacher)/encoder/ctpe", "fsdp"))

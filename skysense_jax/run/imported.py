@@ -26,7 +26,7 @@ from skysense_jax.convert.swin import files as swin_files
 from skysense_jax.core.files import write_atomically
 from skysense_jax.models import msgfm
 from skysense_jax.models.description import Description, Reader
-from skysense_jax.models.skysense import param_shapes
+from skysense_jax.models.skysense import SWIN, param_shapes
 from skysense_jax.ops import regions
 from skysense_jax.run import checkpoint
 
@@ -223,7 +223,7 @@ def _fitted(part: released.Part, name: str, cfg: Any, contract: Mapping[str, Any
     if name not in contract["sensors"]:
         return part
     part = released.for_bands(part, name, contract["sensors"][name]["bands"])
-    if name == "hr":
+    if name == SWIN:
         return part
     return released.with_class_row(part, cfg[name].img_size // cfg[name].patch, cfg[name].cls_token)
 

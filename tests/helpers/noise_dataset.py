@@ -32,7 +32,7 @@ def record(number: int) -> dict:
     for name, count in DATES.items():
         row = sensors.SENSORS[name]
         count = 0 if (name, number % 5) == ("s1", 3) else count
-        side = TILE * (RATIO if row.grid == "hr" else 1)
+        side = TILE * sensors.pixels_per_base(row, RATIO)
         image = np.array(row.mean) + np.array(row.std) * rng.normal(size=(count, side, side, len(row.bands)))
         low, high = max(row.plausible[0], 1.0) if row.dtype != "float32" else row.plausible[0], row.plausible[1]
         place[f"{name}_image"] = np.clip(image, low, high).astype(row.dtype)

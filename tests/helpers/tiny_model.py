@@ -84,7 +84,7 @@ def inputs(
     rng, out = np.random.default_rng(seed), {}
     for name, rule in spec["sensors"].items():
         t = (dates or {"hr": 1, "s2": 3, "s1": 2})[name]
-        side, bands = cells * (spec["ratio"] if rule["grid"] == "hr" else 1), len(rule["bands"])
+        side, bands = cells * sensors.pixels_per_base(rule, spec["ratio"]), len(rule["bands"])
         noise = rng.standard_normal((batch, t, side, side, bands))
         days = np.sort(rng.integers(0, 365, (batch, t)), axis=1) if name != "hr" else np.full((batch, t), -1)
         out[name] = {

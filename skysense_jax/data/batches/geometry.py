@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from skysense_jax import sensors
+from skysense_jax.core import days
 
 _BLOCK = 16  # output cells per matrix block: skips the zeros of the band
 # Multiplications per matrix product: OpenBLAS runs larger products (2**18) on threads of its pool, which compete with
@@ -342,6 +342,5 @@ def jitter_days(rng: np.random.Generator, dates: np.ndarray, days: int) -> np.nd
 
 def day_of_year(dates: np.ndarray) -> np.ndarray:
     """Days since 1970-01-01 -> int32 day of the year 0..364 (1 January = 0, day 365 clamped); -1 (unknown) stays -1."""
-    when = dates.astype(np.int64).astype("datetime64[D]")  # numpy, too, counts days since 1970-01-01
-    days = (when - when.astype("datetime64[Y]").astype("datetime64[D]")).astype(np.int64)
-    return np.where(dates < 0, -1, np.minimum(days, sensors.LAST_DAY)).astype(np.int32)
+    of_year = days.day_of_year(days.EPOCH + dates.astype(np.int64))
+    return np.where(dates < 0, -1, of_year).astype(np.int32)

@@ -1,8 +1,8 @@
 """Radiometric augmentation of one view of one sensor, in the sensor's raw unit, on planes [T, C, H, W].
 
-HR gets DINO's optical set; S2 and S1 get what disturbs their radiometry: a gain of the reflectance (illumination,
-atmosphere), an offset and residual speckle in decibel. The numbers are configuration (`config.data.augment`): the
-paper gives none.
+A sensor's row names its disturbance. HR gets DINO's optical set; S2 and S1 get what disturbs their radiometry: a gain
+of the reflectance (illumination, atmosphere), an offset and residual speckle in decibel. The numbers are configuration
+(`config.data.augment`): the paper gives none.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from skysense_jax.data.batches import geometry
+from skysense_jax.sensors import SENSORS
 
 _LUMA = np.array([0.299, 0.587, 0.114])
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
@@ -25,11 +26,20 @@ SOLARIZE_THRESHOLD = 130.0
 
 
 def colour_matrix(brightness: float, contrast: float, saturation: float, hue: float, gray: bool) -> np.ndarray:
-    """float64 [3, 3] M and the rule out = M rgb + (1 - contrast) * brightness * mean luma of rgb.
+    """The matrix M of a colour jitter: out = M rgb + (1 - contrast) * brightness * mean luma of rgb.
 
-    brightness, contrast, saturation: factors, 1 = unchanged; hue: part of a full turn about the grey axis (YIQ). All
-    four keep or scale luma, so they commute and one matrix holds them; the result is clipped once, at the end. gray:
-    chroma removed after them.
+    Brightness, contrast, saturation and hue keep or scale luma, so they commute and one matrix holds them; the result
+    is clipped once, at the end.
+
+    Args:
+        brightness: factor, 1 = unchanged.
+        contrast: factor, 1 = unchanged.
+        saturation: factor, 1 = unchanged.
+        hue: part of a full turn about the grey axis (YIQ).
+        gray: whether chroma is removed after them.
+
+    Returns:
+        float64 [3, 3].
     """
     angle = 2.0 * np.pi * hue
     turn = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]])
@@ -41,7 +51,15 @@ def colour_matrix(brightness: float, contrast: float, saturation: float, hue: fl
 
 
 def blur_band(sigma: float, size: int) -> geometry.Band:
-    """Gaussian blur along an axis of `size` pixels: truncated at three sigma, renormalised at the border."""
+    """Gaussian blur along one axis, truncated at three sigma and renormalised at the border.
+
+    Args:
+        sigma: standard deviation in pixels.
+        size: pixels along the axis.
+
+    Returns:
+        The banded matrix of the blur.
+    """
     reach = max(3.0 * sigma, 0.5)
     return geometry.make_band(
         np.arange(size) + 0.5,
@@ -54,9 +72,17 @@ def blur_band(sigma: float, size: int) -> geometry.Band:
 def optical(
     rng: np.random.Generator, planes: np.ndarray, valid: np.ndarray | None, view: str, cfg: Mapping[str, Any]
 ) -> np.ndarray:
-    """HR: colour jitter, grayscale, blur, solarize (second global view only), on R, G, B in 0..255, clipped to it.
+    """Colour jitter, grayscale, blur and solarize (second global view only) of R, G, B in 0..255, clipped to it.
 
-    planes: float32 [T, 3, H, H]; valid: [T, H, H] or None = all; view: "global0", "global1" or "local".
+    Args:
+        rng: source of all randomness.
+        planes: float32 [T, 3, H, H].
+        valid: [T, H, H], 1 = measured; None = all.
+        view: "global0", "global1" or "local".
+        cfg: the fields `hr_*` of `config.data.augment`.
+
+    Returns:
+        float32 [T, 3, H, H].
     """
     chance = rng.random(4)
     bright, contrast, saturation, hue = rng.uniform(-1.0, 1.0, 4) * np.asarray(cfg["hr_jitter_strength"])
@@ -87,7 +113,18 @@ def optical(
 def reflectance(
     rng: np.random.Generator, planes: np.ndarray, valid: np.ndarray | None, view: str, cfg: Mapping[str, Any]
 ) -> np.ndarray:
-    """S2: a gain per acquisition times one per acquisition and band, uniform in 1 +- `s2_gain`, `s2_band_gain`."""
+    """A gain per acquisition times a gain per acquisition and band, uniform in 1 +- `s2_gain` and 1 +- `s2_band_gain`.
+
+    Args:
+        rng: source of all randomness.
+        planes: float32 [T, C, H, W], digital numbers proportional to reflectance.
+        valid: not read.
+        view: not read.
+        cfg: the fields `s2_*` of `config.data.augment`.
+
+    Returns:
+        float32 [T, C, H, W].
+    """
     del valid, view
     common = 1.0 + rng.uniform(-1.0, 1.0, (planes.shape[0], 1, 1, 1)) * cfg["s2_gain"]
     band = 1.0 + rng.uniform(-1.0, 1.0, (*planes.shape[:2], 1, 1)) * cfg["s2_band_gain"]
@@ -97,15 +134,30 @@ def reflectance(
 def backscatter(
     rng: np.random.Generator, planes: np.ndarray, valid: np.ndarray | None, view: str, cfg: Mapping[str, Any]
 ) -> np.ndarray:
-    """S1, in dB: a shift per acquisition and band in +-`s1_shift_db`, normal noise of `s1_speckle_db` per pixel."""
+    """A shift per acquisition and band in +-`s1_shift_db`, and normal noise of `s1_speckle_db` per pixel.
+
+    Args:
+        rng: source of all randomness.
+        planes: float32 [T, C, H, W] in decibel.
+        valid: not read.
+        view: not read.
+        cfg: the fields `s1_*` of `config.data.augment`.
+
+    Returns:
+        float32 [T, C, H, W].
+    """
     del valid, view
     shift = rng.uniform(-1.0, 1.0, (*planes.shape[:2], 1, 1)).astype(np.float32) * np.float32(cfg["s1_shift_db"])
     noise = rng.standard_normal(planes.shape, dtype=np.float32) * np.float32(cfg["s1_speckle_db"])
     return planes + shift + noise
 
 
-RULES: dict[str, Callable[..., np.ndarray]] = {"hr": optical, "s2": reflectance, "s1": backscatter}
-"""Sensor -> its augmentation; a sensor without a rule is left as measured."""
+Disturbance = Callable[[np.random.Generator, np.ndarray, np.ndarray | None, str, Mapping[str, Any]], np.ndarray]
+"""(rng, planes, valid, view, cfg) -> planes, as the functions above."""
+
+NONE = "none"
+DISTURBANCES: dict[str, Disturbance] = {"optical": optical, "reflectance": reflectance, "backscatter": backscatter}
+"""`disturbance` of a sensor's row -> its augmentation; NONE: left as measured."""
 
 
 def disturb(
@@ -116,8 +168,21 @@ def disturb(
     view: str,
     cfg: Mapping[str, Any],
 ) -> np.ndarray:
-    """The sensor's rule applied to planes float32 [T, C, H, W]; pixels with valid [T, H, W] = 0 are 0 afterwards."""
-    if sensor not in RULES or not len(planes):
+    """Augments the acquisitions of one sensor in one view, as the sensor's row says.
+
+    Args:
+        rng: source of all randomness.
+        sensor: name of a row of the table.
+        planes: float32 [T, C, H, W] in the sensor's stored unit.
+        valid: [T, H, W], 1 = measured; None = all.
+        view: "global0", "global1" or "local".
+        cfg: `config.data.augment`.
+
+    Returns:
+        float32 [T, C, H, W]; pixels that are not valid are 0.
+    """
+    rule = SENSORS[sensor].disturbance
+    if rule == NONE or not len(planes):
         return planes
-    planes = RULES[sensor](rng, planes, valid, view, cfg)
+    planes = DISTURBANCES[rule](rng, planes, valid, view, cfg)
     return planes if valid is None else planes * valid[:, None]

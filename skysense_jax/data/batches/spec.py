@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import config_dict
 
+from skysense_jax.sensors import pixels_per_base
+
 
 class Leaf(NamedTuple):
     """Shape and dtype of one array of a batch."""
@@ -70,7 +72,7 @@ def views_spec(cfg: config_dict.ConfigDict, contract: Mapping[str, Any]) -> dict
         inputs = {}
         for name, rule in contract["sensors"].items():
             lead = (batch, count, int(data.dates[name]))
-            pixels = size * contract["ratio"] if rule["grid"] == "hr" else size
+            pixels = size * pixels_per_base(rule, contract["ratio"])
             channels = len(rule["bands"])
             inputs[name] = {
                 "image": Leaf((*lead, pixels, pixels, channels), f32),

@@ -74,7 +74,7 @@ def sensor_plans(contract: Mapping[str, Any], ratio: int, counts: Mapping[str, i
     for name, rule in contract["sensors"].items():
         table = sensors.SENSORS[name].bands
         index = [table.index(band) for band in rule["bands"]]
-        per_base = ratio if rule["grid"] == "hr" else 1
+        per_base = sensors.pixels_per_base(rule, ratio)
         bands = None if index == list(range(len(table))) else np.array(index)
         plans.append(SensorPlan(name, bands, per_base, len(index), int(counts[name])))
     return tuple(plans)

@@ -1,0 +1,1 @@
+"""A folder of another layout becomes a catalog: what is stated is drafted, what is not is asked."""

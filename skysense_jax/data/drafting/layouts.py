@@ -66,8 +66,19 @@ def _left_out(path: Path, why: str) -> tuple[str, str]:
 
 
 def images(folder: str | Path, sensor: str, bands: str = "", folder_classes: bool = False) -> Draft:
-    """One place per image, named by its path with ":" for "/"; with folder_classes, the folder an image lies in is its
-    scene class. bands: of every file, in its order; "" where the files say. Raises CatalogError.
+    """Drafts one place per image, named by its path with ":" for "/".
+
+    Args:
+        folder: where the images lie.
+        sensor: name of a row of the table, what the images are.
+        bands: of every file, in its order; "" where the files say.
+        folder_classes: the folder that an image lies in is its scene class.
+
+    Returns:
+        The draft.
+
+    Raises:
+        CatalogError: no image in the folder, or a class name that a catalog cannot hold.
     """
     row = SENSORS[sensor]
     rows, questions = [], []
@@ -89,8 +100,10 @@ def images(folder: str | Path, sensor: str, bands: str = "", folder_classes: boo
             questions.append((path.as_posix(), f"datetime: none in the name, and {sensor} needs one"))
         if not unit:
             questions.append((path.as_posix(), f"units: {', '.join(row.units_accepted)}"))
-        if row.offset_required:
-            questions.append((path.as_posix(), "offset: -1000 where the product still carries it, 0 where not"))
+        if row.offset is not None:
+            questions.append(
+                (path.as_posix(), f"offset: {row.offset.usual:g} where the product still carries it, 0 where not")
+            )
         if folder_classes and path.parent != Path("."):
             if ";" in path.parent.name:
                 raise CatalogError(f"{path.parent}: a class name cannot contain a semicolon; rename the folder")
@@ -105,18 +118,22 @@ def _cells(common: dict[str, str], **cells: str) -> dict[str, str]:
 
 
 def sen12ms(folder: str | Path) -> Draft:
-    """One place per patch of SEN12MS (also of SEN12MS-CR, without its cloudy images), named SEASON_REGION_pPATCH, with
-    whichever of Sentinel-1, Sentinel-2 and land cover is there. Raises CatalogError.
+    """Drafts one place per patch of SEN12MS (also of SEN12MS-CR, without its cloudy images).
+
+    A place is named SEASON_REGION_pPATCH and has whichever of Sentinel-1, Sentinel-2 and land cover exists.
+
+    Raises:
+        CatalogError: no image of that layout in the folder.
     """
     places: dict[str, list[dict[str, str]]] = {}
     questions = []
     for path in _files(folder):
-        found = _SEN12MS.fullmatch(path.name)
-        if found is None:
+        match = _SEN12MS.fullmatch(path.name)
+        if match is None:
             why = "cloudy" if "_s2_cloudy_" in path.name else "not a name like ROIs1158_spring_s2_1_p30.tif"
             questions.append(_left_out(path, why))
             continue
-        season, kind, region, patch = found.groups()
+        season, kind, region, patch = match.groups()
         if _SEN12MS_FOLDER.fullmatch(path.parent.name) and path.parent.name != f"{kind}_{region}":
             questions.append(_left_out(path, "its folder names another sensor or region than its own name"))
             continue
@@ -125,15 +142,14 @@ def sen12ms(folder: str | Path) -> Draft:
         cells = {"place": place, "path": path.as_posix(), "datetime": date} | _SEN12MS_FACTS[kind]
         places.setdefault(place, []).append(_cells(cells))
     rows = []
-    for place, own in sorted(places.items()):
-        here = {row["sensor"] for row in own}
-        if here == {"label_map"}:
-            questions.append(_left_out(Path(own[0]["path"]), "a land cover map without s1 or s2"))
+    for _, patch_rows in sorted(places.items()):
+        images = {row["sensor"] for row in patch_rows} & set(SENSORS)
+        if not images:
+            questions.append(_left_out(Path(patch_rows[0]["path"]), "a land cover map without s1 or s2"))
             continue
-        if not {"s1", "s2"} <= here:
-            [alone] = here & {"s1", "s2"}
-            questions.append((own[0]["path"], f"no partner: {alone} alone, an unpaired place"))
-        rows += own
+        if len(images) == 1:
+            questions.append((patch_rows[0]["path"], f"no partner: {min(images)} alone, an unpaired place"))
+        rows += patch_rows
     if not rows:
         raise CatalogError(f"{folder} has no s1 or s2 file named like ROIs1158_spring_s2_1_p30.tif")
     questions.append((rows[0]["path"], "datetime: only the season is known, its middle is drafted; check"))

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
-from skysense_jax.data.records import EPOCH, SPLITS
+from skysense_jax.core.days import day_number
+from skysense_jax.data.records import SPLITS
 from skysense_jax.sensors import NO_DATE, SENSORS, UNITS, UNLABELLED, band_name
 
 COLUMNS = ("place", "sensor", "datetime", "path", "bands", "units", "scale", "offset", "nodata", "classes", "split")
@@ -111,7 +112,7 @@ def parse_date(text: str) -> int:
     when = datetime.datetime.fromisoformat(text)
     if when.tzinfo is not None:
         when = when.astimezone(datetime.UTC)
-    day = (when.date() - EPOCH).days
+    day = day_number(when.date())
     if day < 0:
         raise ValueError(f"{text} lies before 1970")
     return day

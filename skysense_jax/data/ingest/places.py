@@ -7,42 +7,41 @@ again without it, so that a record never depends on how far a broken file could 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from rasterio.crs import CRS
+from rasterio.windows import Window
 
 from skysense_jax.data.ingest.catalog import Row
-from skysense_jax.data.ingest.grid import Tile, crs_text, extent, onto_tile, place_crs, reference, tiles_of
-from skysense_jax.data.ingest.inspection import Layer, duplicate_bands, inspect_classes, inspect_image, to_labels
+from skysense_jax.data.ingest.grid import (
+    Bounds,
+    Tile,
+    classes_onto_tile,
+    crs_text,
+    extent,
+    measurements_onto_tile,
+    place_crs,
+    reference,
+    tiles_of,
+)
+from skysense_jax.data.ingest.inspection import (
+    Layer,
+    duplicate_bands,
+    inspect_classes,
+    inspect_image,
+    path_of,
+    to_labels,
+)
 from skysense_jax.data.ingest.plain_images import Cut, cuts_of
-from skysense_jax.data.ingest.raster import GDAL_ERRORS, BrokenFile, Files, RasterRefused, read_window
+from skysense_jax.data.ingest.raster import GDAL_ERRORS, BrokenFile, Files, Header, RasterRefused, read_window
 from skysense_jax.data.ingest.report import REFUSED, USED, add_dates, file_entry
+from skysense_jax.data.ingest.settings import Settings
 from skysense_jax.data.ingest.units import convert
 from skysense_jax.sensors import NO_DATE, SENSORS, UNLABELLED
-
-
-class Settings(NamedTuple):
-    """What a build is asked for. tile: base pixels along a tile. gsd: metres of a base pixel. ratio: HR pixels along
-    a base pixel. sensors: those of the dataset. label_classes: order of the multi-hot label. root: the catalog's
-    folder. max_pixels, max_upsample: limits of one file. georeferenced: False = the images have no place on Earth and
-    are cut by their pixels.
-    """
-
-    tile: int
-    gsd: float
-    ratio: int
-    sensors: tuple[str, ...]
-    label_classes: tuple[str, ...]
-    root: Path
-    max_pixels: int
-    max_upsample: float
-    georeferenced: bool = True
-
-    def side(self, sensor: str) -> int:
-        """Pixels of the sensor along a tile."""
-        return self.tile * (self.ratio if SENSORS[sensor].grid == "hr" else 1)
 
 
 class _Place(NamedTuple):
@@ -62,21 +61,13 @@ def _inspect(
         if row.kind == "label":
             continue
         try:
-            if row.path in broken:
-                raise RasterRefused(broken[row.path])
+            path = path_of(row)
+            if path in broken:
+                raise RasterRefused(broken[path])
             if not settings.georeferenced and (row.kind != "image" or place.images):
                 raise RasterRefused("without georeference a place is one image: nothing says what lies on what")
             if row.kind == "image":
-                layer = inspect_image(
-                    row,
-                    files,
-                    settings.root,
-                    settings.gsd,
-                    settings.ratio,
-                    settings.max_pixels,
-                    settings.max_upsample,
-                    settings.georeferenced,
-                )
+                layer = inspect_image(row, files, settings)
                 same = place.images.setdefault(row.sensor, {}).setdefault(row.date, [])
                 twice = duplicate_bands(same, layer)
                 if twice:
@@ -107,10 +98,8 @@ def _inspect(
     return place
 
 
-def _drop_unlocated(place: _Place, crs: Any, report: dict[str, Any]) -> list[tuple]:
-    """Extents of the images in the place's CRS; an image that cannot be located there leaves the place and is
-    refused.
-    """
+def _drop_unlocated(place: _Place, crs: CRS, report: dict[str, Any]) -> list[tuple[Bounds, Bounds]]:
+    """Extents of the images in the place's CRS; an image that cannot be located in it leaves the place, refused."""
     extents = []
     for dates in place.images.values():
         for layers in dates.values():
@@ -124,35 +113,45 @@ def _drop_unlocated(place: _Place, crs: Any, report: dict[str, Any]) -> list[tup
     return extents
 
 
-def _onto_tile(
-    layer: Layer, tile: Tile | Cut, size: int, bands: int, read: Callable[[Any], np.ndarray], nearest: bool
-) -> np.ndarray | None:
-    if isinstance(tile, Cut):
-        return read(tile.window(size))
+@contextlib.contextmanager
+def _named(layer: Layer, tile: Tile | Cut) -> Iterator[None]:
+    """What GDAL raises while a file is brought onto a tile, as BrokenFile with the file's name."""
     try:
-        return onto_tile(layer.reading.header, tile, size, bands, read, nearest)
+        yield
     except GDAL_ERRORS as error:
-        raise BrokenFile(layer.row.path, f"cannot be brought onto the grid of {tile.name}: {error}") from error
+        reason = f"cannot be brought onto the grid of {tile.name}: {error}"
+        raise BrokenFile(layer.reading.header.path, reason) from error
 
 
 def _read_image(layer: Layer, tile: Tile | Cut, size: int, files: Files) -> np.ndarray | None:
-    def read(window: Any) -> np.ndarray:
-        return convert(*read_window(files, layer.reading, window), layer.conversion)
+    """float32 [bands of the file, size, size] in the stored unit, NaN where invalid; None where it misses the tile."""
+    conversion = layer.conversion
+    if conversion is None:
+        raise ValueError(f"{layer.row.name}: a layer of kind {layer.row.kind} holds no measurements")
 
-    return _onto_tile(layer, tile, size, len(layer.columns), read, nearest=False)
+    def read(window: Window) -> np.ndarray:
+        return convert(*read_window(files, layer.reading, window), conversion)
+
+    if isinstance(tile, Cut):
+        return read(tile.window(size))
+    with _named(layer, tile):
+        return measurements_onto_tile(layer.reading.header, tile, size, len(layer.columns), read)
 
 
-def _read_classes(layer: Layer, tile: Tile, size: int, files: Files) -> np.ndarray | None:
-    """[size, size] int32, -1 where there is no class."""
+def _read_classes(layer: Layer, tile: Tile | Cut, size: int, files: Files) -> np.ndarray | None:
+    """int32 [size, size], -1 where there is no class; None where it misses the tile."""
 
-    def read(window: Any) -> np.ndarray:
+    def read(window: Window) -> np.ndarray:
         return to_labels(*read_window(files, layer.reading, window))
 
-    found = _onto_tile(layer, tile, size, 1, read, nearest=True)
-    return None if found is None else found[0]
+    if isinstance(tile, Cut):
+        return read(tile.window(size))[0]
+    with _named(layer, tile):
+        classes = classes_onto_tile(layer.reading.header, tile, size, read)
+    return None if classes is None else classes[0]
 
 
-def _clear(masks: Sequence[Layer], tile: Tile, size: int, files: Files) -> np.ndarray:
+def _clear(masks: Sequence[Layer], tile: Tile | Cut, size: int, files: Files) -> np.ndarray:
     """1 where a mask layer says clear; where there is a mask but it says nothing (outside it, its nodata): 0."""
     clear = np.zeros((size, size), np.uint8)
     for layer in masks:
@@ -168,7 +167,11 @@ def _sensor(
     """The five features of one sensor in one tile."""
     sensor = SENSORS[name]
     size = settings.side(name)
-    images, valids, clears, measured, dates = [], [], [], [], []
+    images: list[np.ndarray] = []
+    valids: list[np.ndarray] = []
+    clears: list[np.ndarray] = []
+    measured: list[np.ndarray] = []
+    dates: list[int] = []
     for date, layers in sorted(place.images.get(name, {}).items()):
         values = np.full((size, size, len(sensor.bands)), np.nan, np.float32)
         bands = np.zeros(len(sensor.bands), np.uint8)
@@ -177,12 +180,14 @@ def _sensor(
             if part is not None and np.isfinite(part).any():
                 values[..., list(layer.columns)] = np.moveaxis(part, 0, -1)
                 bands[list(layer.columns)] = 1
-        valid = np.isfinite(values[..., bands == 1]).all(axis=-1) if bands.any() else np.zeros((size, size), bool)
+        valid = np.zeros((size, size), bool)
+        if bands.any():
+            valid[:] = np.isfinite(values[..., bands == 1]).all(axis=-1)
         if not valid.any():
             counts["dropped"] += bool(layers)
             continue
         masks = place.masks.get((name, date))
-        clear = _clear(masks, tile, size, files) if masks else np.ones((size, size), np.uint8)
+        clear = np.ones((size, size), np.uint8) if not masks else _clear(masks, tile, size, files)
         kept = np.where(valid[..., None] & (bands == 1), values, 0)
         images.append((np.rint(kept) if np.dtype(sensor.dtype).kind in "iu" else kept).astype(sensor.dtype))
         valids.append(valid.astype(np.uint8))
@@ -194,7 +199,7 @@ def _sensor(
     counts["dates_squared"] += len(dates) ** 2
     counts["pixels"] += len(dates) * size * size
     counts["valid"] += int(sum(valid.sum() for valid in valids))
-    counts["clear"] += int(sum((clear & valid).sum() for clear, valid in zip(clears, valids)))
+    counts["clear"] += int(sum((clear & valid).sum() for clear, valid in zip(clears, valids, strict=True)))
     add_dates(counts, dates)
 
     def stack(arrays: list[np.ndarray], shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -209,14 +214,15 @@ def _sensor(
     }
 
 
-def _label_map(place: _Place, tile: Tile, settings: Settings, files: Files) -> np.ndarray:
+def _label_map(place: _Place, tile: Tile | Cut, settings: Settings, files: Files) -> np.ndarray:
     """[N, N] uint8, 255 = unlabelled; where label maps overlap the earlier catalog row wins."""
     out = np.full((settings.tile, settings.tile), UNLABELLED, np.uint8)
     for layer in place.label_maps:
         classes = _read_classes(layer, tile, settings.tile, files)
         if classes is not None:
             if classes.max() > UNLABELLED:
-                raise BrokenFile(layer.row.path, f"label value {classes.max()}: 0..{UNLABELLED - 1} are stored")
+                reason = f"label value {classes.max()}: 0..{UNLABELLED - 1} are stored"
+                raise BrokenFile(layer.reading.header.path, reason)
             fill = (out == UNLABELLED) & (classes >= 0)
             out[fill] = classes[fill]
     return out
@@ -225,11 +231,22 @@ def _label_map(place: _Place, tile: Tile, settings: Settings, files: Files) -> n
 def ingest_place(
     name: str, rows: Sequence[Row], settings: Settings, files: Files, broken: Mapping[Path, str], report: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """Yields the records of one catalog place, tile by tile (see data/spec.py for their features), and fills
-    `report`.
+    """The records of one catalog place, tile by tile; data/records.py describes them.
 
-    broken: files already known to fail while being read, with the reason. Raises BrokenFile for a new one; then
-    `report` and what was yielded for this place are void and the caller starts it again with the file in `broken`.
+    Args:
+        name: of the place.
+        rows: its catalog rows.
+        settings: what the build is asked for.
+        files: open handles of this process.
+        broken: files already known to fail while being read, with the reason.
+        report: counts of the build, filled as tiles are read.
+
+    Yields:
+        Records, features by name.
+
+    Raises:
+        BrokenFile: a new file fails while it is read. Then `report` and what was yielded for this place are void, and
+            the caller starts the place again with the file in `broken`.
     """
     report["places"] += 1
     place = _inspect(rows, settings, files, broken, report)
@@ -251,9 +268,8 @@ def ingest_place(
                     yield record
     except BrokenFile:
         raise
-    except (
-        RasterRefused
-    ) as error:  # the place as a whole: its reference raster cannot be located, or absurdly many tiles
+    except RasterRefused as error:
+        # the place as a whole: its reference raster cannot be located, or absurdly many tiles
         for index, entry in enumerate(report["files"]):
             if entry["place"] == name and entry["status"] == USED:
                 report["files"][index] = {key: entry[key] for key in ("row", "place", "sensor", "path")} | {
@@ -266,7 +282,7 @@ def ingest_place(
 
 
 def _tiles(
-    name: str, heads: Sequence[tuple[str, Any]], place: _Place, settings: Settings, report: dict[str, Any]
+    name: str, heads: Sequence[tuple[str, Header]], place: _Place, settings: Settings, report: dict[str, Any]
 ) -> Iterator[Tile | Cut]:
     if not settings.georeferenced:
         [(sensor, head)] = heads
@@ -274,7 +290,7 @@ def _tiles(
     head = reference(heads)
     crs = place_crs(head)
     extents = _drop_unlocated(place, crs, report)
-    return tiles_of(name, head, extents, crs, settings.tile, settings.gsd) if extents else iter(())
+    return tiles_of(name, head, extents, crs, settings) if extents else iter(())
 
 
 def _record(

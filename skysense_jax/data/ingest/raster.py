@@ -57,26 +57,28 @@ class RasterRefused(ValueError):
 class BrokenFile(RasterRefused):
     """A file that passed inspection failed while its pixels were read."""
 
-    def __init__(self, path: Path, reason: str):
+    def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
         self.path, self.reason = path, reason
 
 
 class Header(NamedTuple):
-    """What a file declares. transform: pixel (column, row) -> (x, y). nodata: per band, None where unset. alpha:
-    1-based index or 0.
+    """What a file declares.
+
+    bands: their number. transform: pixel (column, row) -> (x, y). nodata: per band, None where unset. alpha: 1-based
+    index or 0. mask: "inside" the file, "beside" it (a .msk file) or "".
     """
 
     path: Path
     width: int
     height: int
-    count: int
+    bands: int
     dtype: np.dtype
     crs: CRS
     transform: Affine
     nodata: tuple[float | None, ...]
     alpha: int
-    mask: str  # "", "inside" or "beside" (a .msk file)
+    mask: str
 
     @property
     def step(self) -> float:
@@ -87,8 +89,9 @@ class Header(NamedTuple):
 
 
 def gdal_settings(cache_mb: int = 64) -> rasterio.Env:
-    """GDAL for a worker: a bounded block cache, no sidecars, no directory listing, one thread (the processes are the
-    parallelism).
+    """GDAL for a worker: a bounded block cache of `cache_mb` MB, no sidecars, no directory listing, one thread.
+
+    The processes are the parallelism.
     """
     return rasterio.Env(
         GDAL_CACHEMAX=cache_mb, GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR", GDAL_NUM_THREADS="1", PROJ_NETWORK="OFF"
@@ -119,15 +122,20 @@ def open_raster(path: Path) -> rasterio.DatasetReader:
 
 
 class Files:
-    """Open handles, the least recently used closed first: a place can have more rasters than a process may open. One
-    per process.
+    """Open handles of one process, the least recently used closed first.
+
+    A place can have more rasters than a process may open.
     """
 
-    def __init__(self, limit: int = _OPEN_FILES, opener: Callable[[Path], rasterio.DatasetReader] = open_raster):
-        """opener: path -> the open raster; raises RasterRefused."""
-        self._limit, self._opener, self._open = limit, opener, OrderedDict()
+    def __init__(
+        self, limit: int = _OPEN_FILES, opener: Callable[[Path], rasterio.DatasetReader] = open_raster
+    ) -> None:
+        """limit: files open at once. opener: path -> the open raster; raises RasterRefused."""
+        self._limit, self._opener = limit, opener
+        self._open: OrderedDict[Path, rasterio.DatasetReader] = OrderedDict()
 
     def get(self, path: Path) -> rasterio.DatasetReader:
+        """The open raster; RasterRefused where it cannot be opened."""
         if path not in self._open:
             while len(self._open) >= self._limit:
                 self._open.popitem(last=False)[1].close()
@@ -136,6 +144,7 @@ class Files:
         return self._open[path]
 
     def close(self) -> None:
+        """Closes all."""
         while self._open:
             self._open.popitem()[1].close()
 
@@ -163,8 +172,20 @@ def _located(file: rasterio.DatasetReader) -> None:
 def header(
     file: rasterio.DatasetReader, path: Path, catalog_nodata: bool, max_pixels: int, georeferenced: bool = True
 ) -> Header:
-    """Checks what the file declares. catalog_nodata: the catalog settles nodata itself. georeferenced: it must say
-    where it lies; otherwise crs and transform are not looked at. Raises RasterRefused.
+    """Checks what a file declares, before any pixel is read.
+
+    Args:
+        file: the open raster.
+        path: where it lies.
+        catalog_nodata: the catalog says what nodata is, so that a sidecar's word does not matter.
+        max_pixels: limit of width * height * bands.
+        georeferenced: it must say where it lies on Earth; otherwise CRS and transform are not looked at.
+
+    Returns:
+        The header.
+
+    Raises:
+        RasterRefused: the file cannot be used; the message is the reason.
     """
     if file.subdatasets:
         raise RasterRefused(
@@ -177,8 +198,7 @@ def header(
     if declared > max_pixels:
         raise RasterRefused(
             f"declares {file.width} x {file.height} x {file.count} = {declared:.3g} pixels, more than the limit "
-            f"{max_pixels:.3g} "
-            "(--max-pixels)"
+            f"{max_pixels:.3g} (--max-pixels)"
         )
     if georeferenced:
         _located(file)
@@ -188,8 +208,8 @@ def header(
     sidecar = _beside(path, ".aux.xml")
     if not catalog_nodata and sidecar.is_file():
         with sidecar.open("rb") as stream:
-            found = stream.read(2**22)
-        if any(fact in found for fact in _SIDECAR_FACTS):
+            text = stream.read(2**22)
+        if any(fact in text for fact in _SIDECAR_FACTS):
             raise RasterRefused(
                 f"{sidecar.name} holds nodata or scaling, and sidecars are not read: put them into the catalog "
                 "(nodata, scale, offset; nodata=none if there is none)"
@@ -200,7 +220,7 @@ def header(
         path=path,
         width=file.width,
         height=file.height,
-        count=file.count,
+        bands=file.count,
         dtype=dtypes.pop(),
         crs=file.crs,
         transform=file.transform,
@@ -211,9 +231,10 @@ def header(
 
 
 class Reading(NamedTuple):
-    """How a file's pixels become values with validity. indexes: 1-based bands to read. nodata: per index. together: a
-    nodata value counts only where all bands have it. alpha: band whose 0 is invalid, 0 = none. customary: the
-    instrument's nodata value, on top of the file's.
+    """How a file's pixels become values with validity.
+
+    indexes: 1-based bands to read. nodata: per index. together: a nodata value counts only where all bands have it.
+    alpha: band whose 0 is invalid, 0 = none. customary: the instrument's nodata value, on top of the file's.
     """
 
     header: Header
@@ -225,15 +246,26 @@ class Reading(NamedTuple):
 
 
 def read_window(files: Files, reading: Reading, window: Window) -> tuple[np.ndarray, np.ndarray]:
-    """Reads [n, h, w] raw values and their validity (bool). The window lies inside the file. Raises BrokenFile."""
+    """Reads raw values and their validity.
+
+    Args:
+        files: open handles of this process.
+        reading: how the file is read.
+        window: what is read; it lies inside the file.
+
+    Returns:
+        (raw values [n, h, w] in the file's type, bool [n, h, w]).
+
+    Raises:
+        BrokenFile: the pixels cannot be read, or are too many at once.
+    """
     head = reading.header
     pixels = int(window.width * window.height) * len(reading.indexes)
     if pixels > MAX_WINDOW_PIXELS:
         raise BrokenFile(
             head.path,
             f"one tile needs {window.width:.0f} x {window.height:.0f} x {len(reading.indexes)} of its pixels at "
-            f"once, more "
-            f"than the limit {MAX_WINDOW_PIXELS:.3g}; resample the file or use smaller tiles",
+            f"once, more than the limit {MAX_WINDOW_PIXELS:.3g}; resample the file or use smaller tiles",
         )
     try:
         file = files.get(head.path)
@@ -250,7 +282,7 @@ def read_window(files: Files, reading: Reading, window: Window) -> tuple[np.ndar
     except (*GDAL_ERRORS, RasterRefused) as error:
         raise BrokenFile(head.path, f"its pixels cannot be read (truncated or corrupt): {error}") from error
     valid = np.isfinite(raw) if raw.dtype.kind == "f" else np.ones(raw.shape, bool)
-    hit = np.stack([_equals(band, value) for band, value in zip(raw, reading.nodata)])
+    hit = np.stack([_equals(band, value) for band, value in zip(raw, reading.nodata, strict=True)])
     valid &= ~(hit.all(axis=0, keepdims=True) if reading.together else hit)
     if reading.customary is not None:
         valid &= raw != reading.customary
@@ -279,10 +311,18 @@ def _equals(band: np.ndarray, value: float | None) -> np.ndarray:
 
 
 def sample(files: Files, reading: Reading, side: int = 96) -> tuple[np.ndarray, np.ndarray]:
-    """Raw values [n, k] and validity from nine windows spread over the file; the whole file, window by window, until
-    one has valid pixels.
+    """Reads nine windows spread over a file; where none has valid pixels, the whole file until a window has some.
 
-    Raises RasterRefused where no pixel of the file is valid.
+    Args:
+        files: open handles of this process.
+        reading: how the file is read.
+        side: pixels along a window.
+
+    Returns:
+        (raw values [n, k], bool [n, k] whether they are valid).
+
+    Raises:
+        RasterRefused: no pixel of the file is valid.
     """
     head = reading.header
     raws, valids = [], []

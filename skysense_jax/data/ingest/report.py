@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from skysense_jax.core.days import iso_date
 from skysense_jax.data.ingest.catalog import Row
-from skysense_jax.data.records import date_of
 
 REFUSED, USED = "refused", "used"
 _MAX_PRINTED, _MAX_FILES = 30, 5
@@ -127,7 +127,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
 
 
 def _day(day: int | None) -> str:
-    return "-" if day is None else str(date_of(day))
+    return "-" if day is None else iso_date(day)
 
 
 def render(report: Mapping[str, Any]) -> str:
