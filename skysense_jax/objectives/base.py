@@ -1,10 +1,11 @@
-"""What a training objective is: six functions and values, the only thing the training loop knows about a model.
+"""What a training objective is: functions and values, all that the training loop knows about a model.
 
-The parameters an objective owns live in three trees, all nested dicts of arrays:
+The parameters of an objective live in three trees, all nested dicts of arrays:
 
 ``params``   what the optimiser updates: {"encoder": the model's parameters, plus whatever the objective trains with it}
-``teacher``  a moving average of a part of the student, same names and shapes as there; {} for an objective without one
-``memory``   gradient-free state (centres, prototype banks); sharded, checkpointed, not optimised; {} where none
+``teacher``  a moving average of some of the student's parameters, with their names and shapes, or a frozen network; {}
+             for an objective without a teacher
+``memory``   state without gradient (centres, banks); sharded, checkpointed, not optimised; {} for an objective without
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-Tree = Any
+import jax
+
+from skysense_jax.core.trees import Tree
 
 
 class Objective(NamedTuple):
-    """One objective. Every function is pure and may be jitted; none knows about devices, processes or files.
+    """An objective. Every function is pure and may be jitted; none knows about devices, processes or files.
 
     init(rng, spec) -> params, teacher, memory
         spec: the nested dict of the training batch with anything that has `.shape` and `.dtype` as leaves; only shapes
@@ -33,23 +36,22 @@ class Objective(NamedTuple):
         contract's sensors. At least "image" [B, E] and "pixel" [B, h, w, E]. Evaluation and export use this and nothing
         else.
     rules: ((pattern, tactic), ...) over the names of the joined tree {"params": ..., "teacher": ..., "memory": ...}
-        so that names start with "params/", "teacher/" or "memory/"; strict (core.sharding): each leaf by exactly one
-        rule, each rule used.
+        so that names start with "params/", "teacher/" or "memory/"; strict (core.sharding): exactly one rule per leaf,
+        each rule used.
     flops(spec) -> float: analytic model FLOPs of one step of the global batch (what is counted: core.flops).
     lr_scale(batch) -> scalar: factor on the learning rate of this batch's update (not on its gradient).
-    taking_part(batch, params) -> tree like params of booleans: False where this batch has no gradient by its kind. Such
-        a parameter and its moments stay as they are, as torch leaves parameters whose .grad is None. None: all move.
+    taking_part(batch, params) -> tree like params of booleans, the parameters that this batch trains: False where a
+        batch of this kind gives no gradient. Such a parameter and its moments stay as they are, as torch leaves
+        parameters whose .grad is None. None: all are trained.
     streams: names of the random streams `loss` draws from (core.rngs.keys).
-    schedule_keys: names `loss` and `settle` read from the schedule, beside what the optimiser itself needs.
-        SkySense: "teacher_temp" (temperature of the teacher's softmax), "last_layer_frozen" (1 while the prototypes
-        stand still, then 0; weight decay goes on meanwhile and changes nothing, their length is normalised away),
-        "teacher_momentum".
+    schedule_keys: names of the schedules that `loss` and `settle` read, beside those of the optimiser itself; what
+        there is, and what each means: run.optim.
     """
 
-    init: Callable[[Any, Tree], tuple[Tree, Tree, Tree]]
-    loss: Callable[..., tuple[Any, tuple[dict[str, Any], Tree]]]
+    init: Callable[[jax.Array, Tree], tuple[Tree, Tree, Tree]]
+    loss: Callable[..., tuple[jax.Array, tuple[dict[str, jax.Array], Tree]]]
     settle: Callable[..., tuple[Tree, Tree]]
-    features: Callable[[Tree, Tree], dict[str, Any]]
+    features: Callable[[Tree, Tree], dict[str, jax.Array]]
     rules: tuple[tuple[str, str], ...]
     flops: Callable[[Tree], float]
     streams: tuple[str, ...]
