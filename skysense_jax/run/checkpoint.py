@@ -9,7 +9,6 @@ writes a mark last.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pathlib
 import sys
@@ -17,12 +16,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from skysense_jax.core import paths, trees
-from skysense_jax.run import digest
+from skysense_jax.core import digest, paths, sealed, trees
+from skysense_jax.core.sealed import Damaged
 from skysense_jax.run.state import TrainState
 
 FOLDER = "checkpoints"
@@ -36,13 +34,6 @@ COMMITTED = "commit_success.txt"
 
 TREES = ("params", "opt", "teacher", "memory")
 """Names of a checkpoint's trees."""
-
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError)
-"""What Orbax, tensorstore and json raise on truncated, missing or altered files."""
-
-
-class Damaged(ValueError):
-    """A checkpoint that cannot be trusted; the message names what is wrong with it."""
 
 
 class NotSaved(OSError):
@@ -71,20 +62,6 @@ def _split(state: TrainState) -> dict[str, Any]:
     return {**nonempty, "counters": {"step": state.step, "skipped": state.skipped}}
 
 
-def _seal(value: Any) -> str:
-    """SHA-256 of a JSON value, independent of the order of keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _context() -> ocp.Context:
-    registry = ocp.handlers.local_registry(include_global_registry=True)
-    for name in ("data", "meta"):  # a dict would otherwise be stored as arrays; as JSON it can be read with `cat`
-        registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
-    context = ocp.Context()
-    context.checkpointables.registry = registry
-    return context
-
-
 def steps(folder: pathlib.Path | str) -> list[int]:
     """Complete steps in a folder of checkpoints, ascending."""
     location = paths.path(folder)
@@ -104,7 +81,7 @@ class Saver:
         self._step = -1  # of the save that was started last
         self._orbax = ocp.training.Checkpointer(
             self._folder,
-            context=_context(),
+            context=sealed.context(),
             cleanup_tmp_directories=True,
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
@@ -129,8 +106,8 @@ class Saver:
             return False
         checkpointables = _split(state)
         digests = {name: digest.tree_digests(tree) for name, tree in checkpointables.items()}
-        body = {**json.loads(json.dumps(meta)), "step": step, "digests": digests, "data_seal": _seal(dict(data))}
-        checkpointables |= {"data": dict(data), "meta": {**body, "seal": _seal(body)}}
+        body = {**json.loads(json.dumps(meta)), "step": step, "digests": digests, "data_seal": sealed.seal(dict(data))}
+        checkpointables |= {"data": dict(data), "meta": {**body, "seal": sealed.seal(body)}}
         self._checked(lambda: self._orbax.save_checkpointables_async(step, checkpointables, force=True))
         self._step = step
         return True
@@ -153,47 +130,8 @@ class Saver:
         except (OSError, ValueError, RuntimeError) as error:
             raise NotSaved(
                 f"{self._folder}: a checkpoint could not be written after step {max(self._step, 0)}: "
-                f"{_first_line(error)}. The complete ones stand: make room and start again"
+                f"{sealed.first_line(error)}. The complete ones stand: make room and start again"
             ) from error
-
-
-def save_part(folder: pathlib.Path | str, name: str, tree: trees.Tree) -> None:
-    """Writes one tree as a checkpoint by itself, FOLDER/NAME, with a digest of every leaf.
-
-    It is for weights that come module by module. An older checkpoint of that name is replaced.
-
-    Args:
-        folder: where it goes.
-        name: of the tree.
-        tree: numpy or jax arrays.
-    """
-    body = {"digests": {name: digest.tree_digests(tree)}}
-    tree = jax.tree.map(jax.device_put, tree)  # no copy on a CPU; Orbax copies numpy arrays once more before it writes
-    with _context():
-        ocp.save_checkpointables(
-            paths.absolute(folder) / name, {name: tree, "meta": {**body, "seal": _seal(body)}}, overwrite=True
-        )
-
-
-def load_part(folder: pathlib.Path | str, name: str) -> trees.Tree:
-    """Reads the tree that :func:`save_part` wrote.
-
-    Args:
-        folder: as it was written.
-        name: of the tree.
-
-    Returns:
-        The tree as numpy arrays.
-
-    Raises:
-        FileNotFoundError: there is no such tree.
-        Damaged: it cannot be trusted.
-    """
-    path = paths.absolute(folder) / name
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such part of the weights")
-    meta = _read_sealed(path, "meta")["meta"]
-    return _load(path.parent, path.name, {name: _empty_tree(meta["digests"][name])}, meta)[name]
 
 
 def read_json(folder: pathlib.Path | str, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -210,59 +148,11 @@ def read_json(folder: pathlib.Path | str, step: int) -> tuple[dict[str, Any], di
         Damaged: they cannot be trusted.
     """
     path = paths.absolute(folder) / str(step)
-    values = _read_sealed(path, "data", "meta")
+    values = sealed.read_sealed(path, "data", "meta")
     data, meta = values["data"], values["meta"]
-    if meta["data_seal"] != _seal(data):
+    if meta["data_seal"] != sealed.seal(data):
         raise Damaged("data position was altered: its seal does not fit")
     return data, meta
-
-
-def _read_sealed(path: epath.Path, *names: str) -> dict[str, Any]:
-    """The JSON parts `names` of one checkpoint, "meta" among them, whose seal is checked and taken off.
-
-    Raises:
-        Damaged: they cannot be read, or the seal does not fit.
-    """
-    try:
-        values = dict(ocp.load_checkpointables(path, dict.fromkeys(names)))
-    except UNREADABLE as error:
-        raise Damaged(f"{path}: {' or '.join(names)} cannot be read: {_first_line(error)}") from error
-    values["meta"] = dict(values["meta"])
-    if values["meta"].pop("seal", None) != _seal(values["meta"]):
-        raise Damaged(f"{path}: meta was altered: its seal does not fit")
-    return values
-
-
-def _load(
-    folder: pathlib.Path | str, step: int | str, shapes: Mapping[str, Any], meta: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The trees `shapes` (name -> shapes with shardings) of one step, every leaf checked against its digest.
-
-    Raises:
-        Damaged: a tree cannot be read, or a leaf has another digest.
-    """
-    path = paths.absolute(folder) / str(step)
-    try:
-        loaded = ocp.load_checkpointables(path, dict(shapes))
-    except UNREADABLE as error:
-        raise Damaged(f"{', '.join(shapes)} cannot be read: {_first_line(error)}") from error
-    for name in shapes:
-        computed, stored = digest.tree_digests(loaded[name]), meta["digests"][name]
-        wrong = [leaf for leaf in stored if computed.get(leaf) != stored[leaf]]
-        if wrong:
-            first = wrong[0]
-            raise Damaged(
-                f"{len(wrong)} leaves do not have the digest they were saved with, first {name}/{first}: "
-                f"saved {stored[first]}, read {computed.get(first)}"
-            )
-    return loaded
-
-
-def _first_line(error: BaseException) -> str:
-    """The cause, from the end of the chain: Orbax wraps it in errors that do not say it."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
 
 
 def _check_structure(meta: Mapping[str, Any], shapes: Mapping[str, Any], where: str) -> None:
@@ -314,7 +204,7 @@ def restore_latest_valid(
             check(meta)
             expected = _split(shapes)
             _check_structure(meta, expected, f"{folder / str(step)}")
-            loaded = _load(folder, step, expected, meta)
+            loaded = sealed.load(folder, step, expected, meta)
         except Damaged as error:
             rejected[step] = str(error)
             print(f"checkpoint {step} rejected: {error}", file=sys.stderr)
@@ -412,7 +302,7 @@ def load_tree(path: pathlib.Path | str, name: str, step: int | None = None) -> t
         _, meta = read_json(folder, n)
         if name not in meta["digests"]:
             raise ValueError(f"checkpoint {folder / str(n)} has no {name!r}; it has {', '.join(meta['digests'])}")
-        return _load(folder, n, {name: _empty_tree(meta["digests"][name])}, meta)[name]
+        return sealed.load(folder, n, {name: sealed.empty_tree(meta["digests"][name])}, meta)[name]
 
     return _newest(candidates, read, folder)
 
@@ -427,14 +317,3 @@ def _newest(candidates: list[int], read: Callable[[int], Any], folder: epath.Pat
             reasons.append(f"{n}: {error}")
             print(f"checkpoint {n} rejected: {error}", file=sys.stderr)
     raise Damaged(f"{folder}: no checkpoint can be trusted ({'; '.join(reasons)})")
-
-
-def _empty_tree(digests: Mapping[str, str]) -> trees.Tree:
-    """Arrays to read into, from the digests of a tree."""
-    return trees.nest({leaf: _empty_like(text.split()[0]) for leaf, text in digests.items()})
-
-
-def _empty_like(text: str) -> np.ndarray:
-    """An array to read into, from digest.describe's spelling."""
-    dtype, shape = text.removesuffix("]").split("[")
-    return np.empty([int(n) for n in shape.split(",") if n], np.dtype(jax.numpy.dtype(dtype)))

@@ -23,13 +23,12 @@ from skysense_jax import __version__, sensors
 from skysense_jax.convert import exported, keymap, released, tensor_files, torch_import
 from skysense_jax.convert.swin import expert_shards
 from skysense_jax.convert.swin import files as swin_files
-from skysense_jax.core import trees
+from skysense_jax.core import sealed, trees
 from skysense_jax.core.files import write_atomically
 from skysense_jax.models import msgfm
 from skysense_jax.models.description import Description, Reader
 from skysense_jax.models.skysense import param_shapes
 from skysense_jax.ops import regions
-from skysense_jax.run import checkpoint
 
 DESCRIPTION, PARTS = "model.json", "parts"
 """Description and folder of modules of imported weights."""
@@ -79,7 +78,7 @@ def import_files(
         path = module.path
         notes = [*module.notes, *(f"{key} absent in the file: {_default(key)}" for key in imported.filled)]
         del module  # the file is mapped as long as a module of it lives, and its pages count as this process's
-        checkpoint.save_part(out / PARTS, name, {name: imported.params})
+        sealed.write_tree(out / PARTS, name, {name: imported.params})
         if imported.ignored:
             notes.append(f"{len(imported.ignored)} buffers are recomputed, not read")
         count = sum(leaf.size for leaf in jax.tree.leaves(imported.params))
@@ -141,7 +140,7 @@ def import_swin(
     digests = {pathlib.Path(file).name: tensor_files.sha256(pathlib.Path(file)) for file in files}
     origins = {}
     for name in translated.modules:
-        checkpoint.save_part(out / PARTS, name, {name: imported.params[name]})
+        sealed.write_tree(out / PARTS, name, {name: imported.params[name]})
         count = sum(leaf.size for leaf in jax.tree.leaves(imported.params[name]))
         origins[name] = {"files": digests, "parameters": count}
         print(f"{name}: {count:,} parameters", flush=True)
@@ -292,10 +291,10 @@ def describe(folder: pathlib.Path) -> Description:
 
 
 def weights(description: Description) -> dict[str, Any]:
-    """The parameters of imported weights by module. Errors of checkpoint.load_part."""
+    """The parameters of imported weights by module; errors as `core.sealed.read_tree`."""
     tree: dict[str, Any] = {}
     for name in description.provenance["parts"]:
-        tree |= checkpoint.load_part(description.path / PARTS, name)
+        tree |= sealed.read_tree(description.path / PARTS, name)
     return tree
 
 

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import optax
 from ml_collections import config_dict
 
-from skysense_jax.core import rngs, trees
+from skysense_jax.core import digest, rngs, trees
 from skysense_jax.objectives.base import Objective
-from skysense_jax.run import digest, optim
+from skysense_jax.run import optim
 from skysense_jax.run.state import TrainState
 
 PLACES = "places"
