@@ -26,8 +26,9 @@ EVERY_FIELD = {"mesh"}
 class _Scope:
     """Names of a module, class, function or comprehension, and what sections they are."""
 
-    def __init__(self, module: str, parent: _Scope | None) -> None:
-        self.module, self.parent = module, parent
+    def __init__(self, module: str, name: str, parent: _Scope | None) -> None:
+        self.module, self.name, self.parent = module, name, parent
+        self.returned: Sections = NOTHING
         self.names: dict[str, Sections] = {}
 
     def look_up(self, name: str) -> Sections:
@@ -45,6 +46,7 @@ class ConfigReads:
         entries: (module, function) -> section that its first parameter is.
         attributes: name of an attribute of any object -> section that it is.
         results: name of a function -> section that it returns.
+        by_variable: sections that a variable may name, as `cfg[sensor]`.
     """
 
     def __init__(
@@ -54,22 +56,28 @@ class ConfigReads:
         entries: Mapping[tuple[str, str], str],
         attributes: Mapping[str, str],
         results: Mapping[str, str],
+        by_variable: Collection[str],
     ) -> None:
-        self.fields = fields
+        self.fields, self._by_variable = fields, by_variable
         self.sections = {".".join(name.split(".")[:end]) for name in fields for end in range(len(name.split(".")) + 1)}
         self.read: set[tuple[str, str]] = set()
+        self._words: dict[int, set[str]] = {}
+        self._sources = {*attributes, *results}  # names by which a function gets sections that it has no argument of
         self._changed = True
         self._attributes = {name: frozenset({section}) for name, section in attributes.items()}
         self._results = {name: frozenset({section}) for name, section in results.items()}
-        self._returned: dict[int, Sections] = {}
         self._scopes: dict[int, _Scope] = {}
         self._functions: dict[str, list[tuple[str, ast.FunctionDef]]] = {}
         self._classes: dict[str, list[tuple[str, ast.ClassDef]]] = {}
         self._imports: dict[str, dict[str, str]] = {}
+        self._tables: dict[tuple[str, str], list[ast.expr]] = {}
         trees = {module: ast.parse(text) for module, text in sources.items()}
         for module, tree in trees.items():
             self._imports[module] = dict(_imported(tree))
             for node in ast.walk(tree):
+                if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict):
+                    target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+                    self._tables[module, ast.unparse(target)] = node.value.values
                 if isinstance(node, ast.FunctionDef):
                     self._functions.setdefault(node.name, []).append((module, node))
                 elif isinstance(node, ast.ClassDef):
@@ -110,6 +118,9 @@ class ConfigReads:
             return value
         if isinstance(node, ast.Lambda | ast.GeneratorExp | ast.ListComp | ast.SetComp | ast.DictComp):
             return self._inner(node, scope)
+        if isinstance(node, ast.Dict):  # {**section, "name": value} has the fields of the section
+            values = [self._value(value, scope) for value in node.values]
+            return frozenset().union(*(value for key, value in zip(node.keys, values, strict=True) if key is None))
         values = [self._value(part, scope) for part in ast.iter_child_nodes(node)]
         union = isinstance(node, ast.IfExp | ast.BoolOp | ast.Tuple | ast.List | ast.Starred)
         return frozenset().union(*values) if union else NOTHING
@@ -150,11 +161,15 @@ class ConfigReads:
             pattern = "".join(re.escape(part.value) if isinstance(part, ast.Constant) else ".+" for part in key.values)
             names = {name for section in base for name in self.fields.get(section, ()) if re.fullmatch(pattern, name)}
             return frozenset().union(*(self._child(base, name) for name in names))
-        return frozenset(name for name in self.sections if name and name.rpartition(".")[0] in base)
+        return frozenset(name for name in self._by_variable if name.rpartition(".")[0] in base)
 
     def _call(self, node: ast.Call, scope: _Scope) -> Sections:
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        base = self._value(node.func.value, scope) if isinstance(node.func, ast.Attribute) else NOTHING
+        base = NOTHING
+        if isinstance(node.func, ast.Attribute):
+            base = self._value(node.func.value, scope)
+        elif not isinstance(node.func, ast.Name):
+            self._value(node.func, scope)
         values = [self._value(argument, scope) for argument in node.args]
         named = {word.arg: self._value(word.value, scope) for word in node.keywords if word.arg}
         spread = [self._value(word.value, scope) for word in node.keywords if word.arg is None]
@@ -194,14 +209,18 @@ class ConfigReads:
                 for field, sections in pairs:
                     if sections - self._attributes.get(field, NOTHING):
                         self._attributes[field] = self._attributes.get(field, NOTHING) | sections
+                        self._sources.add(field)
                         self._changed = True
             else:
                 self._bind(module, target, [name for name, _ in pairs], [sections for _, sections in pairs])
-                result |= self._returned.get(id(target), NOTHING)
+                result |= self._scope(target, module, None).returned
         return result
 
     def _targets(self, called: ast.AST, module: str) -> list[tuple[str, ast.FunctionDef | ast.ClassDef]]:
         """Functions and classes of the package that an expression may mean; a method's are all of that name."""
+        if isinstance(called, ast.Subscript) and isinstance(called.value, ast.Name):  # a table of functions
+            table = self._tables.get((module, called.value.id), [])
+            return [target for function in table for target in self._targets(function, module)]
         imports, inside = self._imports[module], None
         if isinstance(called, ast.Name):
             inside, _, name = imports.get(called.id, f"{module}.{called.id}").rpartition(".")
@@ -217,7 +236,9 @@ class ConfigReads:
     # What names are.
 
     def _scope(self, node: ast.AST, module: str, parent: _Scope | None) -> _Scope:
-        return self._scopes.setdefault(id(node), _Scope(module, parent))
+        if id(node) not in self._scopes:
+            self._scopes[id(node)] = _Scope(module, getattr(node, "name", ""), parent)
+        return self._scopes[id(node)]
 
     def _bind(self, module: str, function: ast.FunctionDef, names: Iterable[str], values: Iterable[Sections]) -> None:
         scope = self._scope(function, module, None)
@@ -236,6 +257,19 @@ class ConfigReads:
 
     # Statements.
 
+    def _may_see_sections(self, function: ast.FunctionDef, scope: _Scope) -> bool:
+        """Whether a function's body can have a section by now; most never do, and walking them takes the time."""
+        if id(function) not in self._words:
+            nodes = list(ast.walk(function))
+            words = {node.id for node in nodes if isinstance(node, ast.Name)}
+            self._words[id(function)] = words | {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+        if not self._words[id(function)].isdisjoint(self._sources):
+            return True
+        chain: _Scope | None = scope
+        while chain and not any(chain.names.values()):
+            chain = chain.parent
+        return chain is not None
+
     def _block(self, body: Iterable[ast.stmt], scope: _Scope) -> None:
         for statement in body:
             self._statement(statement, scope)
@@ -245,7 +279,8 @@ class ConfigReads:
             inner = self._scope(node, scope.module, scope)
             inner.parent = scope
             inner.names |= {name: inner.names.get(name, NOTHING) for name in _parameters(node)}
-            self._block(node.body, inner)
+            if self._may_see_sections(node, inner):
+                self._block(node.body, inner)
         elif isinstance(node, ast.ClassDef):
             self._block(node.body, self._scope(node, scope.module, scope))
         elif isinstance(node, ast.Assign):
@@ -257,11 +292,11 @@ class ConfigReads:
             self._assign(node.target, self._elements(node.iter, scope), scope)
             self._block([*node.body, *node.orelse], scope)
         elif isinstance(node, ast.Return):
-            function = next(key for key, known in self._scopes.items() if known is scope)
-            value = self._value(node.value, scope) if node.value else NOTHING
-            before = self._returned.get(function, NOTHING)
-            self._returned[function] = before | value
-            self._changed |= self._returned[function] != before
+            before = scope.returned
+            scope.returned |= self._value(node.value, scope) if node.value else NOTHING
+            if scope.returned != before:
+                self._changed = True
+                self._sources.add(scope.name)
         else:
             for part in ast.iter_child_nodes(node):
                 if isinstance(part, ast.stmt | ast.ExceptHandler | ast.match_case):
@@ -297,8 +332,8 @@ def _imported(tree: ast.Module) -> Iterable[tuple[str, str]]:
             yield from ((alias.asname or alias.name, alias.name) for alias in node.names)
 
 
-def package_sources(package: pathlib.Path, leave_out: Collection[str]) -> dict[str, str]:
+def package_sources(package: pathlib.Path) -> dict[str, str]:
     """The text of every module of a package by its dotted name."""
-    files = [file for file in sorted(package.rglob("*.py")) if file.name not in leave_out]
+    files = sorted(package.rglob("*.py"))
     names = {file: ".".join((package.name, *file.relative_to(package).with_suffix("").parts)) for file in files}
     return {name.removesuffix(".__init__"): file.read_text() for file, name in names.items()}
