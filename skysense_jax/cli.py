@@ -2,7 +2,7 @@
 
 The options and the text of every command live in its own module. A module is imported only when its command is asked
 for, so that `--help` answers at once. A command module gives `add_arguments(parser)` and `run(args) -> int`; those of
-`data` register themselves with `add_parsers*(subparsers)`.
+`data` register themselves with `add_parsers*(add_parser)`.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
             actions = child.add_subparsers(dest="action", required=True, metavar="ACTION")
             registered = [_REGISTER[action]] if action in _REGISTER else list(dict.fromkeys(_REGISTER.values()))
             for module_name, function in registered:
-                getattr(importlib.import_module(module_name), function)(actions)
+                getattr(importlib.import_module(module_name), function)(actions.add_parser)
         elif name in _MODULES:
             module = importlib.import_module(_MODULES[name])
             module.add_arguments(child)

@@ -258,7 +258,7 @@ def places_in_region(
         return model.query(encoder, out["fused"][..., :width]), out["fused_mask"]
 
     encoder = jax.tree.map(jax.numpy.asarray, skysense.with_bank(network.encoder, None))  # to the device once
-    parts: list[dict[str, Any]] = []
+    encoded: list[dict[str, Any]] = []
     for split in records.splits(cfg.data.dir):
         lon, lat = records.locations(cfg.data.dir, split)
         ids = regions.cell_ids(lon, lat, bank["lon_edges"], bank["lat_edges"], side)
@@ -267,7 +267,7 @@ def places_in_region(
         for batch in tqdm(batches, total=-(-len(chosen) // size), desc=f"places of the region, {split}", unit="batch"):
             real = batch["weight"] > 0
             query, mask = (np.asarray(output)[real] for output in forward(encoder, batch["sensors"]))
-            parts.append(
+            encoded.append(
                 {
                     "query": assignment.unit(query).astype(np.float32),
                     "mask": mask > 0,
@@ -277,9 +277,9 @@ def places_in_region(
                     "lat": batch["place"]["lat"][real],
                 }
             )
-    if not parts:
+    if not encoded:
         raise ValueError(f"{cfg.data.dir} has no place in this region")
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    joined = {name: np.concatenate([batch[name] for batch in encoded]) for name in encoded[0]}
     count, grid = len(joined["mask"]), joined["mask"].shape[1:]
     return region.Seen(
         joined["query"].reshape(count, grid[0] * grid[1], -1),

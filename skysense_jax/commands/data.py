@@ -13,7 +13,6 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from skysense_jax.core import exits, paths
 from skysense_jax.core.files import write_atomically
@@ -27,6 +26,9 @@ from skysense_jax.data.synthetic import rasters as synthetic
 from skysense_jax.data.synthetic import world
 from skysense_jax.draw import places
 from skysense_jax.sensors import SENSORS
+
+AddParser = Callable[..., argparse.ArgumentParser]
+"""`add_parser` of the `data` command's subparsers."""
 
 
 def _guarded(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
@@ -220,14 +222,14 @@ def _reading_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=None, help="processes (default: all cores)")
 
 
-def add_parsers(subparsers: Any) -> None:
+def add_parsers(add_parser: AddParser) -> None:
     """Adds build, check, catalog and stats to the `data` commands.
 
     The parsed namespace carries `run`, a function of the namespace that returns the exit code.
     """
 
     def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        parser = subparsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        parser = add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         parser.set_defaults(run=_guarded(run))
         return parser
 
@@ -286,9 +288,9 @@ def _run_preview(args: argparse.Namespace) -> int:
     return exits.DONE
 
 
-def add_parsers_preview(subparsers: Any) -> None:
+def add_parsers_preview(add_parser: AddParser) -> None:
     """Adds `preview` to the `data` commands, as :func:`add_parsers` does."""
-    parser = subparsers.add_parser("preview", help="draw one place of a built dataset as a PNG")
+    parser = add_parser("preview", help="draw one place of a built dataset as a PNG")
     parser.add_argument("dir", help="folder that `data build` wrote")
     parser.add_argument("--place", default="0", help="id of the place, or its number (train places first)")
     parser.add_argument("--out", default="preview.png", help="PNG to write")
@@ -311,9 +313,9 @@ def _run_synth(args: argparse.Namespace) -> int:
     return exits.DONE
 
 
-def add_parsers_synth(subparsers: Any) -> None:
+def add_parsers_synth(add_parser: AddParser) -> None:
     """Adds `synth` to the `data` commands, as :func:`add_parsers` does."""
-    parser = subparsers.add_parser(
+    parser = add_parser(
         "synth", help="write synthetic places as GeoTIFFs with a catalog (for testing; says so everywhere)"
     )
     parser.add_argument("--places", type=int, required=True, help="how many places")

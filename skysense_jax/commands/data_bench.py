@@ -12,7 +12,7 @@ import os
 import resource
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -123,9 +123,9 @@ def _run_bench(args: argparse.Namespace) -> int:
     return exits.DONE
 
 
-def add_parsers_bench(subparsers: Any) -> None:
+def add_parsers_bench(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     """Adds `bench` to the `data` commands; the parsed namespace carries `run(namespace) -> exit status`."""
-    parser = subparsers.add_parser("bench", help="measure the input pipeline: places/s, places/s per core, MB/s")
+    parser = add_parser("bench", help="measure the input pipeline: places/s, places/s per core, MB/s")
     parser.add_argument("dir", help="folder that `data build` wrote")
     parser.add_argument("--config", default="configs/skysense_smoke.py", help="configuration to measure")
     parser.add_argument("--seconds", type=float, default=5.0, help="duration of each of the three measurements")

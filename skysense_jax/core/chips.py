@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import jax
 
 GIB = 2**30
 """Bytes of a gibibyte."""
@@ -54,7 +57,7 @@ DCN_BYTES_PER_S = 3.125e9
 v5e and v6e host machines). An assumption where hosts are others."""
 
 
-def devices_per_chip(devices: Sequence[Any]) -> int:
+def devices_per_chip(devices: Sequence[jax.Device]) -> int:
     """How many of these jax devices share a chip: 2 on tpu7x, and 2 on a v4 that is described and not present."""
     places = [
         (getattr(device, "slice_index", None), tuple(device.coords)) for device in devices if hasattr(device, "coords")

@@ -88,11 +88,11 @@ def tree_digests(tree: trees.Tree) -> dict[str, str]:
     return {name: f"{describe(leaf)} {hexadecimal(pair)}" for (name, leaf), pair in pairs}
 
 
-def describe(leaf: Any) -> str:
+def describe(leaf: trees.Shaped) -> str:
     """The dtype and shape of a leaf, as the digests spell them: float32[3,4]."""
     return f"{leaf.dtype}[{','.join(str(n) for n in leaf.shape)}]"
 
 
-def hexadecimal(pair: Any) -> str:
+def hexadecimal(pair: np.ndarray | jax.Array) -> str:
     """Two uint32 as 16 hex digits."""
     return f"{int(pair[0]):08x}{int(pair[1]):08x}"

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +109,9 @@ class Report(NamedTuple):
     specs: dict[str, str]
 
 
-def leaf_spec(name: str, leaf: Any, tactic: str, mesh_axes: Mapping[str, int], small: int = SMALL) -> PartitionSpec:
+def leaf_spec(
+    name: str, leaf: trees.Shaped, tactic: str, mesh_axes: Mapping[str, int], small: int = SMALL
+) -> PartitionSpec:
     """The PartitionSpec of one leaf.
 
     Args:

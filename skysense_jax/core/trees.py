@@ -10,9 +10,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
+import numpy as np
+
+
+class Shaped(Protocol):
+    """An array, or what stands for one: anything with a shape and a dtype."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Lengths of the axes."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of the numbers."""
+        ...
+
 
 Tree = Any
 """A nested dict (or NamedTuple) of arrays, shapes or shardings: jax's pytree, for which the type system has no type."""
@@ -29,7 +45,7 @@ def _part(key: Any) -> str:
     raise ValueError(f"a tree node of kind {type(key).__name__} has no name")
 
 
-def path_name(path: Sequence[Any]) -> str:
+def path_name(path: jax.tree_util.KeyPath) -> str:
     """The "/" name of a jax key path."""
     return "/".join(_part(key) for key in path)
 
@@ -134,7 +150,7 @@ def match_tree(tree: Tree, rules: Rules, what: str, unused_ok: bool = False) -> 
     return map_named(lambda name, _: values[name], tree)
 
 
-def size_bytes(leaf: Any) -> int:
+def size_bytes(leaf: Shaped) -> int:
     """Bytes of one array or shape-and-dtype."""
     size = leaf.dtype.itemsize
     for n in leaf.shape:

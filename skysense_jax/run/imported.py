@@ -195,12 +195,12 @@ def _write_description(
 
 
 def architecture_of(
-    parts: Mapping[str, released.Part], model: config_dict.ConfigDict, bands: Mapping[str, Sequence[str]]
+    modules: Mapping[str, released.Part], model: config_dict.ConfigDict, bands: Mapping[str, Sequence[str]]
 ) -> tuple[config_dict.ConfigDict, dict[str, Any]]:
     """The model that imported modules make.
 
     Args:
-        parts: name of a module -> its tensors and the file they come from.
+        modules: name of a module -> its tensors and the file they come from.
         model: config.model of the whole architecture.
         bands: sensor -> bands in the model's order.
 
@@ -211,39 +211,39 @@ def architecture_of(
         ValueError: an UP head or the fusion lacks the modules it needs, or the modules contradict the configuration.
     """
     cfg = config_dict.ConfigDict(model.to_dict())
-    encoders = [name for name in sensors.SKYSENSE_BANDS if name in parts]
+    encoders = [name for name in sensors.SKYSENSE_BANDS if name in modules]
     if not encoders:
-        raise ValueError(f"no encoder among the modules found ({', '.join(parts)}); a model needs hr, s2 or s1")
+        raise ValueError(f"no encoder among the modules found ({', '.join(modules)}); a model needs hr, s2 or s1")
     if unknown := [name for name in encoders if name not in bands]:
         raise ValueError(f"the configuration has no bands for {unknown}; give --bands {unknown[0]}=...")
     for name in encoders:
-        side = released.table_side(parts[name], name)
+        side = released.table_side(modules[name], name)
         if side is not None:
             cfg[name].img_size = side * cfg[name].patch
     contract = sensors.input_contract({name: bands[name] for name in encoders}, cfg.ratio)
-    if "geo" in parts and "geo_context" not in cfg:
-        raise ValueError(f"{parts['geo'].path} holds a prototype bank, the configuration has no model.geo_context")
+    if "geo" in modules and "geo_context" not in cfg:
+        raise ValueError(f"{modules['geo'].path} holds a prototype bank, the configuration has no model.geo_context")
     if "geo_context" in cfg:
-        cfg.geo_context.bank = "frozen" if "geo" in parts else "none"
-    if "geo" in parts:
-        if len(shape := parts["geo"].tensors.shapes.get("prototypes", ())) == 3:
+        cfg.geo_context.bank = "frozen" if "geo" in modules else "none"
+    if "geo" in modules:
+        if len(shape := modules["geo"].tensors.shapes.get("prototypes", ())) == 3:
             cfg.geo_context.regions, cfg.geo_context.prototypes, cfg.geo_context.width = shape
-        if "cells" in parts["geo"].tensors:
-            hashed = regions.is_shared(parts["geo"].tensors["cells"])
+        if "cells" in modules["geo"].tensors:
+            hashed = regions.is_shared(modules["geo"].tensors["cells"])
             if hashed != (cfg.geo_context.table == "hashed"):
                 cfg.geo_context.table = "hashed" if hashed else "stream"
         for name, edges in zip(("lon_edges", "lat_edges"), regions.grid_edges(cfg.geo_context.cell), strict=True):
-            if name in parts["geo"].tensors and not np.array_equal(parts["geo"].tensors[name], edges):
+            if name in modules["geo"].tensors and not np.array_equal(modules["geo"].tensors[name], edges):
                 raise ValueError(
-                    f"{parts['geo'].path}: the grid of its regions ({name}) is not the one of squares of "
+                    f"{modules['geo'].path}: the grid of its regions ({name}) is not the one of squares of "
                     f"model.geo_context.cell={cfg.geo_context.cell:g} metres; give --config with theirs"
                 )
-    modules = tuple(name for name in parts if name != released.CALENDAR)
+    names = tuple(name for name in modules if name != released.CALENDAR)
     with cfg.unlocked():
-        cfg.modules = modules
-    if "fusion" not in modules:
+        cfg.modules = names
+    if "fusion" not in names:
         cfg.calendar = "none"
-    elif cfg.calendar != "none" and released.CALENDAR not in parts:
+    elif cfg.calendar != "none" and released.CALENDAR not in modules:
         raise ValueError(
             f"the fusion adds a calendar table (model.calendar={cfg.calendar!r}) and no file holds ctpe: "
             "the release keeps it in the file of the S2 encoder; --calendar none does without"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ class Initialisable(Protocol):
     """What a state needs of an objective (`objectives.base.Objective`, which this module may not import)."""
 
     @property
-    def init(self) -> Callable[[Any, trees.Tree], tuple[trees.Tree, trees.Tree, trees.Tree]]:
+    def init(self) -> Callable[[jax.Array, trees.Tree], tuple[trees.Tree, trees.Tree, trees.Tree]]:
         """(key, batch) -> params, teacher, memory."""
         ...
 
@@ -64,7 +64,7 @@ def batch_shapes(spec: trees.Tree, mesh: Mesh) -> trees.Tree:
     """
     placed = meshes.batch_sharding(mesh)
 
-    def leaf(entry: Any) -> jax.ShapeDtypeStruct:
+    def leaf(entry: trees.Shaped) -> jax.ShapeDtypeStruct:
         if entry.shape[0] % placed.num_devices:
             raise ValueError(
                 f"config.data.batch={entry.shape[0]} does not divide by the {placed.num_devices} devices of the mesh"
