@@ -22,9 +22,10 @@ from skysense_jax.configs import msgfm_base
 from skysense_jax.convert import keymap, tensor_files, torch_export, torch_import
 from skysense_jax.convert.swin import bias_tables, expert_shards
 from skysense_jax.convert.swin import files as swin_files
-from skysense_jax.core import sealed, trees
+from skysense_jax.core import trees
 from skysense_jax.models import msgfm
 from skysense_jax.run import init_from, state
+from skysense_jax.run.stored import sealed
 from tests.helpers import swin_layouts as layouts
 from tests.test_msgfm import DENSE, config, random_params
 

@@ -19,9 +19,10 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from skysense_jax.core import digest, paths, sealed, trees
-from skysense_jax.core.sealed import Damaged
+from skysense_jax.core import paths, trees
 from skysense_jax.run.state import TrainState
+from skysense_jax.run.stored import digest, sealed
+from skysense_jax.run.stored.sealed import Damaged
 
 FOLDER = "checkpoints"
 """Name of the folder of checkpoints inside a workdir."""

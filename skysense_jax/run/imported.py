@@ -23,12 +23,13 @@ from skysense_jax import __version__, sensors
 from skysense_jax.convert import exported, keymap, released, tensor_files, torch_import
 from skysense_jax.convert.swin import expert_shards
 from skysense_jax.convert.swin import files as swin_files
-from skysense_jax.core import sealed, trees
+from skysense_jax.core import trees
 from skysense_jax.core.files import write_atomically
 from skysense_jax.models import msgfm
 from skysense_jax.models.description import Description, Reader
 from skysense_jax.models.skysense import param_shapes
 from skysense_jax.ops import regions
+from skysense_jax.run.stored import sealed
 
 DESCRIPTION, PARTS = "model.json", "parts"
 """Description and folder of modules of imported weights."""
@@ -291,7 +292,7 @@ def describe(folder: pathlib.Path) -> Description:
 
 
 def weights(description: Description) -> dict[str, Any]:
-    """The parameters of imported weights by module; errors as `core.sealed.read_tree`."""
+    """The parameters of imported weights by module; errors as `run.stored.sealed.read_tree`."""
     tree: dict[str, Any] = {}
     for name in description.provenance["parts"]:
         tree |= sealed.read_tree(description.path / PARTS, name)

@@ -21,8 +21,9 @@ import numpy as np
 import tensorboardX
 from etils import epath
 
-from skysense_jax.core import chips, digest
+from skysense_jax.core import chips
 from skysense_jax.run import records
+from skysense_jax.run.stored import digest
 
 FILE = "metrics.jsonl"
 

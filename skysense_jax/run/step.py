@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import optax
 from ml_collections import config_dict
 
-from skysense_jax.core import digest, rngs, trees
+from skysense_jax.core import rngs, trees
 from skysense_jax.objectives.base import Objective
 from skysense_jax.run import optim
 from skysense_jax.run.state import TrainState
+from skysense_jax.run.stored import digest
 
 PLACES = "places"
 """Metric that identifies the batch: digest (uint32 [2]) of the indices of its places, in order."""

@@ -1,7 +1,7 @@
 """Trees of arrays on disk: Orbax checkpointables whose leaves have digests and whose JSON parts have seals.
 
-Orbax reads flipped bytes back without an error, so what is written here carries digests (core.digest) and what is read
-is checked against them.
+Orbax reads flipped bytes back without an error, so what is written here carries digests (run.stored.digest), and what
+is read is checked against them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from skysense_jax.core import digest, paths, trees
+from skysense_jax.core import paths, trees
+from skysense_jax.run.stored import digest
 
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError)
 """What Orbax, tensorstore and json raise on truncated, missing or altered files."""
