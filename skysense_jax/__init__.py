@@ -1,5 +1,6 @@
-"""skysense_jax: remote-sensing foundation models in JAX. `skysense_jax.load(PATH)` gives features; everything else is
-a command.
+"""skysense_jax: remote-sensing foundation models in JAX.
+
+`skysense_jax.load(PATH)` gives features; everything else is a command.
 
 Importing the package imports nothing else: jax comes with the first use of `load`.
 """

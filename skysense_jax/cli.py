@@ -1,8 +1,8 @@
-"""The command `skysense-jax`: names, one-line helps, dispatch and exit codes; every command's work and options live in
-its own module.
+"""The command `skysense-jax`: names, one-line helps, dispatch and exit codes.
 
-A module is imported only when its command is asked for, so that `--help` answers at once. A command module gives
-`add_arguments(parser)` and `run(args) -> int`; those of `data` register themselves with `add_parsers*(subparsers)`.
+The options and the text of every command live in its own module. A module is imported only when its command is asked
+for, so that `--help` answers at once. A command module gives `add_arguments(parser)` and `run(args) -> int`; those of
+`data` register themselves with `add_parsers*(add_parser)`.
 """
 
 from __future__ import annotations
@@ -53,8 +53,7 @@ _REGISTER = {  # data action -> (module, its function that registers the action)
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose usage errors leave with exits.BAD_INPUT too (argparse's own 2 means nothing to a
-    scheduler)."""
+    """A parser whose usage errors leave with exits.BAD_INPUT too; argparse's own 2 means nothing to a scheduler."""
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
@@ -62,8 +61,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser of every command's name, with the options of the command in `words` only: importing the others would
-    cost seconds."""
+    """The parser of every command's name, with the options of the command in `words` only.
+
+    Importing the other commands would cost seconds.
+    """
     command, action = (*words, "", "")[:2]
     parser = _Parser(prog="skysense-jax", description="Remote-sensing foundation models: from GeoTIFFs to weights.")
     parser.add_argument("--version", action="version", version=_version())
@@ -76,9 +77,9 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
             continue
         if name == "data":
             actions = child.add_subparsers(dest="action", required=True, metavar="ACTION")
-            wanted = [_REGISTER[action]] if action in _REGISTER else dict.fromkeys(_REGISTER.values())
-            for module, function in wanted:
-                getattr(importlib.import_module(module), function)(actions)
+            registered = [_REGISTER[action]] if action in _REGISTER else list(dict.fromkeys(_REGISTER.values()))
+            for module_name, function in registered:
+                getattr(importlib.import_module(module_name), function)(actions.add_parser)
         elif name in _MODULES:
             module = importlib.import_module(_MODULES[name])
             module.add_arguments(child)
@@ -93,25 +94,27 @@ def _version() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 78 with the message on stderr for bad input, the command's own
-    otherwise."""
+    """Runs a command and returns its exit code: for bad input 78 with the message on stderr, else the command's own.
+
+    Raises:
+        ValueError, FileNotFoundError: from the depths of a library, which is a bug and keeps its traceback.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     words = [word for word in argv if not word.startswith("-")]
     try:
         if argv and argv[0] in _CONFIGURED:
             return importlib.import_module(_CONFIGURED[argv[0]]).main(argv[1:])
         args = _parser(words).parse_args(argv)
-        return int(args.run(args) or 0)
+        return int(args.run(args))
     except (ValueError, FileNotFoundError) as error:
-        if not _refused_at_a_door(error):
+        if not _is_refusal(error):
             raise
         print(f"skysense-jax {' '.join(words[:1])}: {error}", file=sys.stderr)
         return exits.BAD_INPUT
 
 
-def _refused_at_a_door(error: Exception) -> bool:
-    """True for a missing file and for a ValueError this package raised: one from the depths of a library keeps its
-    traceback."""
+def _is_refusal(error: Exception) -> bool:
+    """Whether an error is the user's to mend: a missing file, or a ValueError that this package raised."""
     last = traceback.extract_tb(error.__traceback__)[-1].filename
     return isinstance(error, FileNotFoundError) or pathlib.Path(__file__).parent in pathlib.Path(last).parents
 

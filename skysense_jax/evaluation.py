@@ -1,5 +1,4 @@
-"""`skysense-jax eval`: what frozen features of a trained network are worth, beside two baselines, with intervals over
-places.
+"""What frozen features of a trained network are worth, beside two baselines, with intervals over places.
 
 The network is fixed before it sees a label: the teacher of the run (or the weights of an export). The dataset's split
 "train" fits kNN and linear probe and chooses its regularisation, the split "test" (other places) is only scored. The
@@ -10,14 +9,16 @@ per-band statistics of the images.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import config_dict
 from tqdm import tqdm
 
 from skysense_jax import networks
+from skysense_jax.core.trees import Tree
 from skysense_jax.data import records
 from skysense_jax.data.batches import whole_places
 from skysense_jax.evals import baselines, compare, region, rows
@@ -28,6 +29,7 @@ from skysense_jax.ops import regions
 from skysense_jax.run.folder import commit
 
 Arrays = Mapping[str, Any]
+"""A PlaceInput with batch axis."""
 
 
 def evaluate(
@@ -37,23 +39,35 @@ def evaluate(
     task: str = "all",
     features: str = "fused",
     seed: int = 0,
-    config: Any = None,
+    config: config_dict.ConfigDict | None = None,
     bank: str = networks.OWN_BANK,
 ) -> dict[str, Any]:
-    """The evaluation as a JSON-able dict; see `evals.compare.compare` for "tasks".
+    """Scores a trained network's frozen features beside two baselines.
 
-    path: workdir, checkpoint or export. data: dataset folder. task, features, seed, bank: as the command's options.
-    Raises ValueError where network and dataset do not fit, or the dataset has no labels for the task.
+    Args:
+        path: workdir, checkpoint or export.
+        data: dataset folder.
+        task: "scene" (labels of places), "patch" (patches of the label map) or "all" (those with labels).
+        features: "fused", or the name of a sensor.
+        seed: of the bootstrap.
+        config: whose data.eval_dates and eval section are used instead of the run's.
+        bank: prototype bank of a network with geo-context, as `networks.open_network`.
+
+    Returns:
+        The report, JSON-able; see `evals.compare.compare` for "tasks".
+
+    Raises:
+        ValueError: network and dataset do not fit, or the dataset has no labels for the task.
     """
     started = time.monotonic()
-    found = networks.read_description(path)
+    description = networks.read_description(path)
     meta = records.read_metadata(data)
-    if systems.system_of(found.model).encodes_sensors_alone:  # any sensors will do; a fused map wants every one
-        held = {name: rule for name, rule in found.contract["sensors"].items() if name in meta["sensors"]}
-        found = found._replace(contract={**found.contract, "sensors": held})
+    if systems.system_of(description.model).encodes_sensors_alone:  # any sensors will do; a fused map needs all of them
+        shared = {name: rule for name, rule in description.contract["sensors"].items() if name in meta["sensors"]}
+        description = description._replace(contract={**description.contract, "sensors": shared})
     else:
         records.check_georeferenced(meta, data)
-    cfg, contract = settings(found, config, data), found.contract
+    cfg, contract = settings(description, config, data), description.contract
     records.check_dataset(meta, contract, cfg)
     tasks, sensor = _tasks(meta, task), _sensor(contract, features)
     methods = network_methods(
@@ -73,10 +87,10 @@ def evaluate(
         )
         result[name]["class_names"] = _class_names(meta, name, result[name]["classes"])
     return {
-        "network": {"path": str(path), "kind": found.kind, "step": found.step},
+        "network": {"path": str(path), "kind": description.kind, "step": description.step},
         "dataset": {"dir": str(data), "dataset_id": meta.get("dataset_id"), "synthetic": bool(meta.get("synthetic"))},
         "features": features,
-        "bank": bank if networks.has_bank(found) else networks.NO_BANK,
+        "bank": bank if networks.has_bank(description) else networks.NO_BANK,
         "seed": seed,
         "commit": commit(),
         "eval": cfg.eval.to_dict(),
@@ -90,10 +104,10 @@ def _tasks(meta: Mapping[str, Any], task: str) -> tuple[str, ...]:
     """The tasks to score: those with labels where all are asked for."""
     has = {"scene": bool(meta.get("label_classes")), "patch": bool(meta.get("label_map_classes"))}
     if task == "all":
-        chosen = tuple(name for name in rows.TASKS if has[name])
-        if not chosen:
+        labelled = tuple(name for name in rows.TASKS if has[name])
+        if not labelled:
             raise ValueError("the dataset has neither scene labels nor a label map: nothing to score features against")
-        return chosen
+        return labelled
     if not has[task]:
         raise ValueError(
             f"--task {task}: the dataset has no {'scene labels' if task == 'scene' else 'label map'}; "
@@ -102,19 +116,33 @@ def _tasks(meta: Mapping[str, Any], task: str) -> tuple[str, ...]:
     return (task,)
 
 
-def settings(found: networks.Description, config: Any, data: str) -> Any:
-    """The run's configuration with this dataset, and with the evaluation settings of `config` where one is given."""
-    base = found.config if found.config is not None else config
+def settings(
+    description: networks.Description, config: config_dict.ConfigDict | None, data: str
+) -> config_dict.ConfigDict:
+    """The run's configuration with another dataset, and with the evaluation settings of another configuration.
+
+    Args:
+        description: of the network.
+        config: whose data.eval_dates and eval section are used; None: the run's.
+        data: dataset folder.
+
+    Returns:
+        The whole configuration.
+
+    Raises:
+        ValueError: neither the network's folder nor the caller has a configuration.
+    """
+    base = description.config if description.config is not None else config
     if base is None:
         raise ValueError(
-            f"{found.path} does not say how it was trained: give --config FILE for the evaluation's settings"
+            f"{description.path} does not say how it was trained: give --config FILE for the evaluation's settings"
         )
     cfg = base.copy_and_resolve_references()
     cfg.unlock()
     if config is not None:
         cfg.eval, cfg.data.eval_dates = config.eval, config.data.eval_dates
-    cfg.model = found.model
-    cfg.data.bands = {name: tuple(rule["bands"]) for name, rule in found.contract["sensors"].items()}
+    cfg.model = description.model
+    cfg.data.bands = {name: tuple(rule["bands"]) for name, rule in description.contract["sensors"].items()}
     cfg.data.dir = str(data)
     return cfg
 
@@ -131,16 +159,27 @@ def _sensor(contract: Mapping[str, Any], features: str) -> str | None:
 def network_methods(
     network: networks.Network, tasks: tuple[str, ...], sensor: str | None, *, tile: int, patch: int
 ) -> dict[str, rows.Method]:
-    """The trained network and the same one untrained as evaluation methods, one compiled program for both."""
+    """The trained network and the same network untrained as evaluation methods, with one compiled program for both.
+
+    Args:
+        network: with its weights.
+        tasks: to score, of rows.TASKS.
+        sensor: whose features are scored; None: the fused ones.
+        tile: side of a place, base pixels.
+        patch: side of a patch, base pixels.
+
+    Returns:
+        "trained" and "untrained" -> method.
+    """
     prefix = "" if sensor is None else f"{sensor}_"
-    wanted = {"scene": f"{prefix}image", "patch": f"{prefix}pixel"}
+    outputs = {"scene": f"{prefix}image", "patch": f"{prefix}pixel"}
 
     @jax.jit
-    def forward(encoder: Any, inputs: Arrays) -> dict[str, jax.Array]:
+    def forward(encoder: Tree, inputs: Arrays) -> dict[str, jax.Array]:
         out = network.features(encoder, inputs)
-        return {task: out[wanted[task]] for task in tasks}
+        return {task: out[outputs[task]] for task in tasks}
 
-    def method(encoder: Any) -> rows.Method:
+    def method(encoder: Tree) -> rows.Method:
         def features(inputs: Arrays) -> dict[str, np.ndarray]:
             out = {task: np.asarray(value) for task, value in forward(encoder, inputs).items()}
             return {
@@ -157,9 +196,11 @@ def _statistics(tasks: tuple[str, ...], sensor: str | None, *, tile: int, patch:
     """The baseline of per-band statistics; of one sensor where only its features are scored."""
 
     def features(inputs: Arrays) -> dict[str, np.ndarray]:
-        seen = {name: one for name, one in inputs.items() if name == sensor or (sensor is None and name != PLACE)}
+        scored = {
+            name: arrays for name, arrays in inputs.items() if name == sensor or (sensor is None and name != PLACE)
+        }
         return {
-            task: baselines.image_statistics(seen, tile=tile, patch=patch if task == "patch" else None)
+            task: baselines.image_statistics(scored, tile=tile, patch=patch if task == "patch" else None)
             for task in tasks
         }
 
@@ -167,13 +208,14 @@ def _statistics(tasks: tuple[str, ...], sensor: str | None, *, tile: int, patch:
 
 
 def _collect(
-    cfg: Any,
+    cfg: config_dict.ConfigDict,
     contract: Mapping[str, Any],
     split: str,
-    methods: Mapping[str, Callable],
+    methods: Mapping[str, rows.Method],
     tasks: tuple[str, ...],
     needs: str | None,
 ) -> dict[str, rows.Rows]:
+    """Features and labels of all places of a split, by task; with `needs` only places that have that sensor."""
     size = int(cfg.eval.batch)
     total = -(-len(records.open_places(cfg.data.dir, split)) // size)
     batches = tqdm(
@@ -186,34 +228,50 @@ def _collect(
 
 
 def _class_names(meta: Mapping[str, Any], task: str, classes: list[int]) -> list[str]:
+    """Names of a task's classes, in the order of `classes`."""
     if task == "scene":
         return [meta["label_classes"][index] for index in classes]
     return [meta["label_map_classes"].get(str(index), str(index)) for index in classes]
 
 
-def places_in_region(network: networks.Network, bank: Mapping[str, np.ndarray], cfg: Any, row: int) -> region.Seen:
-    """The places of a dataset that lie in a region, encoded. cfg: of :func:`settings`. ValueError: there is none."""
-    found = network.description
+def places_in_region(
+    network: networks.Network, bank: Mapping[str, np.ndarray], cfg: config_dict.ConfigDict, row: int
+) -> region.Seen:
+    """Encodes the places of a dataset that lie in a region.
+
+    Args:
+        network: with its weights.
+        bank: its prototype bank.
+        cfg: of :func:`settings`; its dataset is read.
+        row: of the bank, the region.
+
+    Returns:
+        The places in the bank's space.
+
+    Raises:
+        ValueError: the dataset has no place in the region, or is not georeferenced.
+    """
+    description = network.description
     records.check_georeferenced(records.read_metadata(cfg.data.dir), cfg.data.dir)
-    model, size = skysense.make_model(found.model, found.contract), int(cfg.eval.batch)
-    width, side = found.model.fusion.embed_dims, skysense.region_side(found.model.geo_context)
+    model, size = skysense.make_model(description.model, description.contract), int(cfg.eval.batch)
+    width, side = description.model.fusion.embed_dims, skysense.region_side(description.model.geo_context)
 
     @jax.jit
-    def forward(encoder: Any, inputs: Any) -> tuple[jax.Array, jax.Array]:
+    def forward(encoder: Tree, inputs: Arrays) -> tuple[jax.Array, jax.Array]:
         out = model.apply(encoder, inputs)
         return model.query(encoder, out["fused"][..., :width]), out["fused_mask"]
 
     encoder = jax.tree.map(jax.numpy.asarray, skysense.with_bank(network.encoder, None))  # to the device once
-    parts: list[dict[str, Any]] = []
+    encoded: list[dict[str, Any]] = []
     for split in records.splits(cfg.data.dir):
         lon, lat = records.locations(cfg.data.dir, split)
         ids = regions.cell_ids(lon, lat, bank["lon_edges"], bank["lat_edges"], side)
         chosen = np.flatnonzero(ids == bank["cells"][row])
-        batches = whole_places.eval_batches(cfg, found.contract, split, size, chosen)
+        batches = whole_places.eval_batches(cfg, description.contract, split, size, chosen.tolist())
         for batch in tqdm(batches, total=-(-len(chosen) // size), desc=f"places of the region, {split}", unit="batch"):
             real = batch["weight"] > 0
-            query, mask = (np.asarray(one)[real] for one in forward(encoder, batch["sensors"]))
-            parts.append(
+            query, mask = (np.asarray(output)[real] for output in forward(encoder, batch["sensors"]))
+            encoded.append(
                 {
                     "query": unit(query).astype(np.float32),
                     "mask": mask > 0,
@@ -223,9 +281,9 @@ def places_in_region(network: networks.Network, bank: Mapping[str, np.ndarray], 
                     "lat": batch["place"]["lat"][real],
                 }
             )
-    if not parts:
+    if not encoded:
         raise ValueError(f"{cfg.data.dir} has no place in this region")
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    joined = {name: np.concatenate([batch[name] for batch in encoded]) for name in encoded[0]}
     count, grid = len(joined["mask"]), joined["mask"].shape[1:]
     return region.Seen(
         joined["query"].reshape(count, grid[0] * grid[1], -1),

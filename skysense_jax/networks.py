@@ -1,5 +1,4 @@
-"""A trained network from a folder, and `load`: a plain function from sensors with dates to features, beside the input
-contract.
+"""A trained network from a folder, and `load`: a plain function from sensors with dates to features.
 
 Four kinds of folder hold a network: a workdir (its newest checkpoint), one checkpoint, an exported folder, imported
 weights. All give the same features for the same weights.
@@ -17,6 +16,7 @@ from ml_collections import config_dict
 
 from skysense_jax.convert import exported
 from skysense_jax.core import paths
+from skysense_jax.core.trees import Tree
 from skysense_jax.models import prepare, skysense, systems
 from skysense_jax.models.description import Description, Reader
 from skysense_jax.models.inputs import PLACE
@@ -47,8 +47,8 @@ class Network(NamedTuple):
     """
 
     description: Description
-    encoder: Any
-    features: Callable[[Any, Mapping[str, Any]], dict[str, jax.Array]]
+    encoder: Tree
+    features: Callable[[Tree, Mapping[str, Any]], dict[str, jax.Array]]
 
 
 class Loaded(NamedTuple):
@@ -92,20 +92,20 @@ def load(path: str | pathlib.Path, bank: str = OWN_BANK) -> Loaded:
         bank: as :func:`open_network`.
 
     Returns:
-        (features, contract, config). features({sensor: {"image" [T, H, W, C] or [B, T, H, W, C] in the contract's unit and
-        band order, "dates" one per acquisition (ISO text, datetime.date or day of year counted from 0), optional "valid"
-        [(B,) T, H, W], "bands" names, "unit"}}), with any subset of the contract's sensors and any number of dates, gives
-        float32 arrays, without the batch axis where the input had none:
+        (features, contract, config). `features` takes {sensor: {"image" [T, H, W, C] or [B, T, H, W, C] in the
+        contract's unit and band order, "dates" one per acquisition (ISO text, datetime.date or day of year counted from
+        0), optional "valid" [(B,) T, H, W], "bands" names, "unit"}}, with any subset of the contract's sensors and any
+        number of dates. It gives float32 arrays, without the batch axis where the input had none:
 
           "image" [B, E]                  mean of the fused map over the cells with a valid input
           "pixel" [B, h, w, E]            the fused map, one vector per base pixel
           "<sensor>_image" [B, D]         mean of one sensor's map over valid cells and dates
           "<sensor>_pixel" [B, h, w, D]   one sensor's map, mean over valid dates
 
-        A network with geo-context also needs "place": {"lon", "lat"} (degrees, one each or [B]; nan where it is not
-        known): the last channels of the fused map are the context of the region, 0 where there is none. Every new
-        combination of shapes is compiled once. features raises ValueError, naming sensor and rule, for input that does
-        not fit the contract (`models.prepare`).
+        A network with geo-context also needs "place": {"lon", "lat"} (degrees, one number each or [B]; nan where it is
+        not known): the last channels of the fused map are the context of the region, 0 where there is none. Every new
+        combination of shapes is compiled once. `features` raises ValueError, naming sensor and rule, for input that
+        does not fit the contract (`models.prepare`).
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -136,7 +136,7 @@ def load(path: str | pathlib.Path, bank: str = OWN_BANK) -> Loaded:
 
 
 def read_description(path: str | pathlib.Path) -> Description:
-    """What a folder with a network says about it; no weights are read.
+    """What a folder says about its network; no weights are read.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -155,7 +155,11 @@ def open_network(path: str | pathlib.Path, bank: str | pathlib.Path = OWN_BANK) 
         path: its folder.
         bank: which prototype bank a network with geo-context asks: "own" (frozen, as its training left it), "none" (no
             geo-context: the features are the fusion's alone), or a folder with a network whose bank has the same width:
-            that one. The description's model.geo_context.bank says "frozen" or "none", whatever it was in training.
+            the bank of that network. The description's model.geo_context.bank says "frozen" or "none", whatever it was
+            in training.
+
+    Returns:
+        The network.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`read_description`.
@@ -169,7 +173,7 @@ def open_network(path: str | pathlib.Path, bank: str | pathlib.Path = OWN_BANK) 
         model.geo_context.bank = "frozen"
         if bank == NO_BANK:
             model = skysense.without_bank(model, description.contract)
-            encoder = {name: part for name, part in encoder.items() if name != "geo"}
+            encoder = {name: module for name, module in encoder.items() if name != "geo"}
         description = description._replace(model=model)
     return Network(description, encoder, features_of(description))
 
@@ -185,6 +189,7 @@ def features_of(description: Description) -> systems.Features:
 
 
 def _with_other_bank(network: Network, path: str | pathlib.Path) -> Network:
+    """A network with the prototype bank of another network in the place of its own."""
     other, description = open_network(path), network.description
     for opened in (network, other):
         if "geo" not in opened.encoder:
@@ -199,9 +204,10 @@ def _with_other_bank(network: Network, path: str | pathlib.Path) -> Network:
     return Network(description, encoder, features_of(description))
 
 
-def untrained(description: Description) -> Any:
-    """Freshly drawn parameters of the same network, from the run's seed (0 where it is not known); its prototype bank is
-    empty.
+def untrained(description: Description) -> Tree:
+    """Freshly drawn parameters of the same network, from the run's seed (0 where it is not known).
+
+    Its prototype bank is empty.
     """
     seed = 0 if description.config is None else description.config.seed
     system = systems.system_of(description.model)
@@ -209,7 +215,11 @@ def untrained(description: Description) -> Any:
 
 
 def bank_of(network: Network) -> dict[str, np.ndarray]:
-    """The prototype bank of a network as numpy arrays; ValueError where it has none."""
+    """The prototype bank of a network as numpy arrays.
+
+    Raises:
+        ValueError: it has none.
+    """
     bank = network.encoder.get("geo", {}).get("bank")
     if bank is None:
         raise ValueError(f"{network.description.path} has no prototype bank: its model has no geo-context")

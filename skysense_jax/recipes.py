@@ -32,9 +32,9 @@ class Recipe(NamedTuple):
     """
 
     system: str
-    make_objective: Callable[[Any, Mapping[str, Any]], Objective]
+    make_objective: Callable[[config_dict.ConfigDict, Mapping[str, Any]], Objective]
     batches: ModuleType
-    batch_spec: Callable[[Any, Mapping[str, Any]], dict[str, Any]]
+    batch_spec: Callable[[config_dict.ConfigDict, Mapping[str, Any]], dict[str, Any]]
     fields: config.Vocabulary
 
 
@@ -171,8 +171,12 @@ def recipe_of(cfg: config_dict.ConfigDict) -> Recipe:
 
 
 def check_config(cfg: config_dict.ConfigDict) -> None:
-    """Raises ValueError for a field that nothing reads, a missing one, a recipe or a network that does not exist."""
+    """Checks the fields of a whole configuration.
+
+    Raises:
+        ValueError: a field that nothing reads, a missing field, a recipe or a network that does not exist.
+    """
     recipe = recipe_of(cfg)
     system = systems.system_of(cfg.model)
-    chosen = {"": (*recipe.fields[""], "recipe")} if "recipe" in cfg else {}
-    config.check_fields(cfg, {**recipe.fields, **chosen, **system.fields}, system.of_sensors)
+    named = {"": (*recipe.fields[""], "recipe")} if "recipe" in cfg else {}
+    config.check_fields(cfg, {**recipe.fields, **named, **system.fields}, system.of_sensors)

@@ -34,7 +34,14 @@ from skysense_jax.run.preempt import Preemption
 
 
 class Options(NamedTuple):
-    """What the command line says."""
+    """What the command line says.
+
+    Attributes:
+        config: the whole configuration.
+        workdir: folder of the run.
+        profile: "FIRST:LAST", steps to trace, or "".
+        init_from: whose weights a new run starts from.
+    """
 
     config: config_dict.ConfigDict
     workdir: epath.Path
@@ -47,6 +54,9 @@ def parse(argv: Sequence[str]) -> Options:
 
     Args:
         argv: the words behind the program's name.
+
+    Returns:
+        The options.
 
     Raises:
         ValueError: as `core.config.read_flags`; no configuration or no workdir.
@@ -67,7 +77,7 @@ def parse(argv: Sequence[str]) -> Options:
 
 
 def train(options: Options) -> int:
-    """Starts the processes of the job and runs; returns the exit code. SIGTERM is listened to from here on."""
+    """Starts the processes of the job and runs; returns the exit code. From here on the process listens to SIGTERM."""
     xla_flags.apply(os.environ)  # before the first device is touched
     process, processes = meshes.start_processes()
     preemption = Preemption()
@@ -78,7 +88,21 @@ def train(options: Options) -> int:
 
 
 def run(options: Options, process: int, processes: int, preemption: Preemption) -> int:
-    """The run, from the data to TRAIN_COMPLETE; returns the exit code."""
+    """The run, from the data to TRAIN_COMPLETE.
+
+    Args:
+        options: of the command line.
+        process: index of this process.
+        processes: how many processes the job has.
+        preemption: listens to SIGTERM.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ValueError: bad configuration or data.
+        OSError: a checkpoint or the metrics could not be written.
+    """
     cfg, workdir = options.config, options.workdir
 
     # 1. A folder, and what is to be learnt from: the dataset and the input contract.
@@ -109,17 +133,18 @@ def run(options: Options, process: int, processes: int, preemption: Preemption) 
             start = starts.where_to_start(cfg, workdir, plan, meta, options.init_from)
         for name, seconds in start.seconds.items():
             timers.add(name, seconds)
-        now, done = start.state, start.step
+        current, done = start.state, start.step
         saver = checkpoint.Saver(workdir, cfg.run.keep)
         images = cfg.data.batch * (sum(cfg.data.dates.values()) if "dates" in cfg.data else 1)
-        log = metrics.Log(workdir, done, cfg.steps, cfg.run.log_every, cfg.data.batch, images, plan.flops, timers)
+        work = metrics.Work(cfg.steps, cfg.run.log_every, cfg.data.batch, images, plan.flops)
+        log = metrics.Log(workdir, done, work, timers)
         batches = recipe.batches.make_train_iterator(cfg, contract, cfg.seed, done, process, processes)
         draw = reconstructions.in_training(cfg, contract, workdir, meshes.replicated(mesh), process == 0)
 
         def save() -> None:
             with timers("save"):
                 log.sync()  # the records of every step a checkpoint contains are on disk before it is
-                saver.save(now, starts.data_position(cfg, done), {**meta, "seconds": timers.seconds})
+                saver.save(current, starts.data_position(cfg, done), {**meta, "seconds": timers.seconds})
 
         def not_finite() -> int:
             log.close()
@@ -145,12 +170,12 @@ def run(options: Options, process: int, processes: int, preemption: Preemption) 
                         say(f"preempted: saved at step {done}")
                         return exits.PREEMPTED
                     with timers("eval"):  # the name of this clock in metrics: pictures are all that is drawn here
-                        draw(now.params, done)
+                        draw(current.params, done)
                     with timers("data"):
                         batch = state.put_batch(next(batches), plan.batch)
-                    window.before_step(done, now)
+                    window.before_step(done, current)
                     with timers("step"):
-                        now, measured = train_step(now, batch)
+                        current, measured = train_step(current, batch)
                         done += 1
                         skipped = log.put(done, measured)
                     dog.beat()
@@ -162,7 +187,7 @@ def run(options: Options, process: int, processes: int, preemption: Preemption) 
                 if skipped > cfg.run.max_skipped:
                     return not_finite()
                 with timers("eval"):
-                    draw(now.params, done)
+                    draw(current.params, done)
                 save()
                 saver.wait()
                 log.close()
@@ -178,8 +203,9 @@ def run(options: Options, process: int, processes: int, preemption: Preemption) 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parses `argv` (without the program's name) and trains; bad configuration or data becomes exit code 78 and one
-    line.
+    """Parses `argv` (without the program's name) and trains; returns the exit code.
+
+    Bad configuration or data becomes exit code 78 and one line on stderr.
     """
     try:
         return train(parse(sys.argv[1:] if argv is None else argv))

@@ -392,8 +392,8 @@ def test_a_fault_of_ours_keeps_its_traceback():
     try:
         np.zeros(3).reshape(2, 2)
     except ValueError as error:
-        assert not cli._refused_at_a_door(error)
+        assert not cli._is_refusal(error)
     try:
         prepare.prepare(CONTRACT, {})
     except ValueError as error:
-        assert cli._refused_at_a_door(error)
+        assert cli._is_refusal(error)

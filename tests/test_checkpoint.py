@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from skysense_jax.core import mesh as meshes
-from skysense_jax.run import checkpoint, digest
+from skysense_jax.run import checkpoint
+from skysense_jax.run.stored import digest
 from tests.helpers import noise_dataset, toy_objective
 from tests.helpers.jobs import flip, largest
 from tests.helpers.toy_objective import same, small_state

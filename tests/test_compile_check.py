@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from skysense_jax.commands import compile_check as checks
+from skysense_jax.commands import compile_check as command
 from skysense_jax.commands import pods
 from skysense_jax.configs import skysense_tiny
 from skysense_jax.core import chips, flops, hlo, sharding
 from skysense_jax.core import mesh as meshes
 from skysense_jax.ops import contrast
+from skysense_jax.run import pod_check
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAYERS, WIDTH, BATCH = 5, 64, 16
@@ -273,7 +274,7 @@ def test_a_row_that_could_not_be_made_is_named_and_what_cannot_work_is_refused_a
 def test_the_paper_s_recipe_is_fitted_to_larger_pods_and_that_is_said(places, parts, devices, then, said):
     c = skysense_tiny.get_config("series")
     c.data.batch, c.objective.microbatches = places, parts
-    note = checks.with_every_chip_fed(c, devices)
+    note = pod_check.with_every_chip_fed(c, devices)
     assert (c.data.batch, c.objective.microbatches) == then
     assert said in note and bool(note) == (then != (places, parts)) == ("`train` needs the same values" in note)
 
@@ -286,8 +287,8 @@ def test_what_a_refusal_asks_for_is_read_in_every_unit(size, asked):
         f"RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries ({size}) "
         "exceeds available HBM (15.75G)."
     )
-    assert checks.asked_for(refusal) == int(asked)
-    assert checks.asked_for("RESOURCE_EXHAUSTED") is None
+    assert pod_check.asked_for(refusal) == int(asked)
+    assert pod_check.asked_for("RESOURCE_EXHAUSTED") is None
 
 
 @pytest.mark.parametrize(
@@ -300,7 +301,7 @@ def test_what_a_refusal_asks_for_is_read_in_every_unit(size, asked):
 )
 def test_what_would_be_lost_after_the_compilation_is_refused_before(argument, words, capfd):
     config = str(ROOT / "configs" / "skysense_tiny.py")
-    assert checks.main(["--config", config, "--topology", "v5e:2x2", argument]) == 78
+    assert command.main(["--config", config, "--topology", "v5e:2x2", argument]) == 78
     assert words in capfd.readouterr().err
 
 

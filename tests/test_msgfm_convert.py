@@ -24,7 +24,8 @@ from skysense_jax.convert.swin import bias_tables, expert_shards
 from skysense_jax.convert.swin import files as swin_files
 from skysense_jax.core import trees
 from skysense_jax.models import msgfm
-from skysense_jax.run import checkpoint, init_from, state
+from skysense_jax.run import init_from, state
+from skysense_jax.run.stored import sealed
 from tests.helpers import swin_layouts as layouts
 from tests.parity.names import simmim_entries
 from tests.test_msgfm import DENSE, config, random_params
@@ -65,7 +66,7 @@ def config_file(tmp_path, cfg):
 def parts(folder):
     """The tree of a folder of imported weights, and its description."""
     meta = json.loads((folder / "model.json").read_text())
-    read = [checkpoint.load_part(folder / "parts", name) for name in meta["provenance"]["parts"]]
+    read = [sealed.read_tree(folder / "parts", name) for name in meta["provenance"]["parts"]]
     return {name: tree for part in read for name, tree in part.items()}, meta
 
 

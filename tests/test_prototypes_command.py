@@ -1,5 +1,6 @@
 """`skysense-jax prototypes`: the report of a region and the maps of its places, against the same worked out by hand."""
 
+import argparse
 import itertools
 import json
 
@@ -197,7 +198,9 @@ def test_the_report_is_what_comes_out_by_hand(root, mapped, by_hand):
 
 
 def test_the_region_alone_and_with_places(root, capsys):
-    command(root, "--region", "-60.5,-20")  # a longitude is no option
+    # A longitude is no option: by an attribute of argparse that is private, and may go with a version of Python.
+    assert hasattr(argparse.ArgumentParser(), "_negative_number_matcher")
+    command(root, "--region", "-60.5,-20")
     printed = capsys.readouterr().out
     assert "region   row 4 (visited regions: 2)" in printed and "1 visits" in printed
     assert "nearest places" not in printed

@@ -85,9 +85,11 @@ def test_adamw_and_learning_rates_are_torch_s(rule, double):
     z = np.load(GOLDEN / "adamw_schedules.npz")
     m = json.loads(str(z["meta_json"]))
     rates = {
-        "gfm_cosine": lambda k: optim.lr_gfm(k, m["steps"], m["warmup_steps"], m["lr"], m["warmup_lr"], m["min_lr"]),
-        "pp_cos": lambda k: optim.lr_cosine(k, m["steps"], m["warmup_steps"], m["lr"], 0.0, 0.0),
-        "pp_linear": lambda k: optim.lr_linear(k, m["steps"], m["warmup_steps"], m["lr"], 0.0, 0.0),
+        "gfm_cosine": lambda k: optim.lr_gfm(
+            k, optim.Rates(m["steps"], m["warmup_steps"], m["lr"], m["warmup_lr"], m["min_lr"])
+        ),
+        "pp_cos": lambda k: optim.lr_cosine(k, optim.Rates(m["steps"], m["warmup_steps"], m["lr"], 0.0, 0.0)),
+        "pp_linear": lambda k: optim.lr_linear(k, optim.Rates(m["steps"], m["warmup_steps"], m["lr"], 0.0, 0.0)),
         "const": lambda k: jnp.asarray(m["lr"]),
     }
     settings = type("Settings", (), {"b1": m["betas"][0], "b2": m["betas"][1], "eps": m["eps"]})

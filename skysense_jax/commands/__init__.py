@@ -1,0 +1,1 @@
+"""The commands of `skysense-jax`: one file each with its arguments, the printed text and the exit code."""

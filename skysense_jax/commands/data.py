@@ -1,8 +1,7 @@
-"""`skysense-jax data build | check | catalog | stats`: arguments, printing and exit statuses; the work is in the
-modules they call.
+"""`skysense-jax data build | check | catalog | stats | preview | synth`: arguments, printed text and exit codes.
 
-Exit status: 0 done, 78 the catalog, an option or the target folder cannot be used (restarting will not help), 1 a
-worker died (run again).
+The work is in the modules they call. Exit codes: 0 done; 78 the catalog, an option or the target folder cannot be used
+(restarting will not help); 1 a worker died (run the command again).
 """
 
 from __future__ import annotations
@@ -14,9 +13,8 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from skysense_jax.core import paths
+from skysense_jax.core import exits, paths
 from skysense_jax.core.files import write_atomically
 from skysense_jax.data import statistics
 from skysense_jax.data.drafting import layouts, rasters, splits
@@ -29,39 +27,44 @@ from skysense_jax.data.synthetic import world
 from skysense_jax.draw import places
 from skysense_jax.sensors import SENSORS
 
-DONE, FAILED, BAD_CONFIGURATION = 0, 1, 78
+AddParser = Callable[..., argparse.ArgumentParser]
+"""`add_parser` of the `data` command's subparsers."""
 
 
 def _guarded(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """A command whose refusals become a line on stderr and an exit code."""
+
     def guarded(args: argparse.Namespace) -> int:
         try:
             return run(args)
         except (CatalogError, dataset_build.BuildError) as error:
             print(f"error: {error}", file=sys.stderr)
-            return BAD_CONFIGURATION
+            return exits.BAD_INPUT
         except WorkerDied as error:
             print(f"error: {error}", file=sys.stderr)
-            return FAILED
+            return exits.WORKER_DIED
 
     return guarded
 
 
 def _options(args: argparse.Namespace) -> dataset_build.Options:
+    """The options that decide what the records are."""
     sensors = tuple(name.strip() for name in args.sensors.split(",") if name.strip())
     return dataset_build.Options(
-        args.tile,
-        args.gsd,
-        args.ratio,
-        sensors,
-        args.holdout,
-        args.shard_places,
-        args.max_pixels,
-        args.max_upsample,
-        not args.no_georeference,
+        tile=args.tile,
+        gsd=args.gsd,
+        ratio=args.ratio,
+        sensors=sensors,
+        holdout=args.holdout,
+        shard_places=args.shard_places,
+        max_pixels=args.max_pixels,
+        max_upsample=args.max_upsample,
+        georeferenced=not args.no_georeference,
     )
 
 
 def _workers(args: argparse.Namespace) -> int:
+    """How many processes: as given, or one per core."""
     if args.workers is not None and args.workers < 1:
         raise dataset_build.BuildError(f"--workers {args.workers}: at least 1")
     return args.workers or len(os.sched_getaffinity(0))
@@ -89,32 +92,39 @@ def run_build(args: argparse.Namespace) -> int:
     """Builds or continues a dataset and prints its report."""
     paths.check_local(args.out, "records are built on a disk; copy the folder to the bucket when it is complete")
     run_units = _run_units(args)
-    # a pipeline tells its own progress
     meta, worked = dataset_build.build(
-        args.catalog, args.out, _options(args), _workers(args), run_units is None, run_units
+        args.catalog,
+        args.out,
+        options=_options(args),
+        workers=_workers(args),
+        progress=run_units is None,  # a pipeline reports its progress itself
+        run_units=run_units,
     )
     if not worked:
         print(f"{args.out} is complete (dataset {meta['dataset_id'][:12]}): nothing to do")
-        return DONE
+        return exits.DONE
     print(report.render(meta["report"]))
-    splits = ", ".join(f"{name} {count}" for name, count in meta["splits"].items())
+    tiles = ", ".join(f"{name} {count}" for name, count in meta["splits"].items())
     print(
-        f"\n{'SYNTHETIC ' if meta['synthetic'] else ''}dataset {meta['dataset_id'][:12]} in {args.out}: tiles "
-        f"{splits}; "
-        f"per-file decisions in {Path(args.out) / dataset_build.FILES}"
+        f"\n{'SYNTHETIC ' if meta['synthetic'] else ''}dataset {meta['dataset_id'][:12]} in {args.out}: "
+        f"tiles {tiles}; per-file decisions in {Path(args.out) / dataset_build.FILES}"
     )
-    return DONE
+    return exits.DONE
 
 
 def run_check(args: argparse.Namespace) -> int:
     """Prints the report a build would give, writing nothing."""
-    found = dataset_build.check(args.catalog, _options(args), _workers(args))
-    print(report.render(found))
-    return DONE if found["tiles"] else BAD_CONFIGURATION
+    ingested = dataset_build.check(args.catalog, options=_options(args), workers=_workers(args))
+    print(report.render(ingested))
+    return exits.DONE if ingested["tiles"] else exits.BAD_INPUT
 
 
 def _draft(args: argparse.Namespace) -> rasters.Draft:
-    """The drafted rows of the folder's layout, with their splits where a file says them. Raises CatalogError."""
+    """The drafted rows of the folder's layout, with their splits where a file says them.
+
+    Raises:
+        CatalogError: an option belongs to another layout, or as the layout's reader.
+    """
     belongs = {"place_by": "rasters", "sensor": "images", "bands": "images", "folder_classes": "images"}
     for name, layout in belongs.items():
         if getattr(args, name) and args.layout != layout:
@@ -122,20 +132,24 @@ def _draft(args: argparse.Namespace) -> rasters.Draft:
     if args.layout == "images":
         if not args.sensor:
             raise CatalogError(f"--layout images needs --sensor: {', '.join(SENSORS)}")
-        found = layouts.images(args.dir, args.sensor, args.bands, args.folder_classes)
+        draft = layouts.images(args.dir, args.sensor, args.bands, args.folder_classes)
     elif args.layout == "sen12ms":
-        found = layouts.sen12ms(args.dir)
+        draft = layouts.sen12ms(args.dir)
     else:
-        found = rasters.draft(args.dir, args.place_by or "folder")
+        draft = rasters.draft(args.dir, args.place_by or "folder")
     file = args.split or (splits.SEN12MS_CR if args.layout == "sen12ms" else "")
     if file:
-        split = splits.assign(splits.read_split(file), sorted({row["place"] for row in found.rows}))
-        found = found._replace(rows=[row | {"split": split[row["place"]]} for row in found.rows])
-    return found
+        split = splits.assign(splits.read_split(file), sorted({row["place"] for row in draft.rows}))
+        draft = draft._replace(rows=[row | {"split": split[row["place"]]} for row in draft.rows])
+    return draft
 
 
 def run_catalog(args: argparse.Namespace) -> int:
-    """Writes a drafted catalog and prints what is left to fill in."""
+    """Writes a drafted catalog and prints what is left to fill in.
+
+    Raises:
+        CatalogError: the catalog exists already or would lie beside the rasters' folder; as the layout's reader.
+    """
     out = Path(args.out) if args.out else Path(args.dir) / "places.csv"
     if out.exists():
         raise CatalogError(f"{out} exists: a draft never overwrites a catalog; choose another --out or delete it")
@@ -143,17 +157,17 @@ def run_catalog(args: argparse.Namespace) -> int:
         raise CatalogError(
             f"{out} must lie in {args.dir} or in a folder above it: paths in a catalog are relative to its folder"
         )
-    found = _draft(args)
+    draft = _draft(args)
     prefix = Path(args.dir).resolve().relative_to(out.parent.resolve())
-    rows = [row | {"path": row["path"] and (prefix / row["path"]).as_posix()} for row in found.rows]
+    rows = [row | {"path": row["path"] and (prefix / row["path"]).as_posix()} for row in draft.rows]
     write_atomically(out, rasters.to_csv(rows).encode())
-    print(rasters.render(found))
+    print(rasters.render(draft))
     option = " --no-georeference" if args.layout == "images" else ""
     print(
-        f"\ndraft written to {out}: check it, fill in what is listed, then run `skysense-jax data check --catalog "
-        f"{out}{option}`"
+        f"\ndraft written to {out}: check it, fill in what is listed, then run "
+        f"`skysense-jax data check --catalog {out}{option}`"
     )
-    return DONE
+    return exits.DONE
 
 
 def run_stats(args: argparse.Namespace) -> int:
@@ -161,7 +175,7 @@ def run_stats(args: argparse.Namespace) -> int:
     paths.check_local(args.dir, "statistics are stored on a disk; run this before the folder is copied to the bucket")
     print(statistics.render(statistics.compute(args.dir, args.clear_only)))
     print(f'\nstored in {Path(args.dir) / dataset_build.METADATA} under "statistics"')
-    return DONE
+    return exits.DONE
 
 
 def _reading_arguments(parser: argparse.ArgumentParser) -> None:
@@ -208,13 +222,14 @@ def _reading_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=None, help="processes (default: all cores)")
 
 
-def add_parsers(subparsers: Any) -> None:
-    """Adds build, check, catalog and stats to the `data` commands; the namespace carries `run`, a function of it that
-    returns the exit status.
+def add_parsers(add_parser: AddParser) -> None:
+    """Adds build, check, catalog and stats to the `data` commands.
+
+    The parsed namespace carries `run`, a function of the namespace that returns the exit code.
     """
 
     def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        parser = subparsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        parser = add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         parser.set_defaults(run=_guarded(run))
         return parser
 
@@ -270,13 +285,12 @@ def add_parsers(subparsers: Any) -> None:
 
 def _run_preview(args: argparse.Namespace) -> int:
     print(places.preview(args.dir, args.place, args.out))
-    return 0
+    return exits.DONE
 
 
-def add_parsers_preview(subparsers: Any) -> None:
-    """Adds `preview` to the `data` commands; the parsed namespace carries `run`, a function of the namespace that
-    returns the exit status."""
-    parser = subparsers.add_parser("preview", help="draw one place of a built dataset as a PNG")
+def add_parsers_preview(add_parser: AddParser) -> None:
+    """Adds `preview` to the `data` commands, as :func:`add_parsers` does."""
+    parser = add_parser("preview", help="draw one place of a built dataset as a PNG")
     parser.add_argument("dir", help="folder that `data build` wrote")
     parser.add_argument("--place", default="0", help="id of the place, or its number (train places first)")
     parser.add_argument("--out", default="preview.png", help="PNG to write")
@@ -294,13 +308,12 @@ def _run_synth(args: argparse.Namespace) -> int:
     )
     catalog = synthetic.synthesise(args.out, args.places, settings, args.workers)
     print(f"SYNTHETIC data: {args.places} places, catalog {catalog}")
-    return 0
+    return exits.DONE
 
 
-def add_parsers_synth(subparsers: Any) -> None:
-    """Adds `synth` to the `data` commands; the parsed namespace carries `run`, a function of the namespace that returns
-    the exit status."""
-    parser = subparsers.add_parser(
+def add_parsers_synth(add_parser: AddParser) -> None:
+    """Adds `synth` to the `data` commands, as :func:`add_parsers` does."""
+    parser = add_parser(
         "synth", help="write synthetic places as GeoTIFFs with a catalog (for testing; says so everywhere)"
     )
     parser.add_argument("--places", type=int, required=True, help="how many places")

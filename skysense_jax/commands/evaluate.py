@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from skysense_jax import networks
+from skysense_jax.core import exits
 from skysense_jax.core.config import read_config
 from skysense_jax.core.files import write_atomically
 from skysense_jax.evals import compare, rows
@@ -48,7 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluates, prints the tables, writes the JSON."""
+    """Evaluates, prints the tables, writes the JSON.
+
+    Raises:
+        ValueError: the folder of --out does not exist; as `evaluation.evaluate`.
+    """
     if args.out and not pathlib.Path(args.out).resolve().parent.is_dir():
         raise ValueError(f"--out {args.out}: its folder does not exist")
     report = evaluate(
@@ -65,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out:
         write_atomically(pathlib.Path(args.out), (json.dumps(report, indent=1) + "\n").encode())
         print(f"written: {args.out}")
-    return 0
+    return exits.DONE
 
 
 def text(report: Mapping[str, Any]) -> str:

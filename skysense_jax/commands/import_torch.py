@@ -1,10 +1,8 @@
-"""`skysense-jax import-torch`: PyTorch weights as a folder `load`, `eval`, `inspect`, `export-torch` and `train
---init_from` read: those of SkySense and SkySense++, or, with a configuration of msGFM, those of a Swin-V1 (GFM, SimMIM,
-ImageNet, Swin-MoE).
+"""`skysense-jax import-torch`: PyTorch weights as a folder that the other commands read.
 
-OUT/parts/<module>/ is one Orbax checkpoint per module, each with digests; OUT/model.json, written last, says what the
-model is (architecture, input contract) and where every module comes from. Of SkySense, one module is in memory at a
-time.
+`load`, `eval`, `inspect`, `export-torch` and `train --init_from` read it. The weights are those of SkySense and
+SkySense++, or, with a configuration of msGFM, those of a Swin-V1 (GFM, SimMIM, ImageNet, Swin-MoE). What is written:
+run/imported.py.
 """
 
 from __future__ import annotations
@@ -12,11 +10,13 @@ from __future__ import annotations
 import argparse
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+
+from ml_collections import config_dict
 
 from skysense_jax import sensors
 from skysense_jax.configs import skysense_full
 from skysense_jax.convert import keymap
+from skysense_jax.core import exits
 from skysense_jax.core.config import read_config
 from skysense_jax.models import systems
 from skysense_jax.run import imported
@@ -55,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--licence",
-        help=f"licence of the files, carried into every export (SkySense: {imported.LICENCE}; others: {imported.SWIN_LICENCE})",
+        help="licence of the files, carried into every export "
+        f"(SkySense: {imported.LICENCE}; others: {imported.SWIN_LICENCE})",
     )
     parser.add_argument(
         "--sensor",
@@ -65,17 +66,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Imports and prints what came from where."""
+    """Imports and prints what came from where.
+
+    Raises:
+        FileNotFoundError: there is no such configuration or file.
+        ValueError: as `run.imported`.
+    """
     if not pathlib.Path(args.config).is_file():
         raise FileNotFoundError(f"{args.config}: no such configuration; give --config FILE with the model's sizes")
     config = read_config(args.config)
     bands = {name: tuple(names) for name, names in config.data.bands.items()} | _bands(args.bands)
     systems.system_of(config.model)
     print(IMPORTERS[config.model.name](args, config.model, bands))
-    return 0
+    return exits.DONE
 
 
-def _skysense(args: argparse.Namespace, model: Any, bands: Mapping[str, Sequence[str]]) -> pathlib.Path:
+def _skysense(
+    args: argparse.Namespace, model: config_dict.ConfigDict, bands: Mapping[str, Sequence[str]]
+) -> pathlib.Path:
     if args.sensor is not None:
         raise ValueError(f"--sensor means nothing for a model {model.name!r}")
     if args.calendar:
@@ -84,7 +92,7 @@ def _skysense(args: argparse.Namespace, model: Any, bands: Mapping[str, Sequence
     return imported.import_files(args.files, model, bands, args.out, args.leave_out, licence)
 
 
-def _msgfm(args: argparse.Namespace, model: Any, bands: Mapping[str, Sequence[str]]) -> pathlib.Path:
+def _msgfm(args: argparse.Namespace, model: config_dict.ConfigDict, bands: Mapping[str, Sequence[str]]) -> pathlib.Path:
     if args.calendar is not None:
         raise ValueError(f"--calendar means nothing for a model {model.name!r}")
     licence = imported.SWIN_LICENCE if args.licence is None else args.licence
@@ -96,12 +104,13 @@ IMPORTERS = {"skysense": _skysense, "msgfm": _msgfm}
 
 
 def _bands(options: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    chosen = {}
+    """Bands by sensor from SENSOR=B,B,... of the command line."""
+    bands = {}
     for option in options:
         name, equals, names = option.partition("=")
         if not equals or name not in sensors.SENSORS:
             raise ValueError(
                 f"--bands {option}: write SENSOR=BAND,BAND,... with SENSOR one of {', '.join(sensors.SENSORS)}"
             )
-        chosen[name] = tuple(names.split(","))
-    return chosen
+        bands[name] = tuple(names.split(","))
+    return bands

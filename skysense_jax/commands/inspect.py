@@ -1,5 +1,7 @@
-"""`skysense-jax inspect`: what a dataset, a workdir, a checkpoint, an exported folder or a configuration is, and what
-input it expects."""
+"""`skysense-jax inspect`: what a folder or a configuration is, and what input its network expects.
+
+The folder is a dataset, a workdir, a checkpoint, an exported folder or imported weights.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from ml_collections import config_dict
 
 from skysense_jax import networks
-from skysense_jax.core import paths
+from skysense_jax.core import exits, paths
 from skysense_jax.core.config import read_config
+from skysense_jax.core.trees import Tree
 from skysense_jax.data import records
 from skysense_jax.models import msgfm, systems
 from skysense_jax.run import plan as plans
@@ -40,30 +44,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the description."""
+    """Prints the description.
+
+    Raises:
+        ValueError: neither a path nor a configuration was given; as :func:`describe` and :func:`describe_config`.
+    """
     if args.path is None and args.config is None:
         raise ValueError("give a path, or --config FILE")
-    parts = [describe(args.path)] if args.path is not None else []
+    texts = [describe(args.path)] if args.path is not None else []
     if args.config is not None:
-        parts.append(describe_config(args.config))
-    print("\n\n".join(parts))
-    return 0
+        texts.append(describe_config(args.config))
+    print("\n\n".join(texts))
+    return exits.DONE
 
 
 def describe(path: str | pathlib.Path) -> str:
-    """The text for a folder; ValueError when it is none of ours."""
+    """The text for a folder; a ValueError where it is none of the kinds."""
     kind = networks.identify(path)
-    if kind == "dataset":
+    if kind == networks.DATASET:
         return describe_dataset(paths.path(path))
-    found = networks.read_description(path)
-    lines = [f"{KIND_NAMES[kind]}  {found.path}"]
-    lines += [f"  {name:<14}{value}" for name, value in found.provenance.items()]
-    if kind in ("export", "imported"):
-        shapes = systems.system_of(found.model).param_shapes(found.model, found.contract)
+    description = networks.read_description(path)
+    lines = [f"{KIND_NAMES[kind]}  {description.path}"]
+    lines += [f"  {name:<14}{value}" for name, value in description.provenance.items()]
+    if kind in ("export", "imported") or description.config is None:
+        shapes = systems.system_of(description.model).param_shapes(description.model, description.contract)
         counted = parameters({"weights": {"encoder": shapes}})
     else:
-        counted = parameters(plans.abstract(found.config, found.contract))
-    return "\n".join([*lines, "", counted, "", contract_table(found.contract)])
+        counted = parameters(plans.abstract(description.config, description.contract))
+    return "\n".join([*lines, "", counted, "", contract_table(description.contract)])
 
 
 def contract_table(contract: Mapping[str, Any]) -> str:
@@ -83,7 +91,7 @@ def contract_table(contract: Mapping[str, Any]) -> str:
         lines.append(f"    {'band':<8}{'mean':>12}{'std':>12}")
         lines += [
             f"    {band:<8}{mean:>12.4f}{std:>12.4f}"
-            for band, mean, std in zip(rule["bands"], rule["mean"], rule["std"])
+            for band, mean, std in zip(rule["bands"], rule["mean"], rule["std"], strict=True)
         ]
         lines += [
             f"    {key}: {rule[field]}"
@@ -148,26 +156,38 @@ def describe_config(path: str) -> str:
     return "\n\n".join([title, counted, contract_table(contract)])
 
 
-def encoder_sizes(model: Any, contract: Mapping[str, Any]) -> str:
-    """Parameters of an msGFM encoder with the embedding of hr, which is how papers count: as `model` says, dense, and
-    with mixtures in all stages from its first one on. model: config.model."""
+def encoder_sizes(model: config_dict.ConfigDict, contract: Mapping[str, Any]) -> str:
+    """Parameters of an msGFM encoder with the embedding of hr, which is how papers count.
+
+    Three encoders are counted: as the configuration says, dense, and with mixtures in all stages from its first mixture
+    on.
+
+    Args:
+        model: config.model.
+        contract: the input contract.
+
+    Returns:
+        The text.
+    """
     stages, embed = tuple(model.moe.stages), msgfm.EMBED.format(COUNTED_WITH)
-    more = tuple(
+    all_later = tuple(
         stage for stage in range(min(stages, default=len(model.depths)), len(model.depths)) if model.depths[stage] > 1
     )
     lines = [f"encoder with {embed}, as its mixtures are placed (model.moe.stages; this configuration first)"]
-    for one in dict.fromkeys((stages, (), more)):
+    for placed in dict.fromkeys((stages, (), all_later)):
         other = model.copy_and_resolve_references()
         with other.unlocked():
-            other.moe.stages = one
+            other.moe.stages = placed
         shapes = msgfm.param_shapes(other, contract)
-        lines.append(f"  {str(one) if one else '() dense':<28}{_size((shapes['encoder'], shapes[embed])):>16,}")
+        lines.append(f"  {str(placed) if placed else '() dense':<28}{_size((shapes['encoder'], shapes[embed])):>16,}")
     return "\n".join(lines)
 
 
 def parameters(shapes: Mapping[str, Any]) -> str:
-    """Parameter counts: the first tree module by module, the others in all. shapes: tree -> family -> module -> leaves
-    with a shape."""
+    """Parameter counts as text: the first tree module by module, the other trees in all.
+
+    The argument has four levels: tree -> family -> module -> leaves with a shape.
+    """
     lines = ["parameters"]
     for number, (tree, families) in enumerate(shapes.items()):
         if number == 0:
@@ -180,5 +200,6 @@ def parameters(shapes: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _size(tree: Any) -> int:
+def _size(tree: Tree) -> int:
+    """Numbers in all leaves of a tree of shapes."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

@@ -1,6 +1,6 @@
 """`skysense-jax pods FOLDER [--out docs/pods.md]`: the table of compile checks, one JSON file per row.
 
-Rows whose file is there are not compiled again, so the command can be stopped and repeated; delete a file to redo its
+Rows whose file exists are not compiled again, so the command can be stopped and repeated; delete a file to redo its
 row. Each row is its own process (libtpu takes its flags once): `skysense-jax compile-check`, printed before it runs.
 """
 
@@ -12,6 +12,7 @@ import pathlib
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from skysense_jax.core import exits
@@ -20,7 +21,14 @@ from skysense_jax.core.files import around, write_between
 
 
 class Row(NamedTuple):
-    """One compile check: configuration (of configs/), topology, slices, further fields."""
+    """One compile check.
+
+    Attributes:
+        config: name of a configuration of configs/.
+        topology: TPU generation and shape.
+        slices: how many slices of it.
+        fields: further words of the command line, --config.field=value.
+    """
 
     config: str
     topology: str
@@ -39,7 +47,15 @@ class Row(NamedTuple):
         return "_".join(name) + ".json"
 
     def command(self, configs: pathlib.Path, folder: pathlib.Path) -> list[str]:
-        """What makes the row."""
+        """The command that makes the row.
+
+        Args:
+            configs: folder of configurations.
+            folder: where the row's JSON goes.
+
+        Returns:
+            The words of the command.
+        """
         return [
             sys.executable,
             "-m",
@@ -82,8 +98,8 @@ HEAD = (
 )
 
 
-def line(r: dict[str, Any]) -> str:
-    """One row of the table."""
+def line(r: Mapping[str, Any]) -> str:
+    """One row of the table, from the figures of `run.pod_check.check` and the row's name."""
     chips = r["devices"] // r["devices_per_chip"]
     slices = f" x {r['slices']}" if r["slices"] > 1 else ""
     mesh = " x ".join(f"{name} {size}" for name, size in r["mesh"].items())
@@ -111,7 +127,7 @@ def line(r: dict[str, Any]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """FOLDER, --configs, --out, --only."""
+    """Options of the command."""
     parser.add_argument("folder", type=pathlib.Path, help="where the rows' JSON files are kept")
     parser.add_argument(
         "--configs", type=pathlib.Path, default=pathlib.Path("configs"), help="folder of configurations"
@@ -123,7 +139,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Makes what is missing and writes the table; 1 where a row could not be made (78 from compile-check)."""
+    """Makes what is missing and writes the table; exits.ROW_MISSING where a row could not be made.
+
+    Raises:
+        ValueError: no row's file contains --only, or the page of --out lacks the marks of the table.
+    """
     if not any(args.only in row.file for row in ROWS):
         raise ValueError(f"--only={args.only}: no row's file contains it; files: {', '.join(row.file for row in ROWS)}")
     if args.out:

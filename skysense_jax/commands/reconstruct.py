@@ -6,6 +6,7 @@ import argparse
 import pathlib
 
 from skysense_jax import networks
+from skysense_jax.core import exits
 from skysense_jax.draw import places, reconstructions
 from skysense_jax.models import systems
 
@@ -20,19 +21,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draws the place and prints the file's name."""
+    """Draws the place and prints the file's name.
+
+    Raises:
+        ValueError: --out cannot be written, the network reconstructs nothing, or the dataset has no such place.
+    """
     out = pathlib.Path(args.out)
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out {out}: the picture is a PNG, give a name that ends in .png")
     if not out.resolve().parent.is_dir():
         raise ValueError(f"--out {out}: its folder does not exist")
     network = networks.open_network(args.path)
-    found = network.description
-    if systems.system_of(found.model).reconstructions is None or found.config is None:
+    description = network.description
+    config, contract = description.config, description.contract
+    if systems.system_of(description.model).reconstructions is None or config is None:
         raise ValueError(f"{args.path} is no run of msGFM: nothing else reconstructs images")
     record, meta = places.read_place(args.data, args.place)
-    inputs = reconstructions.place_inputs(found.contract, record, meta)
-    guesses = reconstructions.reconstructor(found.config, found.contract, args.seed)(network.encoder, inputs)
-    reconstructions.draw(found.contract, guesses, record, meta, f"step {found.step}").save(out)
+    inputs = reconstructions.place_inputs(contract, record, meta)
+    guesses = reconstructions.reconstructor(config, contract, args.seed)(network.encoder, inputs)
+    reconstructions.draw(contract, guesses, record, meta, f"step {description.step}").save(out)
     print(out)
-    return 0
+    return exits.DONE

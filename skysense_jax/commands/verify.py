@@ -1,8 +1,8 @@
-"""`skysense-jax verify`: an exported folder against its own frozen batch, in JAX and, where it is there, in torch.
+"""`skysense-jax verify`: an exported folder against its own frozen batch, in JAX and, where it is installed, in torch.
 
 parity.safetensors holds inputs and the outputs they had when the weights were exported; whoever converts, copies or
-quantises the folder sees in one table whether it still is the same network. What that batch cannot see (the last bits
-of a weight, an expert that none of its tokens chose) the digests of the files do.
+quantises the folder sees in one table whether it still is the same network. The digests of the files tell what that
+batch cannot show: the last bits of a weight, or an expert that none of its tokens chose.
 """
 
 from __future__ import annotations
@@ -22,8 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the files that changed and the table; 1 where there is one, or an output differs by more than the folder's
-    tolerance.
+    """Prints the files that changed and the table of outputs.
+
+    The exit code is exits.DIFFERS where a file changed, or an output differs by more than the folder's tolerance.
+
+    Raises:
+        ValueError: export-torch did not write the folder.
     """
     folder = pathlib.Path(args.path)
     if absent := [name for name in (verify.PARITY, torch_export.SUMS) if not (folder / name).is_file()]:
@@ -41,4 +45,4 @@ def run(args: argparse.Namespace) -> int:
     print(text)
     if "torch" not in results:
         print("torch is not installed: the plain-torch column is left out (pip extra `torch`)")
-    return 0 if sound and not changed else exits.DIFFERS
+    return exits.DONE if sound and not changed else exits.DIFFERS

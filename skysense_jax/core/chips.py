@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import jax
 
 GIB = 2**30
+"""Bytes of a gibibyte."""
 
 
 class Chip(NamedTuple):
-    """One chip, which may be two jax devices (:func:`devices_per_chip`). flops: dense bfloat16 products per second.
-    hbm_bytes_per_s, ici_bytes_per_s: memory, and links to other chips of a slice (all links, one direction). hbm_limit:
-    bytes a program may use, as the TPU compiler states it in its out-of-memory error (less than is built in: the
-    runtime keeps some). 0: not needed here.
+    """One chip, which may be two jax devices (:func:`devices_per_chip`).
+
+    Attributes:
+        flops: dense bfloat16 operations per second.
+        hbm_bytes_per_s: bandwidth of the memory; 0: not needed here.
+        ici_bytes_per_s: bandwidth of the links to other chips of a slice, all links, one direction; 0: not needed here.
+        hbm_limit: bytes that a program may use, as the TPU compiler states it in its out-of-memory error: less than is
+            built in, because the runtime keeps some; 0: not needed here.
     """
 
     flops: float
@@ -49,8 +57,8 @@ DCN_BYTES_PER_S = 3.125e9
 v5e and v6e host machines). An assumption where hosts are others."""
 
 
-def devices_per_chip(devices: Sequence[Any]) -> int:
-    """How many of these jax devices share a chip: 2 on tpu7x, and on v4 where it is described rather than there."""
+def devices_per_chip(devices: Sequence[jax.Device]) -> int:
+    """How many of these jax devices share a chip: 2 on tpu7x, and 2 on a v4 that is described and not present."""
     places = [
         (getattr(device, "slice_index", None), tuple(device.coords)) for device in devices if hasattr(device, "coords")
     ]

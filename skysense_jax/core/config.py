@@ -1,7 +1,7 @@
-"""A configuration: reading it from a file or a command line, its fields by dotted name, and the check that every field
-is read and none is missing.
+"""A configuration: reading it from a file or a command line, its fields by dotted name, and the check of its fields.
 
-A configuration is a Python file, so a misspelt field is silently a new one. The vocabulary of a run is its recipe's
+The check refuses a field that nothing reads and names every field that is missing: a configuration is a Python file, in
+which a misspelt field is silently a new one. The vocabulary of a run is its recipe's
 (`skysense_jax.recipes`); "<sensor>" in it stands for every sensor of `data.bands`.
 """
 
@@ -25,7 +25,15 @@ Vocabulary = Mapping[str, tuple[str, ...]]
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Fields by dotted name."""
+    """The fields of a configuration by dotted name.
+
+    Args:
+        config: a configuration, or a section of it.
+        prefix: put before every name; ends with a dot, or is empty.
+
+    Returns:
+        "section.field" -> value.
+    """
     flat: dict[str, Any] = {}
     for name, value in config.items():
         flat |= flatten(value, f"{prefix}{name}.") if hasattr(value, "items") else {prefix + name: value}
@@ -38,27 +46,28 @@ def check_fields(config: Mapping[str, Any], known: Vocabulary, of_sensors: Colle
     Args:
         config: the whole configuration.
         known: its vocabulary.
-        of_sensors: sections of `known` that describe the encoder of one sensor, "model.<sensor>": needed where
+        of_sensors: sections of `known` that describe the encoder of a single sensor, "model.<sensor>": needed where
             config.data.bands has the sensor, ignored elsewhere.
 
     Raises:
         ValueError: names every field that nothing reads, with the nearest known one, and every missing field.
     """
-    given = set(flatten(config))
-    taken = {name.split(".")[-1] for name in given if name.startswith("data.bands.")}
-    wanted, ignored = set(), set()
-    for section, names in known.items():
-        names = [name for field in names for name in (sorted(taken) if field == "<sensor>" else [field])]
+    present = set(flatten(config))
+    sensors = {name.split(".")[-1] for name in present if name.startswith("data.bands.")}
+    needed: set[str] = set()
+    ignored: set[str] = set()
+    for section, fields in known.items():
+        names = [name for field in fields for name in (sorted(sensors) if field == "<sensor>" else [field])]
         full = {f"{section}.{name}" if section else name for name in names}
-        if section in of_sensors and section.split(".")[-1] not in taken:
+        if section in of_sensors and section.split(".")[-1] not in sensors:
             ignored |= full
         else:
-            wanted |= full
+            needed |= full
     problems = []
-    for name in sorted(given - wanted - ignored):
-        near = difflib.get_close_matches(name, wanted, 1)
-        problems.append(f"nothing reads config.{name}" + (f"; did you mean config.{near[0]}?" if near else ""))
-    problems += [f"config.{name} is missing" for name in sorted(wanted - given)]
+    for name in sorted(present - needed - ignored):
+        similar = difflib.get_close_matches(name, needed, 1)
+        problems.append(f"nothing reads config.{name}" + (f"; did you mean config.{similar[0]}?" if similar else ""))
+    problems += [f"config.{name} is missing" for name in sorted(needed - present)]
     if problems:
         raise ValueError("the configuration has the wrong fields: " + "; ".join(problems))
 
@@ -77,8 +86,19 @@ def _tuples(value: Any) -> Any:
 def read_flags(
     command: str, argv: Sequence[str], define: Callable[[flags.FlagValues], None], text: str
 ) -> flags.FlagValues:
-    """Flags of a command that takes a configuration: --config FILE, --config.section.field=value, and what `define`
-    adds. text: shown by --help. ValueError for an unknown flag or field, a wrong type, an argument that is no flag.
+    """Reads the flags of a command that takes a configuration: --config FILE and --config.section.field=value.
+
+    Args:
+        command: its name, for --help.
+        argv: the words behind it.
+        define: adds the command's further flags.
+        text: shown by --help.
+
+    Returns:
+        The values of all flags; `.config` is the configuration or None.
+
+    Raises:
+        ValueError: an unknown flag or field, a value of a wrong type, or a word that is no flag.
     """
     argv = [f"skysense-jax {command}", *argv]
     values = flags.FlagValues()
@@ -117,7 +137,7 @@ def read_config(path: str | pathlib.Path) -> config_dict.ConfigDict:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no configuration, takes no argument, or refuses this one.
+        ValueError: it is no configuration, takes no argument, or refuses this argument.
     """
     file, *argument = str(path).split(":", 1)
     if not pathlib.Path(file).is_file():
@@ -131,5 +151,5 @@ def read_config(path: str | pathlib.Path) -> config_dict.ConfigDict:
         raise ValueError(f"{file}: get_config() takes no argument; leave out :{argument[0]}")
     try:
         return names["get_config"](*argument)
-    except ValueError as error:  # a refusal of ours, so that a command says it without a traceback
+    except ValueError as error:  # raised again by this package, so that a command prints it without a traceback
         raise ValueError(f"{path}: {error}") from error

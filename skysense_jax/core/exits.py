@@ -2,6 +2,7 @@
 
 DONE = 0
 DIFFERS = 1  # `verify`: an output or a file is not what was exported
+WORKER_DIED = 1  # `data build`, `data check`: a worker process died; run the command again
 TOO_LARGE = 1  # `compile-check`: the step does not fit the device's memory
 ROW_MISSING = 1  # `pods`: a row of the table could not be made
 NOT_FINITE = 65  # EX_DATAERR: more updates than config.run.max_skipped were not finite; do not restart

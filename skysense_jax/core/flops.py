@@ -19,29 +19,71 @@ TRAINED = 3.0
 
 
 def linear(rows: float, d_in: float, d_out: float) -> float:
-    """A linear layer over `rows` vectors."""
+    """FLOPs of a linear layer.
+
+    Args:
+        rows: vectors that it multiplies.
+        d_in: their width before it.
+        d_out: their width after it.
+
+    Returns:
+        FLOPs of the forward pass.
+    """
     return 2.0 * rows * d_in * d_out
 
 
 def attention(rows: float, keys: float, width: float) -> float:
-    """Logits and values of `rows` queries that see `keys` keys each, over all heads; projections apart."""
+    """FLOPs of an attention's logits and values over all heads; its projections are counted apart.
+
+    Args:
+        rows: queries.
+        keys: keys that each query sees.
+        width: of queries, keys and values, all heads together.
+
+    Returns:
+        FLOPs of the forward pass.
+    """
     return 4.0 * rows * keys * width
 
 
 def mlp(rows: float, width: float, ratio: float) -> float:
-    """Two linear layers width -> ratio * width -> width."""
+    """FLOPs of two linear layers width -> ratio * width -> width.
+
+    Args:
+        rows: vectors that they multiply.
+        width: of the vectors.
+        ratio: hidden width in units of `width`.
+
+    Returns:
+        FLOPs of the forward pass.
+    """
     return 2.0 * linear(rows, width, int(width * ratio))
 
 
 def transformer(sequences: float, tokens: float, width: float, depth: int, ratio: float) -> float:
-    """`depth` plain transformer layers over `sequences` sequences of `tokens` tokens."""
+    """FLOPs of plain transformer layers.
+
+    Args:
+        sequences: how many sequences.
+        tokens: of each sequence.
+        width: of a token.
+        depth: how many layers.
+        ratio: hidden width of the MLP in units of `width`.
+
+    Returns:
+        FLOPs of the forward pass.
+    """
     rows = sequences * tokens
     return depth * (linear(rows, width, 4 * width) + attention(rows, tokens, width) + mlp(rows, width, ratio))
 
 
 def of_jaxpr(jaxpr: Any) -> float:
-    """FLOPs of all matrix products in a traced function as it is written, rematerialisation included: scan bodies times
-    their length. Raises ValueError on a convolution: this code has none (nn.patch cuts patches by reshaping).
+    """FLOPs of all matrix products in a traced function as it is written, rematerialisation included.
+
+    The body of a scan counts times its length.
+
+    Raises:
+        ValueError: the function has a convolution; this package has none (nn.patch cuts patches by reshaping).
     """
     total = 0.0
     for equation in jaxpr.eqns:

@@ -1,16 +1,17 @@
 """What a compiled program moves: collectives and HBM traffic, read from its HLO text with loops counted.
 
-XLA's own `cost_analysis` counts the body of a loop once, so a scanned model looks as if it had one layer. Here each
-instruction counts as often as its loops run; a loop's count is the constant its condition compares with (what
-`jax.lax.scan` compiles to).
+XLA's own `cost_analysis` counts the body of a loop once, so a scanned model looks as if it had a single layer. In this
+module each instruction counts as often as its loops run. The count of a loop is the constant that its condition
+compares with, which is what `jax.lax.scan` compiles to.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 BYTES = {
     "pred": 1,
@@ -57,7 +58,7 @@ FREE = (
     "recv-done",
     "iota",
 )
-"""Instructions that move nothing themselves: what they call, or their start, is counted."""
+"""Instructions that move nothing themselves: the computation they call, or their start, is counted instead."""
 
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
@@ -66,9 +67,9 @@ _MESH_GROUPS = re.compile(
 )
 _CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations|true_computation|false_computation)=\{?%?([\w.\-]+)")
 _HOLDS_OPERANDS = ("copy-start", "all-gather-start", "collective-permute-start", "send")
-"""Instructions whose value is their operands beside what they make."""
+"""Instructions whose value holds their operands beside their result."""
 _NOT_RUN = ("reduce", "sort", "scatter", "reduce-window", "async-update", "async-done")
-"""Their computation is a rule for pairs of elements, or has run at the start already."""
+"""Instructions whose computation is a rule for pairs of elements, or has already run at the start."""
 
 
 class Instruction(NamedTuple):
@@ -82,12 +83,13 @@ class Instruction(NamedTuple):
     @property
     def operands(self) -> list[str]:
         """Names of the operands."""
-        depth, end = 1, 0
-        for end, character in enumerate(self.rest):
+        depth, inside = 1, []
+        for character in self.rest:
             depth += (character == "(") - (character == ")")
             if depth == 0:
                 break
-        return re.findall(r"%([\w.\-]+)", self.rest[:end])
+            inside.append(character)
+        return re.findall(r"%([\w.\-]+)", "".join(inside))
 
 
 class Program(NamedTuple):
@@ -97,9 +99,15 @@ class Program(NamedTuple):
     times: dict[str, int]
 
 
-class Traffic(NamedTuple):
-    """Of one kind of collective, per device and step: how many run, and bytes sent over the links (`wire`), the part of
-    them between slices (`between_slices`), and the largest single result.
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """The traffic of one kind of collective, per device and step.
+
+    Attributes:
+        count: how many collectives run.
+        wire: bytes sent over the links.
+        between_slices: bytes of these that are sent between slices.
+        largest: bytes of the largest single result.
     """
 
     count: int
@@ -109,7 +117,15 @@ class Traffic(NamedTuple):
 
 
 def size(shapes: str, hbm_only: bool = False) -> int:
-    """Bytes of all arrays in the text of a shape; hbm_only leaves out what the compiler placed on the chip (S(1), ...)."""
+    """Bytes of all arrays in the text of a shape.
+
+    Args:
+        shapes: as the compiler writes it, "bf16[8,128]{1,0}" or a tuple of such.
+        hbm_only: whether to leave out arrays that the compiler placed on the chip (S(1), ...).
+
+    Returns:
+        Bytes.
+    """
     total = 0
     for dtype, dimensions, layout in _SHAPE.findall(shapes):
         if dtype in BYTES and not (hbm_only and re.search(r"S\([1-9]\)", layout)):
@@ -118,15 +134,19 @@ def size(shapes: str, hbm_only: bool = False) -> int:
 
 
 def read(text: str) -> Program:
-    """The text of a compiled module (`compiled.as_text()`). Raises ValueError where a loop's count cannot be told."""
+    """Parses the text of a compiled module (`compiled.as_text()`).
+
+    Raises:
+        ValueError: the count of a loop cannot be told.
+    """
     computations: dict[str, list[Instruction]] = {}
-    entry, current = "", []
+    entry, current = "", list[Instruction]()
     for line in text.splitlines():
-        if line.endswith("{") and not line.startswith(" ") and (found := re.match(r"(ENTRY )?%?([\w.\-]+) \(", line)):
-            current = computations[found.group(2)] = []
-            entry = found.group(2) if found.group(1) else entry
-        elif found := _INSTRUCTION.match(line):
-            current.append(Instruction(*found.groups()))
+        if line.endswith("{") and not line.startswith(" ") and (head := re.match(r"(ENTRY )?%?([\w.\-]+) \(", line)):
+            current = computations[head.group(2)] = []
+            entry = head.group(2) if head.group(1) else entry
+        elif instruction_line := _INSTRUCTION.match(line):
+            current.append(Instruction(*instruction_line.groups()))
     times: dict[str, int] = {}
 
     def run(name: str, count: int) -> None:
@@ -142,36 +162,45 @@ def read(text: str) -> Program:
 
 
 def _trips(computations: dict[str, list[Instruction]], loop: Instruction) -> int:
-    """How often a while runs."""
+    """How often a while loop runs."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
         return int(known.group(1))
-    condition = re.search(r"condition=%?([\w.\-]+)", loop.rest).group(1)
-    bounds = [re.match(r"(\d+)\)", one.rest) for one in computations[condition] if one.opcode == "constant"]
-    bounds = [int(bound.group(1)) for bound in bounds if bound]
-    compared = any("direction=LT" in one.rest for one in computations[condition])
+    condition = computations[_matched(re.search(r"condition=%?([\w.\-]+)", loop.rest)).group(1)]
+    constants = [
+        re.match(r"(\d+)\)", instruction.rest) for instruction in condition if instruction.opcode == "constant"
+    ]
+    bounds = [int(constant.group(1)) for constant in constants if constant]
+    compared = any("direction=LT" in instruction.rest for instruction in condition)
     if len(bounds) != 1 or not compared:
         raise ValueError(f"the loop {loop.name} does not count up to a constant: its traffic cannot be told")
     return bounds[0]
 
 
+def _matched(match: re.Match[str] | None) -> re.Match[str]:
+    """A match that the compiler's grammar promises."""
+    if match is None:
+        raise ValueError("the text of the compiled program has a form that this reader does not know")
+    return match
+
+
 def device_groups(rest: str) -> list[list[int]]:
     """Device groups of a collective; [] where the text does not list them."""
-    if found := re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", rest):
-        return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", found.group(1))]
-    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
-        ids, (*_, n) = _iota(found.group(2), found.group(3)), found.group(1).split(",")
-        return [ids[i : i + int(n)] for i in range(0, len(ids), int(n))]
-    if found := _MESH_GROUPS.search(rest):
-        axes = [(name, int(n)) for name, n in re.findall(r"'(\w+)'=(\d+)", found.group(1))]
-        wanted = re.findall(r"'(\w+)'", found.group(4))
+    if listed := re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", rest):
+        return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed.group(1))]
+    if counted := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+        ids, (*_, group_size) = _iota(counted.group(2), counted.group(3)), counted.group(1).split(",")
+        return [ids[i : i + int(group_size)] for i in range(0, len(ids), int(group_size))]
+    if by_mesh := _MESH_GROUPS.search(rest):
+        axes = [(name, int(n)) for name, n in re.findall(r"'(\w+)'=(\d+)", by_mesh.group(1))]
+        grouped = re.findall(r"'(\w+)'", by_mesh.group(4))
         total = math.prod(n for _, n in axes)
-        ids = _iota(found.group(2), found.group(3)) if found.group(2) else list(range(total))
+        ids = _iota(by_mesh.group(2), by_mesh.group(3)) if by_mesh.group(2) else list(range(total))
         groups: dict[tuple[int, ...], list[int]] = {}
         for position, device in enumerate(ids):
-            rest_, key = position, []
+            remainder, key = position, []
             for name, n in reversed(axes):
-                rest_, coordinate = divmod(rest_, n)
-                key.append(-1 if name in wanted else coordinate)
+                remainder, coordinate = divmod(remainder, n)
+                key.append(-1 if name in grouped else coordinate)
             groups.setdefault(tuple(key), []).append(device)
         return list(groups.values())
     return []
@@ -188,15 +217,25 @@ def _iota(dimensions: str, order: str | None) -> list[int]:
     return ids
 
 
-def collectives(program: Program, slice_of: Sequence[Any]) -> dict[str, Traffic]:
-    """Collectives by kind. slice_of: the slice of every device in the order of the mesh; a group that crosses slices
-    counts between them too. Raises ValueError where the devices of a collective cannot be read.
+def collectives(program: Program, slice_of: Sequence[int]) -> dict[str, Traffic]:
+    """The traffic of a program's collectives by kind.
 
     Bytes on the wire per device with n devices in a group, ring or bidirectional: all-gather (n-1)/n of the result,
     reduce-scatter (n-1)/n of the operand, all-reduce twice that, all-to-all (n-1)/n, permute the operand. A TPU program
     hands what crosses slices to its host ("megascale"): kind "send", the bytes handed over.
+
+    Args:
+        program: of :func:`read`.
+        slice_of: the slice of every device in the order of the mesh; a group that crosses slices counts between them
+            too.
+
+    Returns:
+        Kind of a collective ("all-gather", ..., "send") -> its traffic.
+
+    Raises:
+        ValueError: the devices of a collective cannot be read.
     """
-    found: dict[str, Traffic] = {}
+    traffic: dict[str, Traffic] = {}
     for kind, times, instruction, scattered in _all_collectives(program):
         shapes = [size(f"{t}[{d}]") for t, d, _ in _SHAPE.findall(instruction.result)]
         groups = device_groups(instruction.rest) or [[]]
@@ -213,19 +252,19 @@ def collectives(program: Program, slice_of: Sequence[Any]) -> dict[str, Traffic]
         else:
             if not n:
                 raise ValueError(f"{instruction.name}: its replica groups cannot be read: {instruction.rest[:200]}")
-            part = (n - 1) / n
-            sent = {"all-reduce": 2 * part, "reduce-scatter": n * part if not scattered else part}
-            wire = result * sent.get(kind, part)
+            fraction = (n - 1) / n
+            sent = {"all-reduce": 2 * fraction, "reduce-scatter": n * fraction if not scattered else fraction}
+            wire = result * sent.get(kind, fraction)
             slices = len({slice_of[device] for device in groups[0]})
-            share = (slices - 1) / slices / part if slices > 1 else 0.0
-        was = found.get(kind, Traffic(0, 0.0, 0.0, 0))
-        found[kind] = Traffic(
-            was.count + times,
-            was.wire + times * wire,
-            was.between_slices + times * wire * share,
-            max(was.largest, result),
+            share = (slices - 1) / slices / fraction if slices > 1 else 0.0
+        earlier = traffic.get(kind, Traffic(0, 0.0, 0.0, 0))
+        traffic[kind] = Traffic(
+            earlier.count + times,
+            earlier.wire + times * wire,
+            earlier.between_slices + times * wire * share,
+            max(earlier.largest, result),
         )
-    return found
+    return traffic
 
 
 def _all_collectives(program: Program) -> Iterator[tuple[str, int, Instruction, bool]]:
@@ -240,41 +279,45 @@ def _all_collectives(program: Program) -> Iterator[tuple[str, int, Instruction, 
 
 
 def hbm_bytes(program: Program) -> float:
-    """Bytes read from and written to HBM by one device in a step: operands and results of every instruction that is
-    not inside a fusion. A slice read or written inside a fusion counts as the slice, not as the array it is taken from.
+    """Bytes that one device reads from and writes to HBM in a step.
+
+    The operands and results of every instruction that is not inside a fusion count. A slice that is read or written
+    inside a fusion counts as the slice, not as the array it is taken from.
     """
     fused = {
         called
         for body in program.computations.values()
-        for one in body
-        if one.opcode == "fusion"
-        for called in _CALLED.findall(one.rest)
+        for instruction in body
+        if instruction.opcode == "fusion"
+        for called in _CALLED.findall(instruction.rest)
     }
     total = 0.0
     for name, times in program.times.items():
         if name in fused:
             continue
-        shapes = {one.name: one.result for one in program.computations[name]}
-        for one in program.computations[name]:
-            if one.opcode in FREE:
+        shapes = {instruction.name: instruction.result for instruction in program.computations[name]}
+        for instruction in program.computations[name]:
+            opcode, result = instruction.opcode, instruction.result
+            if opcode in FREE:
                 continue
-            if one.opcode == "fusion":
-                moved = _fusion_bytes(program.computations, one, shapes)
-            elif one.opcode in ("dynamic-slice", "slice", "gather"):
-                moved = 2 * size(one.result, True)
-            elif one.opcode == "dynamic-update-slice":
-                moved = 2 * size(shapes.get(one.operands[1], ""), True)
-            elif one.opcode in _HOLDS_OPERANDS:
-                moved = size(one.result, True)
+            if opcode == "fusion":
+                moved = _fusion_bytes(program.computations, instruction, shapes)
+            elif opcode in ("dynamic-slice", "slice", "gather"):
+                moved = 2 * size(result, True)
+            elif opcode == "dynamic-update-slice":
+                moved = 2 * size(shapes.get(instruction.operands[1], ""), True)
+            elif opcode in _HOLDS_OPERANDS:
+                moved = size(result, True)
             else:
-                moved = size(one.result, True) + sum(size(shapes.get(name_, ""), True) for name_ in one.operands)
+                moved = size(result, True) + sum(size(shapes.get(name, ""), True) for name in instruction.operands)
             total += times * moved
     return total
 
 
 def _read(body: list[Instruction], name: str, computations: dict[str, list[Instruction]]) -> int:
-    """Bytes that a fused computation reads of its value `name`: slices, where it only slices it; nothing, where it only
-    writes slices into it.
+    """Bytes that a fused computation reads of its value `name`.
+
+    Only the slices count where it only slices the value, and nothing where it only writes slices into it.
     """
     total = 0
     for use in body:
@@ -284,32 +327,36 @@ def _read(body: list[Instruction], name: str, computations: dict[str, list[Instr
             if use.opcode in ("dynamic-slice", "slice", "gather"):
                 total += size(use.result)
             elif use.opcode == "fusion":
-                called = computations[_CALLED.search(use.rest).group(1)]
+                called = computations[_matched(_CALLED.search(use.rest)).group(1)]
                 parameter = next(
-                    one.name for one in called if one.opcode == "parameter" and one.rest.startswith(f"{position})")
+                    instruction.name
+                    for instruction in called
+                    if instruction.opcode == "parameter" and instruction.rest.startswith(f"{position})")
                 )
                 total += _read(called, parameter, computations)
             elif use.opcode == "bitcast":
                 total += _read(body, use.name, computations)
             elif use.opcode != "dynamic-update-slice" or position:
-                total += size(next(one.result for one in body if one.name == name))
+                total += size(next(instruction.result for instruction in body if instruction.name == name))
     return total
 
 
 def _fusion_bytes(computations: dict[str, list[Instruction]], fusion: Instruction, shapes: dict[str, str]) -> int:
-    """HBM bytes of one fusion: whole operands but for those that are only sliced, and the result but for slices written
-    in place.
+    """HBM bytes of a fusion.
+
+    Operands count whole but for those that are only sliced, the result counts but for slices written in place.
     """
-    body = computations[_CALLED.search(fusion.rest).group(1)]
-    inner = {one.name: one for one in body}
+    body = computations[_matched(_CALLED.search(fusion.rest)).group(1)]
+    inner = {instruction.name: instruction for instruction in body}
     read = 0
-    for one in body:
-        if one.opcode != "parameter":
+    for instruction in body:
+        if instruction.opcode != "parameter":
             continue
-        outer = shapes.get(fusion.operands[int(re.match(r"\d+", one.rest).group())], "")
+        number = int(_matched(re.match(r"\d+", instruction.rest)).group())
+        outer = shapes.get(fusion.operands[number], "")
         if not size(outer, True):
             continue
-        read += min(size(outer, True), _read(body, one.name, computations))
+        read += min(size(outer, True), _read(body, instruction.name, computations))
     root = body[-1]
     while root.opcode in ("bitcast", "copy") and root.operands and root.operands[0] in inner:
         root = inner[root.operands[0]]

@@ -35,20 +35,26 @@ CLUSTER_COUNTS = (
 
 
 def start_processes() -> tuple[int, int]:
-    """Start ``jax.distributed`` where the job has several processes; returns (process index, process count).
+    """Starts ``jax.distributed`` where the job has several processes.
 
-    SKYSENSE_PROCESSES: how many; 1 or unset: a single process. SKYSENSE_COORDINATOR (host:port of process 0) with
-    SKYSENSE_PROCESS_INDEX: the processes count themselves first (core.rendezvous). Without them jax's own cluster
-    detection is used (TPU, Slurm, GKE). SKYSENSE_START_TIMEOUT_S (300): how long to wait for all.
+    SKYSENSE_PROCESSES says how many; 1 or unset means a single process. With SKYSENSE_COORDINATOR (host:port of process
+    0) and SKYSENSE_PROCESS_INDEX the processes count themselves first (core.rendezvous). Without them jax's own cluster
+    detection is used (TPU, Slurm, GKE). SKYSENSE_START_TIMEOUT_S (300) says how many seconds to wait for all.
 
-    N processes that each train alone must not happen: ValueError with both counts unless exactly SKYSENSE_PROCESSES
-    came together, or where it is unset and the launcher says that there are several. Where jax's detection waits in
-    vain, in C++, the message is printed and the process exits with 78.
+    It must not happen that N processes each train alone. Where jax's detection waits in vain, in C++, the message is
+    printed and the process exits with 78.
+
+    Returns:
+        (process index, process count).
+
+    Raises:
+        ValueError: with both counts, unless exactly SKYSENSE_PROCESSES came together, or where it is unset and the
+            launcher says that there are several; or one of the variables cannot be read.
     """
     processes, timeout_s = _number("SKYSENSE_PROCESSES", 0), _number("SKYSENSE_START_TIMEOUT_S", 300)
-    found = [(name, launcher, os.environ[name]) for name, launcher in CLUSTER_COUNTS if os.environ.get(name)]
-    if not processes and found:
-        name, launcher, value = found[0]
+    counts = [(name, launcher, os.environ[name]) for name, launcher in CLUSTER_COUNTS if os.environ.get(name)]
+    if not processes and counts:
+        name, launcher, value = counts[0]
         count = int(value) if value.isdigit() else len(value.split(","))
         if count > 1:
             raise ValueError(
@@ -65,11 +71,11 @@ def start_processes() -> tuple[int, int]:
         guard = threading.Timer(timeout_s, _give_up, (processes, timeout_s))
         guard.daemon = True
         guard.start()
-        patience = {"initialization_timeout": timeout_s + 60}  # jax would abort the process without a word of ours
+        patience_s = timeout_s + 60  # when it is over, jax aborts the process without a message of this package
         if coordinator is not None:
-            jax.distributed.initialize(coordinator, processes, index, **patience)
+            jax.distributed.initialize(coordinator, processes, index, initialization_timeout=patience_s)
         else:
-            jax.distributed.initialize(**patience)
+            jax.distributed.initialize(initialization_timeout=patience_s)
         guard.cancel()
     if jax.process_count() != processes:
         raise ValueError(
@@ -87,7 +93,7 @@ def _number(name: str, default: int) -> int:
 
 
 def _give_up(processes: int, timeout_s: int) -> None:
-    """Ends a process that waits for the others inside jax."""
+    """Ends a process that waits for the other processes inside jax."""
     sys.stderr.write(
         f"{processes} processes are expected (SKYSENSE_PROCESSES), fewer came together within {timeout_s} "
         "s (SKYSENSE_START_TIMEOUT_S); with SKYSENSE_COORDINATOR and SKYSENSE_PROCESS_INDEX the missing "
@@ -98,8 +104,17 @@ def _give_up(processes: int, timeout_s: int) -> None:
 
 
 def mesh_shape(axes: Mapping[str, int], n_devices: int) -> dict[str, int]:
-    """Sizes of the mesh axes with one -1 replaced by what remains of `n_devices`; raises ValueError unless the product
-    fits.
+    """Sizes of the mesh axes for a number of devices.
+
+    Args:
+        axes: name of an axis -> its size; at most one size is -1: what remains of `n_devices`.
+        n_devices: devices of the job.
+
+    Returns:
+        Name of an axis -> its size, in the same order.
+
+    Raises:
+        ValueError: a size is not positive, or the product of the sizes is not `n_devices`.
     """
     sizes = {name: int(size) for name, size in axes.items()}
     open_axes = [name for name, size in sizes.items() if size == -1]
@@ -117,11 +132,21 @@ def mesh_shape(axes: Mapping[str, int], n_devices: int) -> dict[str, int]:
 
 
 def make_mesh(axes: Mapping[str, int], devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """Mesh over all devices (or `devices`), axes in the order given, every axis of type Auto (GSPMD).
+    """The mesh of a job, every axis of type Auto (GSPMD).
 
-    On TPU the order of devices follows the torus; where an axis is smaller than a physical one, the physical one is
-    split. Several slices are laid out along the axis `data`, the only one whose collectives may cross the slow network:
-    ValueError where its size is not a multiple of theirs.
+    On TPU the order of devices follows the torus; where an axis is smaller than a physical axis, the physical axis is
+    split. Several slices are laid out along the axis `data`, the only axis whose collectives may cross the slow
+    network.
+
+    Args:
+        axes: name of an axis -> its size (:func:`mesh_shape`), in the order of the mesh.
+        devices: to lay out; None: all devices of the job.
+
+    Returns:
+        The mesh.
+
+    Raises:
+        ValueError: as :func:`mesh_shape`, or the size of `data` is not a multiple of the number of slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = mesh_shape(axes, len(devices))
@@ -133,15 +158,15 @@ def make_mesh(axes: Mapping[str, int], devices: list[jax.Device] | None = None) 
         if sizes.get("data", 1) % slices:
             raise ValueError(f"mesh {sizes}: {slices} slices need config.mesh.data to be a multiple of {slices}")
         between = tuple(slices if name == "data" else 1 for name in sizes)
-        within = tuple(size // n for size, n in zip(shape, between))
+        within = tuple(size // n for size, n in zip(shape, between, strict=True))
         grid = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
     return jax.sharding.Mesh(grid, tuple(sizes), axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
 
 
 def batch_axes(mesh: jax.sharding.Mesh | None = None) -> dict[str, int]:
-    """Axes that a batch is split over, with their sizes, of `mesh` or the one in use; none without `jax.set_mesh`."""
-    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    return {axis: size for axis, size in mesh.shape.items() if axis in BATCH_AXES}
+    """Axes that a batch is split over, with their sizes, of `mesh` or the mesh in use; none without `jax.set_mesh`."""
+    shape = jax.sharding.get_abstract_mesh().shape if mesh is None else mesh.shape
+    return {axis: size for axis, size in shape.items() if axis in BATCH_AXES}
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:

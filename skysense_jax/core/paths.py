@@ -1,7 +1,7 @@
 """Paths as people give them: a local one, or gs://BUCKET/NAME, which etils.epath reads and writes through gcsfs.
 
-On an object store there are no folders to make, nothing can be appended to and nothing renamed in one step; an object
-is written whole or not at all, and who reads next sees it.
+An object store has no folders to make; nothing can be appended to, and nothing can be renamed in one step. An object is
+written whole or not at all, and the next reader sees it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,13 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
     return os.fspath(path).startswith(SCHEME)
 
 
-def path(given: str | os.PathLike[str]) -> epath.Path:
-    """A local or gs:// path, as given. ValueError: another scheme, no bucket, or no gcsfs to reach it with."""
-    text = os.fspath(given)
+def path(location: str | os.PathLike[str]) -> epath.Path:
+    """A local or gs:// path, as it is written.
+
+    Raises:
+        ValueError: another scheme, no bucket, or no gcsfs to reach it with.
+    """
+    text = os.fspath(location)
     if not is_remote(text):
         if "://" in text:
             raise ValueError(f"{text}: only local paths and {SCHEME}BUCKET/NAME are known here")
@@ -40,18 +44,26 @@ def path(given: str | os.PathLike[str]) -> epath.Path:
     return epath.Path(text)
 
 
-def absolute(given: str | os.PathLike[str]) -> epath.Path:
-    """As :func:`path`; a local one absolute, its links followed."""
-    return path(given) if is_remote(given) else epath.Path(pathlib.Path(path(given)).resolve())
+def absolute(location: str | os.PathLike[str]) -> epath.Path:
+    """As :func:`path`; a local path becomes absolute and its links are followed."""
+    return path(location) if is_remote(location) else epath.Path(pathlib.Path(path(location)).resolve())
 
 
 def make_folder(folder: epath.Path) -> None:
-    """The folder and those above it; nothing on an object store, where a mistyped bucket would be created."""
+    """Makes the folder and those above it; does nothing on an object store, where a mistyped bucket would be made."""
     if not is_remote(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def check_local(given: str | os.PathLike[str], why: str) -> None:
-    """ValueError with the reason where a gs:// path is given for what is written to a disk only."""
-    if is_remote(path(given)):
-        raise ValueError(f"{given}: {why}")
+def check_local(location: str | os.PathLike[str], why: str) -> None:
+    """Refuses a gs:// path where a folder on a disk is needed.
+
+    Args:
+        location: the path.
+        why: the reason, said in the error.
+
+    Raises:
+        ValueError: the path is on an object store.
+    """
+    if is_remote(path(location)):
+        raise ValueError(f"{location}: {why}")

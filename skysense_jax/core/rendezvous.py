@@ -1,8 +1,8 @@
-"""Who is there: the processes of a job count themselves before jax's distributed runtime starts.
+"""The processes of a job count themselves before jax's distributed runtime starts.
 
-That runtime aborts a process (SIGABRT) when another one is missing, and says neither how many came nor which. Here
-process 0 listens on the coordinator's port until every process has given its index, tells each of them how it went, and
-leaves the port to jax. Plain sockets, one line each way; no jax.
+That runtime aborts a process (SIGABRT) when another one is missing, and says neither how many processes came nor which.
+In this module process 0 listens on the coordinator's port until every process has sent its index, tells each of them
+the result, and leaves the port to jax. Plain sockets, one line in each direction; no jax.
 """
 
 from __future__ import annotations
@@ -11,17 +11,24 @@ import contextlib
 import socket
 import time
 
-_HELLO = "skysense_jax"  # a line that does not begin so is not ours: a health check, a scanner
+_HELLO = "skysense_jax"  # a line that begins otherwise is a stranger's: a health check, a scanner
 _ALL_HERE = "all here"
 _RETRY_S, _HELLO_S = 0.1, 5.0
 
 
 def meet(coordinator: str, processes: int, process_index: int, timeout_s: float) -> None:
-    """Returns once all `processes` are there. coordinator: host:port of process 0, where nothing listens yet.
+    """Returns once all processes of the job have come.
 
-    Raises ValueError, on every process that came, with the number that came and the number expected: after `timeout_s`
-    (a process that came late waits at most twice as long), or at once where two processes have one index or expect
-    different numbers.
+    Args:
+        coordinator: "host:port" of process 0; nothing listens on that port yet.
+        processes: how many processes the job has.
+        process_index: index of this process, 0 to processes - 1.
+        timeout_s: seconds to wait for all of them.
+
+    Raises:
+        ValueError: the coordinator or the index cannot be used. On every process that came, with the number that came
+            and the number expected: after `timeout_s` (a process that came late waits at most twice as long), or at
+            once where two processes have the same index or expect different numbers.
     """
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
@@ -36,17 +43,17 @@ def meet(coordinator: str, processes: int, process_index: int, timeout_s: float)
 
 def _gather(port: int, processes: int, timeout_s: float) -> None:
     """Process 0: waits for the others, answers them."""
-    deadline, here, problem = time.monotonic() + timeout_s, {0}, ""
+    deadline, present, problem = time.monotonic() + timeout_s, {0}, ""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(_listen(port))
-        callers = []
-        while len(here) < processes and not problem and (left := deadline - time.monotonic()) > 0:
+        callers: list[socket.socket] = []
+        while len(present) < processes and not problem and (left := deadline - time.monotonic()) > 0:
             listener.settimeout(left)
             try:
                 caller = stack.enter_context(listener.accept()[0])
                 caller.settimeout(min(_HELLO_S, max(left, _RETRY_S)))
                 words = _line(caller).split()
-            except OSError:  # nobody in time, or somebody who says nothing
+            except OSError:  # nobody came in time, or a caller says nothing
                 continue
             if len(words) != 3 or words[0] != _HELLO:
                 continue
@@ -56,20 +63,20 @@ def _gather(port: int, processes: int, timeout_s: float) -> None:
                 problem = (
                     f"process {index} expects {expected} processes, process 0 expects {processes} (SKYSENSE_PROCESSES)"
                 )
-            elif index in here:
+            elif index in present:
                 problem = f"two processes have the index {index} (SKYSENSE_PROCESS_INDEX); {processes} are expected"
-            here.add(index)
-        if len(here) < processes and not problem:
-            missing = sorted(set(range(processes)) - here)
+            present.add(index)
+        if len(present) < processes and not problem:
+            missing = sorted(set(range(processes)) - present)
             names = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
             problem = (
-                f"{len(here)} of {processes} processes came together within {timeout_s:g} s; missing: {names} "
+                f"{len(present)} of {processes} processes came together within {timeout_s:g} s; missing: {names} "
                 "(SKYSENSE_PROCESSES, SKYSENSE_START_TIMEOUT_S)"
             )
         for caller in callers:
-            with contextlib.suppress(OSError):  # one that has died meanwhile needs no answer
+            with contextlib.suppress(OSError):  # a process that has died meanwhile needs no answer
                 caller.sendall(f"{problem or _ALL_HERE}\n".encode())
-                caller.recv(1)  # it hangs up first, so that the port is free at once
+                caller.recv(1)  # the caller hangs up first, so that the port is free at once
     if problem:
         raise ValueError(problem)
 

@@ -1,4 +1,4 @@
-"""From rules over parameter names to shardings, with an account of what stays replicated.
+"""Shardings from rules over parameter names, with an account of what stays replicated.
 
 A rule is ``(pattern, tactic)`` over the names of :mod:`skysense_jax.core.trees`; tactics:
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,14 +32,20 @@ TACTICS = ("fsdp", "replicate", "expert")
 
 def gathered(weight: jax.Array, user: jax.Array | None = None, experts: bool = False) -> jax.Array:
     """A weight as its layer multiplies with it: whole on every device, gathered where it is used and nowhere else.
-    experts: the first axis counts experts and stays split over the mesh's expert axis.
 
     Left to itself the partitioner keeps the weights split and gathers the activations, which are a hundred times larger
-    here. user: the array it is multiplied with, in a layer that is scanned over: the gather then waits for it. Without
-    that, differentiation moves the gathers of all layers in front of the loop, and the whole model is held at once.
-    The cotangent is not constrained: it is reduced straight into the parts of the parameter. Where nothing is
-    split (no `jax.set_mesh`, or an fsdp axis of 1) the identity. Cast to the computing dtype first: half the bytes
-    travel.
+    in these models. The cotangent is not constrained: it is reduced straight into the shards of the parameter. Where
+    nothing is split (no `jax.set_mesh`, or an fsdp axis of 1) this is the identity.
+
+    Args:
+        weight: a parameter; cast it to the computing dtype first, so that half the bytes travel.
+        user: the array that the weight is multiplied with, in a layer that is scanned over: the gather then waits for
+            that array. Without it, differentiation moves the gathers of all layers in front of the loop, and the whole
+            model is in memory at once.
+        experts: whether the first axis counts experts and stays split over the mesh's expert axis.
+
+    Returns:
+        The same values, constrained to be whole on every device (but for the experts).
     """
     if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
         return weight
@@ -58,8 +64,16 @@ _placed.defvjp(lambda weight, spec: (_placed(weight, spec), None), lambda spec, 
 
 
 def by_expert(x: jax.Array, axis: int) -> jax.Array:
-    """`x` with its experts, axis `axis`, over the mesh's expert axis, and nothing else said: tokens travel to their
-    experts. The identity where the mesh has no such axis.
+    """Splits an array of experts over the mesh's expert axis, so that tokens travel to their experts.
+
+    Every other axis stays free for the partitioner.
+
+    Args:
+        x: an array with an axis of experts.
+        axis: number of that axis.
+
+    Returns:
+        The same values, constrained; `x` itself where the mesh has no expert axis.
     """
     if jax.sharding.get_abstract_mesh().shape.get("expert", 1) == 1:
         return x
@@ -68,10 +82,11 @@ def by_expert(x: jax.Array, axis: int) -> jax.Array:
 
 
 def one_each(weight: jax.Array) -> jax.Array:
-    """[devices of batch_axes, ...]: a whole weight once for each device that has a part of the batch, and lying there.
+    """Copies of a weight, [devices of batch_axes, ...]: a whole copy on each device that has a shard of the batch.
 
-    For a loop over the rows of a batch: the gradient that its steps sum up stays on the device and is reduced over the
-    devices once, where the copies are one again. Of a weight that all share, every step's gradient would be reduced.
+    They are for a loop over the rows of a batch. The gradient that the loop's steps sum up stays on the device, and is
+    reduced over the devices once, where the copies become a single weight again. With a weight that all devices share,
+    the gradient of every step would be reduced.
     """
     axes = batch_axes()
     copies = jnp.broadcast_to(weight, (math.prod(axes.values()), *weight.shape))
@@ -79,8 +94,13 @@ def one_each(weight: jax.Array) -> jax.Array:
 
 
 class Report(NamedTuple):
-    """Account of one tree: bytes in all, bytes replicated on every device, bytes held per device, and the spec of
-    every leaf by name.
+    """What a sharding of one tree costs.
+
+    Attributes:
+        total: bytes of the whole tree.
+        replicated: bytes of the leaves that every device holds whole.
+        per_device: bytes that one device holds.
+        specs: name of a leaf -> its dtype, shape and PartitionSpec, as text.
     """
 
     total: int
@@ -89,9 +109,23 @@ class Report(NamedTuple):
     specs: dict[str, str]
 
 
-def leaf_spec(name: str, leaf: Any, tactic: str, mesh_axes: Mapping[str, int], small: int = SMALL) -> PartitionSpec:
-    """PartitionSpec of one leaf (anything with shape and dtype). Raises ValueError naming the leaf where its tactic
-    cannot hold.
+def leaf_spec(
+    name: str, leaf: trees.Shaped, tactic: str, mesh_axes: Mapping[str, int], small: int = SMALL
+) -> PartitionSpec:
+    """The PartitionSpec of one leaf.
+
+    Args:
+        name: of the leaf, for the errors.
+        leaf: anything with shape and dtype.
+        tactic: of TACTICS.
+        mesh_axes: name of a mesh axis -> its size.
+        small: bytes below which a leaf stays replicated.
+
+    Returns:
+        Its PartitionSpec.
+
+    Raises:
+        ValueError: names the leaf, where its tactic is unknown or cannot hold.
     """
     if tactic not in TACTICS:
         raise ValueError(f"sharding of {name}: unknown tactic {tactic!r}; tactics are {', '.join(TACTICS)}")
@@ -116,8 +150,19 @@ def leaf_spec(name: str, leaf: Any, tactic: str, mesh_axes: Mapping[str, int], s
 
 
 def shardings(tree: trees.Tree, rules: trees.Rules, mesh: Mesh, small: int = SMALL) -> trees.Tree:
-    """NamedSharding of every leaf of `tree` (arrays or shapes) by strict rules; errors name the leaf
-    (:func:`trees.match`).
+    """The sharding of every leaf of a tree by strict rules.
+
+    Args:
+        tree: arrays or shapes.
+        rules: (pattern, tactic) over the names of the leaves.
+        mesh: the devices.
+        small: bytes below which a leaf stays replicated.
+
+    Returns:
+        A tree like `tree` of NamedShardings.
+
+    Raises:
+        ValueError: as :func:`trees.match` and :func:`leaf_spec`; the errors name the leaf.
     """
     tactics = trees.match(list(trees.flatten(tree)), rules, "sharding")
     axes = dict(mesh.shape)
@@ -127,14 +172,22 @@ def shardings(tree: trees.Tree, rules: trees.Rules, mesh: Mesh, small: int = SMA
 
 
 def report(tree: trees.Tree, tree_shardings: trees.Tree) -> Report:
-    """What a sharding costs: see :class:`Report`. A leaf counts as replicated when every device holds all of it."""
-    specs, total, whole, held = {}, 0, 0, 0
+    """What a sharding costs.
+
+    Args:
+        tree: arrays or shapes.
+        tree_shardings: a tree like it of shardings.
+
+    Returns:
+        Its costs; a leaf counts as replicated when every device holds all of it.
+    """
+    specs, total, replicated, per_device = {}, 0, 0, 0
     for (name, leaf), placed in zip(trees.flatten(tree).items(), jax.tree.leaves(tree_shardings), strict=True):
         size = trees.size_bytes(leaf)
         shard = leaf.dtype.itemsize
         for length in placed.shard_shape(tuple(leaf.shape)):
             shard *= length
-        total, held = total + size, held + shard
-        whole += size if placed.is_fully_replicated else 0
+        total, per_device = total + size, per_device + shard
+        replicated += size if placed.is_fully_replicated else 0
         specs[name] = f"{leaf.dtype}{list(leaf.shape)} {placed.spec}"
-    return Report(total, whole, held, specs)
+    return Report(total, replicated, per_device, specs)

@@ -10,12 +10,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
+import numpy as np
+
+
+class Shaped(Protocol):
+    """An array, or what stands for one: anything with a shape and a dtype."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Lengths of the axes."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of the numbers."""
+        ...
+
 
 Tree = Any
+"""A nested dict (or NamedTuple) of arrays, shapes or shardings: jax's pytree, for which the type system has no type."""
+
 Rules = Sequence[tuple[str, Any]]
+"""Strict rules: (pattern over the whole name, value)."""
 
 
 def _part(key: Any) -> str:
@@ -26,14 +45,16 @@ def _part(key: Any) -> str:
     raise ValueError(f"a tree node of kind {type(key).__name__} has no name")
 
 
-def path_name(path: Sequence[Any]) -> str:
+def path_name(path: jax.tree_util.KeyPath) -> str:
     """The "/" name of a jax key path."""
     return "/".join(_part(key) for key in path)
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
-    """Leaves of `tree` by name, in jax's leaf order. Raises ValueError if two leaves share a name (a key that contains
-    "/").
+    """Leaves of a tree by name, in jax's leaf order.
+
+    Raises:
+        ValueError: two leaves share a name (a key of the tree contains "/").
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     named = {path_name(path): leaf for path, leaf in leaves}
@@ -55,16 +76,33 @@ def nest(named: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def map_named(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
-    """`jax.tree.map` whose function gets the leaf's name first: function(name, leaf, *other_leaves)."""
+    """`jax.tree.map` whose function gets the leaf's name first.
+
+    Args:
+        function: called as function(name, leaf, *leaves of the other trees).
+        tree: the tree whose names count.
+        *others: trees of the same structure.
+
+    Returns:
+        A tree like `tree` of the function's results.
+    """
     return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(path_name(path), *leaves), tree, *others)
 
 
 def match(names: Sequence[str], rules: Rules, what: str, unused_ok: bool = False) -> dict[str, Any]:
-    """The value of the one rule that matches each name.
+    """The value of the single rule that matches each name.
 
-    what: said in the errors ("sharding", "weight decay"). unused_ok: rules written once for several models may leave
-    some without a leaf. Raises ValueError naming the leaves without a rule, the leaves with two rules, and the rules
-    without a leaf.
+    Args:
+        names: of the leaves.
+        rules: (pattern, value); a pattern must match the whole name.
+        what: what the rules decide, for the errors ("sharding", "weight decay").
+        unused_ok: whether a rule may match nothing; rules written once for several models leave some without a leaf.
+
+    Returns:
+        Name of a leaf -> the value of its rule.
+
+    Raises:
+        ValueError: names the leaves without a rule, the leaves with two rules, and the rules without a leaf.
     """
     compiled = [(re.compile(pattern), value) for pattern, value in rules]
     used = [0] * len(compiled)
@@ -86,7 +124,7 @@ def match(names: Sequence[str], rules: Rules, what: str, unused_ok: bool = False
     if ambiguous:
         problems.append(f"more than one rule matches: {'; '.join(ambiguous)}")
     if not unused_ok and not all(used):
-        idle = [repr(pattern) for (pattern, _), n in zip(rules, used) if not n]
+        idle = [repr(pattern) for (pattern, _), n in zip(rules, used, strict=True) if not n]
         problems.append(f"rules that match nothing: {', '.join(idle)}")
     if problems:
         raise ValueError(f"{what} rules: " + " | ".join(problems))
@@ -94,12 +132,25 @@ def match(names: Sequence[str], rules: Rules, what: str, unused_ok: bool = False
 
 
 def match_tree(tree: Tree, rules: Rules, what: str, unused_ok: bool = False) -> Tree:
-    """A tree like `tree` whose leaves are the values of the rules that match them (see :func:`match`)."""
+    """Strict rules applied to every leaf of a tree.
+
+    Args:
+        tree: the tree whose leaves are named.
+        rules: as in :func:`match`.
+        what: as in :func:`match`.
+        unused_ok: as in :func:`match`.
+
+    Returns:
+        A tree like `tree` whose leaves are the values of the rules that match them.
+
+    Raises:
+        ValueError: as :func:`match`.
+    """
     values = match(list(flatten(tree)), rules, what, unused_ok)
     return map_named(lambda name, _: values[name], tree)
 
 
-def size_bytes(leaf: Any) -> int:
+def size_bytes(leaf: Shaped) -> int:
     """Bytes of one array or shape-and-dtype."""
     size = leaf.dtype.itemsize
     for n in leaf.shape:

@@ -1,5 +1,6 @@
-"""Compiler flags per platform and TPU generation, each with its reason and source. Sets the environment only; never
-imports jax.
+"""Compiler flags per platform and TPU generation, each with its reason and source.
+
+This module sets environment variables only and never imports jax.
 
 XLA reads XLA_FLAGS, and libtpu reads LIBTPU_INIT_ARGS, when the first device is looked up, so :func:`apply` runs before
 that. A flag the user has already set is left alone. The TPU flags are what public sources use for a generation; libtpu
@@ -14,7 +15,14 @@ from typing import NamedTuple
 
 
 class Flag(NamedTuple):
-    """text: as on a command line; reason: why it is set; source: who says so; generations: of TPU, () for all."""
+    """One compiler flag.
+
+    Attributes:
+        text: as on a command line.
+        reason: why it is set.
+        source: who says so.
+        generations: TPU generations that get it; () for all.
+    """
 
     text: str
     reason: str
@@ -115,8 +123,9 @@ ONCE: dict[str, dict[str, int]] = {"cpu": {"xla_backend_optimization_level": 0}}
 
 
 def platform(env: MutableMapping[str, str]) -> str:
-    """Platform the run will use: JAX_PLATFORMS where set, else what is installed (libtpu, then jax's CUDA plugin),
-    else cpu.
+    """The platform that the run will use: "tpu", "gpu" or "cpu".
+
+    JAX_PLATFORMS decides where it is set; otherwise what is installed (libtpu, then jax's CUDA plugin); otherwise cpu.
     """
     named = env.get("JAX_PLATFORMS", "").split(",")[0].strip()
     if named:
@@ -129,31 +138,47 @@ def platform(env: MutableMapping[str, str]) -> str:
 
 
 def generation(env: MutableMapping[str, str]) -> str | None:
-    """TPU generation by the accelerator's name in TPU_ACCELERATOR_TYPE (GKE sets it) or TPU_TYPE (launch/ sets it), as
-    "v5litepod-256" or "tpu-v5-lite-podslice"; None where neither names a known one.
+    """The TPU generation that the environment names; None where it names no known generation.
+
+    The accelerator's name stands in TPU_ACCELERATOR_TYPE (GKE sets it) or in TPU_TYPE (launch/ sets it), as
+    "v5litepod-256" or "tpu-v5-lite-podslice".
     """
     for variable in ("TPU_ACCELERATOR_TYPE", "TPU_TYPE"):
         name = env.get(variable, "").lower().replace("-", "")
-        for part, found in GENERATIONS.items():
-            if part in name:
-                return found
+        for spelling, tpu_generation in GENERATIONS.items():
+            if spelling in name:
+                return tpu_generation
     return None
 
 
 def flags(platform: str, generation: str | None = None) -> list[str]:
-    """Flags of a platform; on TPU those of the generation. An unknown platform or generation gets none of its own."""
+    """Flags of a platform; on TPU those of the generation.
+
+    Args:
+        platform: "cpu", "gpu" or "tpu"; an unknown one gets no flags.
+        generation: of the TPU; an unknown one gets the flags of all generations only.
+
+    Returns:
+        The flags as on a command line.
+    """
     return [flag.text for flag in FLAGS.get(platform, ()) if not flag.generations or generation in flag.generations]
 
 
 def apply(env: MutableMapping[str, str], target: str | None = None) -> list[str]:
-    """Add the flags of the platform and TPU generation to `env` (normally os.environ); returns the flags added. target:
-    the platform that is compiled for, where it is not the one the program runs on.
+    """Adds the flags of the platform and TPU generation to an environment.
+
+    Args:
+        env: normally os.environ; a flag that is set in it already stays as it is.
+        target: the platform to compile for; None: the platform that the program runs on.
+
+    Returns:
+        The flags that were added.
     """
-    here = target or platform(env)
-    variable = VARIABLES.get(here, "XLA_FLAGS")
+    compiled_for = target or platform(env)
+    variable = VARIABLES.get(compiled_for, "XLA_FLAGS")
     present = env.get(variable, "")
     names_present = {flag.split("=")[0] for flag in present.split()}
-    added = [flag for flag in flags(here, generation(env)) if flag.split("=")[0] not in names_present]
+    added = [flag for flag in flags(compiled_for, generation(env)) if flag.split("=")[0] not in names_present]
     if added:
         env[variable] = " ".join([present, *added]).strip()
     return added

@@ -20,7 +20,7 @@ Loss = Callable[..., tuple[Scalar, tuple[dict[str, Scalar], Tree]]]
 
 
 class Objective(NamedTuple):
-    """One objective. Every function is pure and may be jitted; none knows about devices, processes or files.
+    """An objective. Every function is pure and may be jitted; none knows about devices, processes or files.
 
     init(rng, spec) -> params, teacher, memory
         spec: the nested dict of the training batch with anything that has `.shape` and `.dtype` as leaves; only shapes

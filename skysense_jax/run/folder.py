@@ -1,5 +1,6 @@
-"""The folder of a run: what it says about itself (reports for people, meta of its checkpoints), whether a run may go on
-from what another start left, and how `networks` opens it.
+"""The folder of a run: what it says about itself, whether a run may continue in it, and how `networks` opens it.
+
+It holds reports for people, and checkpoints whose meta tells which run wrote them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 from etils import epath
@@ -24,6 +25,7 @@ from skysense_jax.core.config import from_json
 from skysense_jax.models import skysense, systems
 from skysense_jax.models.description import Description, Reader
 from skysense_jax.run import checkpoint
+from skysense_jax.run.state import TrainState
 
 COMPLETE = "TRAIN_COMPLETE"
 """The mark of a run that is done: a file in its folder."""
@@ -38,11 +40,30 @@ MAY_CHANGE = (
     "data.prefetch",
     "data.max_bad_records",
 )
-"""Fields a resumed run may have otherwise: how it runs, not what it computes (a dataset is known by its id)."""
+"""Fields that may differ in a resumed run: how it runs, not what it computes (a dataset is known by its id)."""
+
+
+class Reported(Protocol):
+    """What the reports tell of a run's plan (`run.plan.Plan`)."""
+
+    @property
+    def contract(self) -> dict[str, Any]:
+        """The input contract."""
+        ...
+
+    @property
+    def state(self) -> TrainState:
+        """The state as shapes with shardings."""
+        ...
+
+    @property
+    def batch(self) -> trees.Tree:
+        """The global batch as shapes with shardings."""
+        ...
 
 
 def say(text: str) -> None:
-    """One line for the person who watches, from one process."""
+    """Prints one line for the person who watches, from one process."""
     if jax.process_index() == 0:
         print(text, file=sys.stderr, flush=True)
 
@@ -53,7 +74,16 @@ def as_json(cfg: config_dict.ConfigDict) -> dict[str, Any]:
 
 
 def run_meta(cfg: config_dict.ConfigDict, contract: Mapping[str, Any], dataset_id: str) -> dict[str, Any]:
-    """What every checkpoint of the run says about itself."""
+    """What every checkpoint of the run says about itself.
+
+    Args:
+        cfg: the whole configuration.
+        contract: the input contract.
+        dataset_id: of the dataset it trains on.
+
+    Returns:
+        JSON values: "format", "config", "contract", "dataset_id" and "code" (versions and a digest of the sources).
+    """
     package = pathlib.Path(skysense_jax.__file__).parent
     sources = b"".join(file.read_bytes() for file in sorted(package.rglob("*.py")))
     code = {
@@ -68,13 +98,23 @@ def run_meta(cfg: config_dict.ConfigDict, contract: Mapping[str, Any], dataset_i
 def check_same_run(
     cfg: config_dict.ConfigDict, contract: Mapping[str, Any], dataset_id: str, meta: Mapping[str, Any]
 ) -> None:
-    """A checkpoint may be continued only by the run that wrote it: ValueError naming the fields that differ."""
-    now, before = config.flatten(as_json(cfg)), config.flatten(meta["config"])
-    names = [name for name in sorted(set(now) | set(before)) if not name.startswith(MAY_CHANGE)]
+    """Refuses to continue a checkpoint that another run wrote.
+
+    Args:
+        cfg: this run's whole configuration.
+        contract: this run's input contract.
+        dataset_id: of this run's dataset.
+        meta: of the checkpoint (:func:`run_meta`).
+
+    Raises:
+        ValueError: names the fields that differ.
+    """
+    current, before = config.flatten(as_json(cfg)), config.flatten(meta["config"])
+    names = [name for name in sorted(set(current) | set(before)) if not name.startswith(MAY_CHANGE)]
     differ = [
-        f"config.{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        f"config.{name} was {before.get(name)!r}, is {current.get(name)!r}"
         for name in names
-        if now.get(name) != before.get(name)
+        if current.get(name) != before.get(name)
     ]
     if differ:
         raise ValueError(
@@ -90,10 +130,14 @@ def check_same_run(
         )
 
 
-def write_reports(workdir: epath.Path, plan: Any, mesh: jax.sharding.Mesh, meta: Mapping[str, Any]) -> None:
-    """What this run is, for people: config, contract, element spec, shardings, versions. Rewritten by every start.
+def write_reports(workdir: epath.Path, plan: Reported, mesh: jax.sharding.Mesh, meta: Mapping[str, Any]) -> None:
+    """Writes what this run is, for people: config, contract, element spec, shardings, versions; again at every start.
 
-    plan: the run's (contract, state and batch as shapes with shardings). meta: :func:`run_meta`.
+    Args:
+        workdir: folder of the run.
+        plan: of the run.
+        mesh: of the run.
+        meta: :func:`run_meta`.
     """
     reports = {
         name: sharding.report(shapes := getattr(plan.state, name), jax.tree.map(lambda leaf: leaf.sharding, shapes))
@@ -124,14 +168,14 @@ def write_reports(workdir: epath.Path, plan: Any, mesh: jax.sharding.Mesh, meta:
 
 
 def commit() -> str | None:
-    """Commit of the checkout this package runs from, with "-dirty" where files differ; None outside of a checkout."""
+    """Commit of the checkout that this package runs from, "-dirty" where files differ; None outside of a checkout."""
     root = pathlib.Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
-    found = subprocess.run(
+    described = subprocess.run(
         ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty"], capture_output=True, text=True
     )
-    return found.stdout.strip() or None
+    return described.stdout.strip() or None
 
 
 def is_workdir(folder: pathlib.Path) -> bool:
@@ -148,8 +192,17 @@ def is_checkpoint(folder: pathlib.Path) -> bool:
 
 
 def describe(kind: str, folder: pathlib.Path) -> Description:
-    """The description of a workdir's newest checkpoint, or of one checkpoint. Raises Damaged (a ValueError) for an altered
-    one.
+    """The description of a workdir's newest checkpoint, or of one checkpoint.
+
+    Args:
+        kind: of the folder, for the description.
+        folder: a workdir or a checkpoint.
+
+    Returns:
+        The network without its weights.
+
+    Raises:
+        Damaged: (a ValueError) the checkpoint was altered.
     """
     meta = checkpoint.load_meta(folder)
     whole = from_json(meta["config"])
@@ -164,10 +217,10 @@ def describe(kind: str, folder: pathlib.Path) -> Description:
     return Description(kind, folder, whole, whole.model, meta["contract"], meta["step"], provenance)
 
 
-def weights(description: Description) -> Any:
+def weights(description: Description) -> trees.Tree:
     """The parameters of the network that a run keeps (`systems.System.trained_tree`), with its prototype bank.
 
-    They are those of the step that was described and of no other: a damaged one is an error, not a silent step back.
+    They are those of the step that was described and of no other: damage is an error, not a silent step back.
     """
     system = systems.system_of(description.model)
     encoder = checkpoint.load_tree(description.path, system.trained_tree, description.step)["encoder"]

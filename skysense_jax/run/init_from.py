@@ -1,15 +1,17 @@
-"""What a new run begins with: the weights of another one (what is the same is taken, what is new is named, what
-contradicts is refused), and the regions of its training places.
+"""What a new run begins with: the weights of another run, and the regions of its training places.
+
+A leaf that is the same is taken, a leaf that is new is named, and a leaf that contradicts is refused.
 """
 
 from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from ml_collections import config_dict
 
 from skysense_jax.core import paths, trees
 from skysense_jax.data import records
@@ -19,69 +21,92 @@ from skysense_jax.run import checkpoint, imported
 from skysense_jax.run.state import TrainState
 
 TAKEN = ("params", "teacher", "memory")
+"""Trees of a state that begin as those of the other run; optimiser and step stay fresh."""
 
 WIDENED = "heads/fused/mlp0/kernel"
-"""The fused head's first layer, [channels, hidden]: geo-context adds channels behind those it had. Their rows start at
-0, so that the head begins where it stood."""
+"""The fused head's first layer, [channels, hidden]: geo-context adds channels behind those it had. The rows of the new
+channels start at 0, so that the head begins where it stood."""
 
 GRID = ("memory/bank/lon_edges", "memory/bank/lat_edges")
-"""What a bank's table of regions counts cells of."""
+"""Edges of the grid whose cells a bank's table of regions numbers."""
 
 TABLE = "memory/bank/cells"
+"""A bank's table of regions: the cell of each row."""
 
 
 def init_from(
-    path: pathlib.Path | str, now: TrainState, contract: Mapping[str, Any]
+    path: pathlib.Path | str, fresh: TrainState, contract: Mapping[str, Any]
 ) -> tuple[TrainState, dict[str, list[str]]]:
-    """A fresh state with the parameters, teacher and memory of a workdir or checkpoint, or with the encoder of a folder
-    that import-torch wrote; optimiser and step stay fresh.
+    """Begins a new run with the weights of another; optimiser and step stay fresh.
 
-    Returns (state, {"taken", "new", "widened", "left": names of leaves}): "new" keep their fresh values, "left" are
-    those of the checkpoint this run has no use for. This run may take sensors the checkpoint does not know. Raises
-    ValueError where the input contract is otherwise another one or a leaf has another shape; errors of
-    checkpoint.load_tree.
+    Args:
+        path: a workdir or checkpoint, whose parameters, teacher and memory are taken, or a folder that import-torch
+            wrote, whose encoder is taken.
+        fresh: the state of the new run.
+        contract: the input contract of the new run, which may have sensors that the source does not know.
+
+    Returns:
+        (state, names of leaves by what became of them). "taken": as in the source. "new": not in the source, they keep
+        their fresh values. "widened": taken, with new rows of zeros. "left": leaves of the source that this run does
+        not use.
+
+    Raises:
+        ValueError: the input contract differs otherwise, a leaf has another shape, or a bank another grid or table.
+        FileNotFoundError, Damaged: as checkpoint.load_tree.
     """
-    there, read = _source(path)
-    known = {name: rule for name, rule in contract["sensors"].items() if name in there["sensors"]}
-    if {**contract, "sensors": known} != there:
+    source = _source(path)
+    shared = {name: rule for name, rule in contract["sensors"].items() if name in source.contract["sensors"]}
+    if {**contract, "sensors": shared} != source.contract:
         raise ValueError(f"--init_from {path}: its input contract (bands, statistics or ratio) is not that of this run")
     report: dict[str, list[str]] = {"taken": [], "new": [], "widened": [], "left": []}
-    parts = {}
-    for part in TAKEN:
-        old = trees.flatten(read(part))
-        parts[part] = trees.map_named(lambda name, leaf: _leaf(part, name, leaf, old, report), getattr(now, part))
-        used = trees.flatten(parts[part])
-        report["left"] += [f"{part}/{name}" for name in old if name not in used]
-    return now._replace(**parts), report
+    begun = {}
+    for tree_name in TAKEN:
+        stored = trees.flatten(source.read(tree_name))
+        begun[tree_name] = _begin(tree_name, getattr(fresh, tree_name), stored, report)
+        used = trees.flatten(begun[tree_name])
+        report["left"] += [f"{tree_name}/{name}" for name in stored if name not in used]
+    return fresh._replace(**begun), report
 
 
-def _source(path: pathlib.Path | str) -> tuple[dict[str, Any], Callable[[str], Any]]:
-    """(input contract, what reads one of TAKEN as a tree, empty where it is not there) of a checkpoint, or of imported
-    weights: a SkySense teacher begins as the encoder it will follow.
-    """
+class _Source(NamedTuple):
+    """The input contract of a folder with weights, and what reads one of TAKEN as a tree; {} where it has none."""
+
+    contract: dict[str, Any]
+    read: Callable[[str], trees.Tree]
+
+
+def _source(path: pathlib.Path | str) -> _Source:
+    """A checkpoint or imported weights; with the latter a SkySense teacher begins as the encoder it will follow."""
     folder = paths.path(path)
     if not imported.recognise(folder):
         meta = checkpoint.load_meta(folder)
 
-        def read(part: str) -> Any:
-            return checkpoint.load_tree(folder, part, meta["step"]) if part in meta["digests"] else {}
+        def read_checkpoint(tree_name: str) -> trees.Tree:
+            return checkpoint.load_tree(folder, tree_name, meta["step"]) if tree_name in meta["digests"] else {}
 
-        return meta["contract"], read
+        return _Source(meta["contract"], read_checkpoint)
     description = imported.describe(folder)
     trees_with_encoder = {"params", systems.system_of(description.model).trained_tree}
-    return (
-        description.contract,
-        lambda part: {"encoder": imported.weights(description)} if part in trees_with_encoder else {},
-    )
+
+    def read_imported(tree_name: str) -> trees.Tree:
+        return {"encoder": imported.weights(description)} if tree_name in trees_with_encoder else {}
+
+    return _Source(description.contract, read_imported)
 
 
-def _leaf(part: str, name: str, fresh: jax.Array, old: Mapping[str, np.ndarray], report: dict[str, list[str]]) -> Any:
-    full = f"{part}/{name}"
-    if name not in old:
+def _begin(
+    tree_name: str, fresh: trees.Tree, stored: Mapping[str, np.ndarray], report: dict[str, list[str]]
+) -> trees.Tree:
+    """A tree of the new run, each leaf of it as :func:`_begin_leaf` decides."""
+    return trees.map_named(lambda name, leaf: _begin_leaf(f"{tree_name}/{name}", leaf, stored.get(name), report), fresh)
+
+
+def _begin_leaf(full: str, fresh: jax.Array, value: np.ndarray | None, report: dict[str, list[str]]) -> jax.Array:
+    """One leaf of the new run from its stored value, by the rules of this module; its name goes into the report."""
+    if value is None:
         report["new"].append(full)
         return fresh
-    value = old[name]
-    if name == WIDENED and value.shape[0] < fresh.shape[0] and value.shape[1:] == fresh.shape[1:]:
+    if full.partition("/")[2] == WIDENED and value.shape[0] < fresh.shape[0] and value.shape[1:] == fresh.shape[1:]:
         report["widened"].append(full)
         value = np.concatenate([value, np.zeros((fresh.shape[0] - value.shape[0], *value.shape[1:]), value.dtype)])
     elif full in GRID and not np.array_equal(value, jax.device_get(fresh)):
@@ -95,30 +120,48 @@ def _leaf(part: str, name: str, fresh: jax.Array, old: Mapping[str, np.ndarray],
             "take the table of the run it was learnt in"
         )
     elif (value.shape, value.dtype) != (fresh.shape, fresh.dtype):
-        there, here = (f"{x.dtype}{list(x.shape)}" for x in (value, fresh))
-        raise ValueError(f"--init_from: {full} is {there} there, {here} here")
+        stored, built = (f"{x.dtype}{list(x.shape)}" for x in (value, fresh))
+        raise ValueError(f"--init_from: {full} is {stored} there, {built} here")
     else:
         report["taken"].append(full)
     return jax.device_put(value, fresh.sharding)
 
 
-def with_teacher(cfg: Any, fresh: TrainState) -> TrainState:
-    """A fresh state whose frozen teacher has the weights of config.objective.distill.path: a workdir or checkpoint of
-    msGFM, or imported weights. ValueError naming the leaf that is missing or has another shape.
+def with_teacher(cfg: config_dict.ConfigDict, fresh: TrainState) -> TrainState:
+    """Gives a fresh state the frozen teacher of config.objective.distill.path.
+
+    Args:
+        cfg: the whole configuration; the path is a workdir or checkpoint of msGFM, or imported weights.
+        fresh: the state of the new run.
+
+    Returns:
+        The state with the teacher's weights.
+
+    Raises:
+        ValueError: there is no path, or names the leaf that is missing or has another shape.
     """
     path = cfg.objective.distill.path
     if not path:
         raise ValueError("config.objective.distill.weight is set: give config.objective.distill.path, the teacher")
-    old, report = trees.flatten(_source(path)[1]("params")), {"taken": [], "new": [], "widened": []}
-    teacher = trees.map_named(lambda name, leaf: _leaf("teacher", name, leaf, old, report), fresh.teacher)
+    report: dict[str, list[str]] = {"taken": [], "new": [], "widened": []}
+    teacher = _begin("teacher", fresh.teacher, trees.flatten(_source(path).read("params")), report)
     if report["new"]:
         raise ValueError(f"config.objective.distill.path={path} lacks {', '.join(report['new'][:5])}")
     return fresh._replace(teacher=teacher)
 
 
-def with_regions(cfg: Any, fresh: TrainState) -> TrainState:
-    """A fresh state whose prototype bank knows the grid cells of the training places. cfg: the whole configuration.
-    ValueError: too many of them.
+def with_regions(cfg: config_dict.ConfigDict, fresh: TrainState) -> TrainState:
+    """Gives the prototype bank of a fresh state the grid cells of the training places.
+
+    Args:
+        cfg: the whole configuration.
+        fresh: the state of the new run.
+
+    Returns:
+        The state whose bank knows these regions.
+
+    Raises:
+        ValueError: there are more cells than the bank has regions.
     """
     bank = fresh.memory["bank"]
     edges = jax.device_get((bank["lon_edges"], bank["lat_edges"]))

@@ -14,7 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,14 +22,34 @@ import tensorboardX
 from etils import epath
 
 from skysense_jax.core import chips
-from skysense_jax.run import digest, records
+from skysense_jax.run import records
+from skysense_jax.run.stored import digest
 
 FILE = "metrics.jsonl"
 
 
+class Work(NamedTuple):
+    """How long a run is, and what one of its steps works on.
+
+    Attributes:
+        steps: of the whole run.
+        log_every: a record is written every so many steps.
+        places: of a global batch.
+        images: of a global batch; an image is one date of one sensor of a place, however many views are cut from it.
+        flops: model FLOPs of one step, all devices together (what is counted: core.flops).
+    """
+
+    steps: int
+    log_every: int
+    places: int
+    images: int
+    flops: float
+
+
 class Timers:
-    """Seconds by purpose (compile, restore, data, step, save, eval), summed over all starts of a run: the goodput
-    split.
+    """Seconds by purpose, summed over all starts of a run: the goodput split.
+
+    Purposes: compile, restore, data, step, save, eval.
     """
 
     def __init__(self, earlier: Mapping[str, float] | None = None) -> None:
@@ -37,12 +57,18 @@ class Timers:
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        """Counts the time inside a `with` block to `name`."""
         start = time.monotonic()
         yield
         self.add(name, time.monotonic() - start)
 
     def add(self, name: str, seconds: float) -> None:
-        """Count `seconds` to `name`."""
+        """Counts seconds to a purpose.
+
+        Args:
+            name: of the purpose.
+            seconds: to add.
+        """
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
 
@@ -55,10 +81,11 @@ def peak_memory() -> int:
 
 
 def plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Device metrics as JSON values: integers, floats (exactly float32), a digest pair as hex; NaN and infinities as
-    text.
+    """Device metrics as JSON values.
+
+    They are integers, floats (exactly float32), a digest pair as hex digits; NaN and infinities are text.
     """
-    values = {}
+    values: dict[str, int | float | str] = {}
     for name, value in jax.device_get(dict(metrics)).items():
         value = np.asarray(value)
         if value.dtype == np.uint32 and value.shape == (2,):
@@ -72,31 +99,29 @@ def plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Log:
-    """The writers of one process; only process 0 writes files. A record's "step" counts the steps done, its own
-    included.
+    """The writers of one process; only process 0 writes files.
+
+    The "step" of a record counts the steps done, the recorded step included.
     """
 
-    def __init__(
-        self,
-        workdir: epath.Path,
-        start: int,
-        total: int,
-        every: int,
-        places: int,
-        images: int,
-        flops: float,
-        timers: Timers,
-    ) -> None:
-        """places, images: of a global batch; an image is one date of one sensor of a place, however many views are cut
-        from it. flops: model FLOPs of one step, all devices together (what is counted: core.flops).
+    def __init__(self, workdir: epath.Path, start: int, work: Work, timers: Timers) -> None:
+        """Opens the files.
+
+        Args:
+            workdir: folder of the run.
+            start: step that the run continues from, 0 for a new run.
+            work: how long the run is, and what one of its steps works on.
+            timers: the clocks of the run.
+
+        Raises:
+            ValueError: `work.log_every` is below 1.
         """
-        if every < 1:
-            raise ValueError(f"config.run.log_every={every}: at least 1")
-        self._total, self._every, self._flops, self._timers = total, every, flops, timers
-        self._places, self._images = places, images
+        if work.log_every < 1:
+            raise ValueError(f"config.run.log_every={work.log_every}: at least 1")
+        self._work, self._timers = work, timers
         self._writes = jax.process_index() == 0
         devices = jax.devices()
-        chip = chips.CHIPS.get(devices[0].device_kind)  # no MFU is printed for a device that is not there
+        chip = chips.CHIPS.get(devices[0].device_kind)  # no MFU is printed for a device without a data sheet
         self._peak = chip and chip.flops * len(devices) / chips.devices_per_chip(devices)
         self._pending: tuple[int, Any] | None = None
         self._skipped = 0
@@ -106,44 +131,51 @@ class Log:
             self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
 
     def put(self, step: int, metrics: Mapping[str, Any]) -> int:
-        """Hand over the metrics of `step` (device arrays) and write those of the step before; returns updates skipped
-        so far.
+        """Hands over the metrics of a step and writes those of the step before.
+
+        Args:
+            step: steps done, this step included.
+            metrics: its metrics, device arrays.
+
+        Returns:
+            Updates skipped so far, as far as they are known.
         """
         skipped = self.flush()
         self._pending = (step, metrics)
         return skipped
 
     def flush(self) -> int:
-        """Write what is pending, to the disk; returns the number of skipped updates known so far (a save may have
-        flushed the record that tells it).
+        """Writes what is pending to the disk; returns the number of skipped updates known so far.
+
+        A save may already have flushed the record that tells it.
         """
         if self._pending is None:
             return self._skipped
         (step, metrics), self._pending = self._pending, None
         values = plain(metrics)
         unsound = values["finite"] == 0
-        if step % self._every == 0 or step in (1, self._total) or unsound:
+        if step % self._work.log_every == 0 or step in (1, self._work.steps) or unsound:
             self._write(step, values)
         self._skipped = int(values["skipped"])
         return self._skipped
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
-        now, data = time.monotonic(), self._timers.seconds.get("data", 0.0)
-        wall, steps = max(now - self._mark, 1e-9), max(step - self._mark_step, 1)
-        rate = steps * self._places / wall
+        clock, data = time.monotonic(), self._timers.seconds.get("data", 0.0)
+        wall, steps = max(clock - self._mark, 1e-9), max(step - self._mark_step, 1)
+        rate = steps * self._work.places / wall
         spent = max(sum(self._timers.seconds.values()), 1e-9)
         shares = {name: seconds / spent for name, seconds in self._timers.seconds.items()}
         speed = {
             "places_per_s": rate,
-            "imgs_per_s": rate * self._images / self._places,
+            "imgs_per_s": rate * self._work.images / self._work.places,
             "goodput": shares.get("step", 0.0),
             "step_s": wall / steps,
             "input_wait": (data - self._mark_data) / wall,
             "peak_bytes": peak_memory(),
         }
         if self._peak is not None:
-            speed["mfu"] = self._flops * steps / wall / self._peak
-        self._mark, self._mark_step, self._mark_data = now, step, data
+            speed["mfu"] = self._work.flops * steps / wall / self._peak
+        self._mark, self._mark_step, self._mark_data = clock, step, data
         if not self._writes:
             return
         record = {"step": step, **values, "time": {**speed, "unix": time.time(), "seconds": dict(self._timers.seconds)}}
@@ -156,13 +188,13 @@ class Log:
         for name, value in curves.items():
             if isinstance(value, (int, float)):
                 self._board.add_scalar(name, value, step)
-        left = (self._total - step) * wall / steps
+        left = (self._work.steps - step) * wall / steps
         mfu = f" | MFU {speed['mfu']:.1%}" if "mfu" in speed else ""
         rest = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if name != "step" and share >= 0.005)
         loss = values["loss"] if isinstance(values["loss"], str) else f"{values['loss']:.4f}"
         skips = f" | skipped {values['skipped']}" if values["skipped"] else ""
         print(
-            f"step {step}/{self._total} | loss {loss}{skips} | {rate:.1f} places/s, "
+            f"step {step}/{self._work.steps} | loss {loss}{skips} | {rate:.1f} places/s, "
             f"{speed['imgs_per_s']:.0f} imgs/s{mfu} | input wait {speed['input_wait']:.0%} | "
             f"{speed['peak_bytes'] / 2**30:.1f} GiB | goodput {speed['goodput']:.0%}{rest and f' ({rest})'} | "
             f"ETA {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}",
@@ -171,8 +203,9 @@ class Log:
         )
 
     def sync(self) -> int:
-        """As flush, and everything written so far is in the files when it returns: called before a checkpoint is
-        saved.
+        """As flush, and everything written so far is in the files when it returns.
+
+        It is called before a checkpoint is saved.
         """
         skipped = self.flush()
         if self._writes:
@@ -181,7 +214,7 @@ class Log:
         return skipped
 
     def close(self) -> None:
-        """Write what is pending and close the files."""
+        """Writes what is pending and closes the files."""
         self.sync()
         if self._writes:
             self._records.close()

@@ -1,4 +1,4 @@
-"""A run before anything is allocated: input contract, batch, objective, shapes with shardings, and the compiled step."""
+"""A run before anything is allocated: input contract, batch, objective, shapes with shardings, the compiled step."""
 
 from __future__ import annotations
 
@@ -14,38 +14,66 @@ from skysense_jax.core import mesh as meshes
 from skysense_jax.core import trees
 from skysense_jax.data import records as dataset_records
 from skysense_jax.data.batches.spec import Leaf
+from skysense_jax.objectives.base import Objective
 from skysense_jax.run import optim, state, step
 from skysense_jax.run.folder import say
 
 
 class Plan(NamedTuple):
-    """A run before anything is allocated: everything the compiler needs, and what the run folder tells about it."""
+    """A run before anything is allocated: everything the compiler needs, and what the run folder tells about it.
+
+    Attributes:
+        contract: the input contract.
+        spec: the global batch as nested dict of `spec.Leaf`.
+        objective: what is trained.
+        state: the state as shapes with shardings.
+        batch: the global batch as shapes with shardings.
+        step: (state, batch) -> (state, metrics), to be jitted.
+        flops: model FLOPs of one step of the global batch.
+    """
 
     contract: dict[str, Any]
     spec: trees.Tree
-    objective: Any
-    state: state.TrainState  # shapes with shardings
-    batch: trees.Tree  # shapes with shardings
-    step: Callable[..., Any]  # to be jitted
+    objective: Objective
+    state: state.TrainState
+    batch: trees.Tree
+    step: Callable[[state.TrainState, trees.Tree], tuple[state.TrainState, dict[str, jax.Array]]]
     flops: float
 
 
 def make_contract(cfg: config_dict.ConfigDict) -> dict[str, Any]:
-    """The model's input contract: the configuration's bands with the sensor table's or the dataset's statistics."""
+    """The model's input contract: the configuration's bands with the sensor table's or the dataset's statistics.
+
+    Raises:
+        ValueError: config.data.statistics names neither, or a dataset has no statistics.
+    """
     if cfg.data.statistics not in ("table", "dataset"):
         raise ValueError(f"config.data.statistics={cfg.data.statistics!r}: 'table' or 'dataset'")
-    statistics = None
+    statistics: dict[str, Any] | None = None
     if cfg.data.statistics == "dataset":
         statistics = {}
         for where in (*reversed(cfg.data.get("also", ())), cfg.data.dir):  # the first that knows a sensor counts
-            if not (own := dataset_records.read_metadata(where).get("statistics")):
+            if not (stored := dataset_records.read_metadata(where).get("statistics")):
                 raise ValueError(f"{where} has no statistics of its own: run `skysense-jax data stats {where}`")
-            statistics |= own
+            statistics |= stored
     return sensors.input_contract(cfg.data.bands.to_dict(), cfg.model.ratio, statistics)
 
 
 def make_plan(cfg: config_dict.ConfigDict, contract: Mapping[str, Any], mesh: jax.sharding.Mesh) -> Plan:
-    """Spec, objective, shapes, shardings and step from the configuration alone: no data is read, no array made."""
+    """Spec, objective, shapes, shardings and step from the configuration alone: no data is read, no array made.
+
+    Args:
+        cfg: the whole configuration.
+        contract: the input contract.
+        mesh: of the run.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: the batch does not divide by the devices, or the places of a device do not divide by
+            config.objective.microbatches.
+    """
     recipe = recipes.recipe_of(cfg)
     spec = recipe.batch_spec(cfg, contract)
     objective = recipe.make_objective(cfg, contract)
@@ -61,32 +89,57 @@ def make_plan(cfg: config_dict.ConfigDict, contract: Mapping[str, Any], mesh: ja
     return Plan(dict(contract), spec, objective, shapes, batch, update, float(objective.flops(batch)))
 
 
-def jit_step(plan: Plan, mesh: jax.sharding.Mesh) -> Any:
-    """The step as jit will compile it: the state updated in place and left where it lies."""
+def jit_step(plan: Plan, mesh: jax.sharding.Mesh) -> jax.stages.Wrapped:
+    """The step as jit will compile it.
+
+    Args:
+        plan: of the run.
+        mesh: of the run.
+
+    Returns:
+        The jitted step; it updates the state in place and leaves each leaf on its devices.
+    """
     placed = jax.tree.map(lambda leaf: leaf.sharding, plan.state)
     return jax.jit(plan.step, donate_argnums=0, out_shardings=(placed, meshes.replicated(mesh)))
 
 
-def compile_step(plan: Plan, mesh: jax.sharding.Mesh) -> Any:
-    """The compiled step; prints what it needs per device and what it computes."""
+def compile_step(plan: Plan, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
+    """Compiles the step, and prints what it needs per device and what it computes.
+
+    Args:
+        plan: of the run.
+        mesh: of the run.
+
+    Returns:
+        The compiled step: (state, batch) -> (state, metrics).
+    """
     jitted = jit_step(plan, mesh)
     say("compiling the training step: minutes on a CPU, once where JAX_COMPILATION_CACHE_DIR is set")
     begin = time.monotonic()
     compiled = jitted.lower(plan.state, plan.batch).compile()
-    memory = compiled.memory_analysis()
-    parts = {
-        "arguments": memory.argument_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "outputs": memory.output_size_in_bytes,
-        "of these in place": memory.alias_size_in_bytes,
-    }
-    needs = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in parts.items())
+    needs = "unknown to this backend"
+    if (memory := compiled.memory_analysis()) is not None:
+        sizes = {
+            "arguments": memory.argument_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+            "outputs": memory.output_size_in_bytes,
+            "of these in place": memory.alias_size_in_bytes,
+        }
+        needs = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in sizes.items())
     say(f"compiled in {time.monotonic() - begin:.1f} s; per device: {needs}; model FLOPs of a step: {plan.flops:.3e}")
     return compiled
 
 
-def abstract(config: Any, contract: Mapping[str, Any]) -> dict[str, Any]:
-    """Shapes of everything a run of `config` learns: {"params", "teacher", "memory"}; nothing is allocated."""
+def abstract(config: config_dict.ConfigDict, contract: Mapping[str, Any]) -> dict[str, trees.Tree]:
+    """Shapes of everything that a run learns; nothing is allocated.
+
+    Args:
+        config: the whole configuration.
+        contract: the input contract.
+
+    Returns:
+        {"params", "teacher", "memory"}, each a tree of shapes.
+    """
     recipe = recipes.recipe_of(config)
     objective = recipe.make_objective(config, contract)
     batch = jax.tree.map(

@@ -1,5 +1,6 @@
-"""SIGTERM: the scheduler wants the machine back. Inside the loop, save and leave; before it, leave at once (nothing to
-save).
+"""SIGTERM: the scheduler wants the machine back.
+
+Inside the loop the run saves and leaves; before it the process leaves at once, because there is nothing to save.
 """
 
 from __future__ import annotations
@@ -24,20 +25,21 @@ class Preemption:
     """
 
     def __init__(self) -> None:
-        self._seen = threading.Event()
-        self._in_loop, self._pipe = False, None
+        self._received = threading.Event()
+        self._in_loop = False
+        self._pipe: int | None = None
         if jax.process_count() > 1:
             return  # jax.distributed listens itself and agrees with the other processes on a step
         read, self._pipe = os.pipe()
         os.set_blocking(self._pipe, False)
-        self._before = signal.signal(signal.SIGTERM, lambda *_: self._seen.set())
+        self._before = signal.signal(signal.SIGTERM, lambda *_: self._received.set())
         signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(read,), name="sigterm", daemon=True).start()
 
     def _listen(self, pipe: int) -> None:
         while received := os.read(pipe, 64):
             if signal.SIGTERM in received:
-                self._seen.set()
+                self._received.set()
                 if not self._in_loop:
                     sys.stderr.write("SIGTERM before the first step: nothing to save\n")
                     sys.stderr.flush()
@@ -52,10 +54,10 @@ class Preemption:
         """Whether to save and stop before `step`; every process gets the same answer at the same step."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
-        return self._seen.is_set()
+        return self._received.is_set()
 
     def close(self) -> None:
-        """Give the signal back to whoever had it."""
+        """Gives the signal back to the handler that it had before."""
         if self._pipe is not None:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, self._before)

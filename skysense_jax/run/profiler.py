@@ -6,36 +6,50 @@ import pathlib
 import re
 import shutil
 import tempfile
-from typing import Any
 
 import jax
 from etils import epath
 
 from skysense_jax.core import paths
+from skysense_jax.run.state import TrainState
 
 FOLDER = "profile"
 
 
 class Window:
-    """Traces the steps after `first` steps are done until `last` are; nothing for the empty window ''.
+    """Traces the steps after FIRST steps are done until LAST are; traces nothing for the empty window ''.
 
-    text: "FIRST:LAST" with 0 <= FIRST < LAST, counted as in the metrics. Raises ValueError for anything else, and for a
-    window behind the `total` steps of the run. A window that lies before the step a run resumes from is over; one that
-    the end of the run cuts is written as far as it goes.
+    A window that lies before the step a run resumes from is over; a window that the end of the run cuts is written as
+    far as it goes.
     """
 
     def __init__(self, text: str, workdir: epath.Path, total: int) -> None:
-        found = re.fullmatch(r"(\d+):(\d+)", text)
-        if text and not (found and int(found.group(1)) < int(found.group(2))):
+        """Reads the window.
+
+        Args:
+            text: "FIRST:LAST" with 0 <= FIRST < LAST, counted as in the metrics, or "".
+            workdir: folder of the run.
+            total: steps of the run.
+
+        Raises:
+            ValueError: the text is no window, or the window lies behind the steps of the run.
+        """
+        window = re.fullmatch(r"(\d+):(\d+)", text)
+        if text and not (window and int(window.group(1)) < int(window.group(2))):
             raise ValueError(f"--profile={text!r}: FIRST:LAST steps with FIRST < LAST, as 100:105")
-        self._first, self._last = (int(found.group(1)), int(found.group(2))) if found else (-1, -1)
+        self._first, self._last = (int(window.group(1)), int(window.group(2))) if window else (-1, -1)
         if self._first >= total:
             raise ValueError(f"--profile={text!r}: the run has {total} steps, none of them in that window")
         self._folder, self._running = workdir / FOLDER, False
 
-    def before_step(self, done: int, state: Any) -> None:
-        """To be called before every step with the number of steps done and the state they led to: the device runs
-        behind the host, and the window ends when it has caught up.
+    def before_step(self, done: int, state: TrainState) -> None:
+        """To be called before every step.
+
+        The device runs behind the host, and the window ends when the device has caught up.
+
+        Args:
+            done: number of steps done.
+            state: what they led to.
         """
         if self._running and done >= self._last:
             jax.block_until_ready(state)

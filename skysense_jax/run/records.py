@@ -1,7 +1,7 @@
 """The file of a run's records, one JSON line each: on a disk appended to, on an object store written whole.
 
-Either way `sync` is called before a checkpoint is saved, and a start drops the records past the step it goes on from:
-after any kill the file holds every step of the newest checkpoint once.
+Either way `sync` is called before a checkpoint is saved, and a start drops the records past the step that it continues
+from: after any kill the file holds every step of the newest checkpoint exactly once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ from skysense_jax.core import paths
 
 
 def kept(file: epath.Path, step: int) -> tuple[list[str], int]:
-    """(lines of the records up to `step`, how many others there are: later ones and a line cut short by a kill)."""
+    """The records up to a step.
+
+    Args:
+        file: of the records; it may be absent.
+        step: the last step whose record stays.
+
+    Returns:
+        (their lines, how many other lines there are: later records, and a line that a kill cut short).
+    """
     if not file.exists():
         return [], 0
     lines = file.read_text().splitlines(keepends=True)
@@ -24,7 +32,15 @@ def kept(file: epath.Path, step: int) -> tuple[list[str], int]:
 
 
 def truncate(file: epath.Path, step: int) -> int:
-    """Drop the records past `step` and a line cut short by a kill; returns how many were dropped. Atomic."""
+    """Drops the records past a step and a line that a kill cut short, atomically.
+
+    Args:
+        file: of the records; it may be absent.
+        step: the last step whose record stays.
+
+    Returns:
+        How many lines were dropped.
+    """
     lines, dropped = kept(file, step)
     if dropped:
         temporary = file.with_suffix(".tmp")
@@ -37,14 +53,14 @@ def truncate(file: epath.Path, step: int) -> int:
 
 
 class Appended:
-    """A local file: a record is there for whoever watches as soon as it is added, and on the disk after `sync`."""
+    """A local file: a reader sees a record as soon as it is added, and it is on the disk after `sync`."""
 
     def __init__(self, file: epath.Path, step: int) -> None:
         truncate(file, step)
         self._file = open(file, "a", buffering=1)  # a line at a time
 
     def add(self, line: str) -> None:
-        """line: with its newline."""
+        """Adds a record: a line with its newline."""
         self._file.write(line)
 
     def sync(self) -> None:
@@ -58,7 +74,7 @@ class Appended:
 
 
 class Whole:
-    """An object: kept in memory and written whole by `sync`, in one piece, so that readers find the old or the new."""
+    """An object: kept in memory and written whole by `sync`, in one piece, so that a reader sees the old or the new."""
 
     def __init__(self, file: epath.Path, step: int) -> None:
         self._file = file
@@ -66,7 +82,7 @@ class Whole:
         self._changed = dropped > 0
 
     def add(self, line: str) -> None:
-        """line: with its newline."""
+        """Adds a record: a line with its newline."""
         self._lines.append(line)
         self._changed = True
 
@@ -81,5 +97,13 @@ class Whole:
 
 
 def open_records(file: epath.Path, step: int) -> Appended | Whole:
-    """The records of a run that goes on from `step`, 0 for a new one."""
+    """Opens the records of a run.
+
+    Args:
+        file: local, or an object's.
+        step: the step that the run continues from, 0 for a new run.
+
+    Returns:
+        The open records.
+    """
     return Whole(file, step) if paths.is_remote(file) else Appended(file, step)

@@ -16,7 +16,13 @@ from skysense_jax.run.plan import Plan
 
 
 class Start(NamedTuple):
-    """Where the run starts from."""
+    """Where the run starts from.
+
+    Attributes:
+        state: on its mesh.
+        step: steps done.
+        seconds: of earlier starts of the run, by purpose (run.metrics.Timers).
+    """
 
     state: state.TrainState
     step: int
@@ -28,45 +34,90 @@ def where_to_start(
     workdir: epath.Path,
     plan: Plan,
     meta: Mapping[str, Any],
-    given: epath.Path | None = None,
+    source: epath.Path | None = None,
 ) -> Start:
-    """1. the newest sound checkpoint of this workdir; 2. the weights of --init_from; 3. scratch."""
-    found = checkpoint.restore_latest_valid(
-        workdir, plan.state, lambda found: folder.check_same_run(cfg, plan.contract, meta["dataset_id"], found)
+    """1. the newest sound checkpoint of this workdir; 2. the weights of --init_from; 3. scratch.
+
+    Args:
+        cfg: the whole configuration.
+        workdir: folder of the run.
+        plan: of the run.
+        meta: what this run's checkpoints say about it (run.folder.run_meta).
+        source: workdir, checkpoint or imported weights of --init_from; None: scratch.
+
+    Returns:
+        The start.
+
+    Raises:
+        ValueError: the workdir was begun by another run or its checkpoints are damaged, the source does not fit, or a
+            frozen prototype bank has nothing that it learnt.
+    """
+    restored = checkpoint.restore_latest_valid(
+        workdir, plan.state, lambda written: folder.check_same_run(cfg, plan.contract, meta["dataset_id"], written)
     )
-    if found is not None:
-        position = data_position(cfg, found.step)
-        if found.data != position:
-            raise ValueError(f"checkpoint {found.step} stands at {found.data} in the data, this run at {position}")
-        changed = [name for name, version in meta["code"].items() if found.meta["code"].get(name) != version]
-        say(f"resuming from step {found.step}")
-        if changed:
-            say(f"note: other code wrote it ({', '.join(changed)}); the bits may differ from those of an unbroken run")
-        return Start(found.state, found.step, found.meta["seconds"])
-    geo, fresh = cfg.model.get("geo_context"), state.create(plan.objective, plan.batch, cfg.seed, plan.state)
-    if geo is not None and geo.bank == "on" and geo.table == "places":
-        fresh = init_from.with_regions(cfg, fresh)
-    if "distill" in cfg.objective and cfg.objective.distill.weight:
-        fresh = init_from.with_teacher(cfg, fresh)
-    if given is None:
-        if geo is not None and geo.bank == "frozen":
+    if restored is not None:
+        return _resume(cfg, meta, restored)
+    fresh = _fresh_state(cfg, plan)
+    if source is None:
+        if _bank_is_frozen(cfg):
             raise ValueError(
                 "config.model.geo_context.bank='frozen': a bank that nothing has learnt; start from a run "
                 "that has one (--init_from), or take 'on'"
             )
         say("starting from scratch")
         return Start(fresh, 0, {})
-    begun, report = init_from.init_from(given, fresh, json.loads(json.dumps(plan.contract)))
-    if geo is not None and geo.bank == "frozen" and not jax.device_get(begun.memory["bank"]["visits"]).any():
-        raise ValueError(f"config.model.geo_context.bank='frozen': {given} holds no bank that has learnt; take 'on'")
-    say(f"starting from the weights of {given}: {len(report['taken'])} leaves")
+    begun, report = init_from.init_from(source, fresh, json.loads(json.dumps(plan.contract)))
+    if _bank_is_frozen(cfg) and not jax.device_get(begun.memory["bank"]["visits"]).any():
+        raise ValueError(f"config.model.geo_context.bank='frozen': {source} holds no bank that has learnt; take 'on'")
+    say(f"starting from the weights of {source}: {len(report['taken'])} leaves")
     for kind in ("new", "widened", "left"):
         if report[kind]:
             say(f"  {kind}: {', '.join(report[kind])}")
     return Start(begun, 0, {})
 
 
+def _resume(cfg: config_dict.ConfigDict, meta: Mapping[str, Any], restored: checkpoint.Restored) -> Start:
+    """The start from a checkpoint of this workdir; ValueError where it stands elsewhere in the data than this run."""
+    position = data_position(cfg, restored.step)
+    if restored.data != position:
+        raise ValueError(f"checkpoint {restored.step} stands at {restored.data} in the data, this run at {position}")
+    changed = [name for name, version in meta["code"].items() if restored.meta["code"].get(name) != version]
+    say(f"resuming from step {restored.step}")
+    if changed:
+        say(f"note: other code wrote it ({', '.join(changed)}); the bits may differ from those of an unbroken run")
+    return Start(restored.state, restored.step, restored.meta["seconds"])
+
+
+def _fresh_state(cfg: config_dict.ConfigDict, plan: Plan) -> state.TrainState:
+    """The state before the first step, with what some configurations read from elsewhere before it begins.
+
+    A prototype bank whose table lists places (config.model.geo_context) gets the regions of the training places; a
+    distillation (config.objective.distill) gets its frozen teacher.
+    """
+    fresh = state.create(plan.objective, plan.batch, cfg.seed, plan.state)
+    geo = cfg.model.get("geo_context")
+    if geo is not None and geo.bank == "on" and geo.table == "places":
+        fresh = init_from.with_regions(cfg, fresh)
+    if "distill" in cfg.objective and cfg.objective.distill.weight:
+        fresh = init_from.with_teacher(cfg, fresh)
+    return fresh
+
+
+def _bank_is_frozen(cfg: config_dict.ConfigDict) -> bool:
+    """Whether the run uses a prototype bank that it does not train, so that another run must have learnt it."""
+    geo = cfg.model.get("geo_context")
+    return geo is not None and geo.bank == "frozen"
+
+
 def data_position(cfg: config_dict.ConfigDict, done: int) -> dict[str, int]:
-    """Where the data stream stands after `done` steps: everything that the next batch depends on."""
+    """Where the data stream stands after some steps: everything that the next batch depends on.
+
+    Args:
+        cfg: the whole configuration.
+        done: steps done.
+
+    Returns:
+        JSON values, written into every checkpoint.
+    """
     batch = int(cfg.data.batch)
     return {"step": done, "seed": int(cfg.seed), "batch": batch, "places_seen": done * batch}

@@ -1,5 +1,6 @@
-"""A run that no longer moves is ended: all stacks are written and the process exits with 70, so that a scheduler
-restarts it.
+"""A run that no longer moves is ended: all stacks are written, and the process exits with 70.
+
+A scheduler then restarts it.
 """
 
 from __future__ import annotations
@@ -19,13 +20,18 @@ WRITE_S = 30.0  # what hangs may be the file system
 
 
 class Watchdog:
-    """Ends the process when `beat` was not called for `seconds`. Use as a context manager around the loop.
-
-    stacks: file that gets every thread's stack (stderr gets them too). A save or an evaluation counts as a step: give
-    it the time.
-    """
+    """Ends the process when `beat` was not called for some seconds. Use it as a context manager around the loop."""
 
     def __init__(self, seconds: float, stacks: epath.Path) -> None:
+        """Does not start to count yet.
+
+        Args:
+            seconds: without a beat that end the process; a save or an evaluation counts as a step: give it the time.
+            stacks: file that gets every thread's stack; stderr gets them too.
+
+        Raises:
+            ValueError: `seconds` is not positive.
+        """
         if seconds <= 0:
             raise ValueError(f"config.run.watchdog_s={seconds}: a positive number of seconds")
         self._seconds, self._stacks = float(seconds), stacks
@@ -42,7 +48,7 @@ class Watchdog:
         self._thread.join()
 
     def beat(self) -> None:
-        """Something moved."""
+        """Says that something moved."""
         self._last = time.monotonic()
 
     def _watch(self) -> None:

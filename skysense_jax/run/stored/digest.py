@@ -1,6 +1,6 @@
 """Digests of arrays that do not depend on how they are sharded: what tells a damaged checkpoint from a good one.
 
-Orbax reads flipped bytes back without an error (its zstd has no checksum), so every leaf carries 64 bits of our own.
+Orbax reads flipped bytes back without an error (its zstd has no checksum), so every leaf carries a digest of 64 bits.
 They are two sums modulo 2**32 of the leaf's words times a weight of the position: a sum can be taken shard by shard,
 wherever the shards lie, and is the same on any mesh. Weights are odd, so a change of any single word changes both sums.
 
@@ -24,7 +24,7 @@ _BLOCK = 2**18  # words digested at once: the temporaries stay in the processor'
 
 
 def _mix(words: Any, index: Any) -> tuple[Any, Any]:
-    """The two products whose sums are the digest; words, index: uint32 arrays of numpy or jax."""
+    """The two products whose sums are the digest; words and index are uint32 arrays of numpy or jax."""
     u = np.uint32
     first = index * u(2654435761) + u(0x9E3779B9)
     second = (index ^ (index >> u(16))) * u(0x85EBCA6B)
@@ -48,7 +48,7 @@ def _shards(leaf: Any) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
     if isinstance(leaf, jax.Array):
         for shard in leaf.addressable_shards:
             if shard.replica_id == 0:
-                yield np.asarray(shard.data), tuple(part.start or 0 for part in shard.index)
+                yield np.asarray(shard.data), tuple(extent.start or 0 for extent in shard.index)
     elif jax.process_index() == 0:
         yield np.asarray(leaf), (0,) * np.ndim(leaf)
 
@@ -59,22 +59,25 @@ def _sums(leaf: Any) -> np.ndarray:
     strides = np.cumprod([1, *leaf.shape[:0:-1]], dtype=np.uint64)[::-1]  # in elements, row-major
     for values, offset in _shards(leaf):
         index = np.zeros((1,) * values.ndim, np.uint32)
-        for axis, (start, stride) in enumerate(zip(offset, strides)):
-            steps = (np.arange(start, start + values.shape[axis], dtype=np.uint64) * stride).astype(np.uint32)
-            index = index + steps.reshape(-1, *(1,) * (values.ndim - 1 - axis))
+        for axis, start in enumerate(offset):
+            positions = np.arange(start, start + values.shape[axis], dtype=np.uint64) * strides[axis]
+            index = index + positions.astype(np.uint32).reshape(-1, *(1,) * (values.ndim - 1 - axis))
         flat, index = np.ascontiguousarray(values).reshape(-1), index.reshape(-1)
         if flat.itemsize == 8:
             flat, index = flat.view(np.uint32), np.stack([2 * index, 2 * index + 1], -1).reshape(-1)
         words = flat.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[flat.itemsize])
         for begin in range(0, words.size, _BLOCK):
-            part = slice(begin, begin + _BLOCK)
-            products = _mix(words[part].astype(np.uint32), index[part])
+            block = slice(begin, begin + _BLOCK)
+            products = _mix(words[block].astype(np.uint32), index[block])
             total = total + np.array([np.sum(product, dtype=np.uint32) for product in products])
     return total
 
 
 def tree_digests(tree: trees.Tree) -> dict[str, str]:
-    """name -> "dtype[shape] 16 hex digits" of every leaf (numpy or jax, over all processes); {} for an empty tree."""
+    """Digests of every leaf of a tree, numpy or jax, over all processes; {} for an empty tree.
+
+    A digest is spelt "dtype[shape] 16 hex digits".
+    """
     named = trees.flatten(tree)
     if not named:
         return {}
@@ -85,11 +88,11 @@ def tree_digests(tree: trees.Tree) -> dict[str, str]:
     return {name: f"{describe(leaf)} {hexadecimal(pair)}" for (name, leaf), pair in pairs}
 
 
-def describe(leaf: Any) -> str:
-    """dtype and shape of a leaf, as the digests spell it: float32[3,4]."""
+def describe(leaf: trees.Shaped) -> str:
+    """The dtype and shape of a leaf, as the digests spell them: float32[3,4]."""
     return f"{leaf.dtype}[{','.join(str(n) for n in leaf.shape)}]"
 
 
-def hexadecimal(pair: Any) -> str:
+def hexadecimal(pair: np.ndarray | jax.Array) -> str:
     """Two uint32 as 16 hex digits."""
     return f"{int(pair[0]):08x}{int(pair[1]):08x}"
