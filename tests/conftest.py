@@ -15,8 +15,8 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Nearly all the time of the suite was XLA's compiler. The tiny SkySense step takes 25 s of CPU to compile with a run's
-# flags, 16 s without optimisation by LLVM, and 8 s where fusions are written by the older emitters too, which skip MLIR;
-# the step itself then takes 0.12 s instead of 0.10 s. The processes that tests start inherit all of this.
+# flags, 16 s without optimisation by LLVM, and 8 s where the older emitters write the fusions, without MLIR; the step
+# itself then takes 0.12 s instead of 0.10 s. The processes that tests start inherit all of this.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 # Traces make millions of objects that live: the collector took 6% of the time.
 gc.set_threshold(100_000, 20, 100)

@@ -96,8 +96,11 @@ def test_prepare_finds_invalid_pixels():
 
 
 def test_prepare_accepts_names_and_units_that_agree():
-    prepare.prepare(CONTRACT, changed("s2", bands=["blue", "b3", "B4", "B08"], unit="dn"))
-    prepare.prepare(CONTRACT, {"hr": place()["hr"]})  # any subset of the sensors
+    plain, _ = prepare.prepare(CONTRACT, place())
+    spelled, _ = prepare.prepare(CONTRACT, changed("s2", bands=["blue", "b3", "B4", "B08"], unit="dn"))
+    jax.tree.map(np.testing.assert_array_equal, spelled, plain)
+    subset, _ = prepare.prepare(CONTRACT, {"hr": place()["hr"]})  # any subset of the sensors
+    jax.tree.map(np.testing.assert_array_equal, subset, {"hr": plain["hr"]})
 
 
 S2 = place()["s2"]["image"]
@@ -186,7 +189,7 @@ def test_importing_the_package_is_light():
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert found == skysense_jax.__version__
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
-        skysense_jax.lode
+        _ = skysense_jax.lode
 
 
 # --- networks on disk -----------------------------------------------------------------------------

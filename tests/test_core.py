@@ -110,7 +110,9 @@ def test_mesh_uses_every_device_or_says_so():
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 2**31 - 1), st.integers(0, 2**31 - 1))
 def test_streams_are_functions_of_seed_name_and_step(seed, step):
-    data = lambda *args: tuple(np.asarray(jax.random.key_data(rngs.key(*args))))
+    def data(*args):
+        return tuple(np.asarray(jax.random.key_data(rngs.key(*args))))
+
     assert data(seed, "drop_path", step) == data(seed, "drop_path", step)
     assert data(seed, "drop_path", step) != data(seed, "init", step)
     assert data(seed, "drop_path", step) != data(seed, "drop_path", (step + 1) % 2**31)

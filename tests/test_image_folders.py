@@ -310,7 +310,7 @@ def test_names_a_catalog_cannot_hold_and_hidden_files_are_left_out(tmp_path):
 
 PROGRAM = """
 import sys
-from skysense_jax.data import builder
+from skysense_jax.data.ingest import build as builder
 if __name__ == "__main__":
     options = builder.Options(tile=16, ratio=2, shard_places=1, holdout=0.3, georeferenced=False)
     builder.build(sys.argv[1], sys.argv[2], options, progress=False)

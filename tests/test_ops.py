@@ -13,6 +13,7 @@ import pytest
 from skysense_jax.ops import clusters, contrast
 from skysense_jax.ops.ema import ema
 from skysense_jax.ops.sinkhorn import sinkhorn
+from tests.helpers.numpy_twins import np_sinkhorn
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "dino_loss_sinkhorn.npz")
 META = json.loads(str(GOLDEN["meta_json"]))
@@ -27,24 +28,6 @@ def np_lse(x, axis=-1):
 def np_softmax(x):
     e = np.exp(x - x.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
-
-
-def np_sinkhorn(scores, iterations, rows=None, columns=None):
-    """Plain domain, on the rows and columns that take part only: nothing shared with the log-domain implementation."""
-    rows = np.ones(scores.shape[0], bool) if rows is None else rows.astype(bool)
-    columns = np.ones(scores.shape[1], bool) if columns is None else columns.astype(bool)
-    out = np.zeros(scores.shape)
-    part = scores[rows][:, columns].astype(np.float64)
-    if part.size == 0:
-        return out
-    q = np.exp(part - part.max())
-    n, k = q.shape
-    q /= q.sum()
-    for _ in range(iterations):
-        q = q / q.sum(0) / k
-        q = q / q.sum(1, keepdims=True) / n
-    out[np.ix_(rows, columns)] = q * n
-    return out
 
 
 def np_normalise(x):
@@ -67,9 +50,9 @@ def np_distil(zs, zt, w, ps, pt, centre, ts, tt):
 def np_info_nce(a, b, valid, t):
     losses = []
     for first, second in ((a, b), (b, a)):
-        for p, i in zip(*np.nonzero(valid)):
+        for p, i in zip(*np.nonzero(valid), strict=True):
             logits = [first[p, i] @ second[p, i] / t]
-            logits += [first[p, i] @ second[q, j] / t for q, j in zip(*np.nonzero(valid)) if q != p]
+            logits += [first[p, i] @ second[q, j] / t for q, j in zip(*np.nonzero(valid), strict=True) if q != p]
             losses.append(np_lse(np.array(logits)) - logits[0])
     return np.mean(losses) if losses else 0.0
 
@@ -101,7 +84,7 @@ def test_sinkhorn_masked_twin():
     rows = np.random.default_rng(1).random((3, 20)) > 0.3
     columns = np.array([[1, 1, 1, 1, 1, 1], [1, 0, 1, 1, 0, 1], [0, 0, 0, 0, 0, 0]])
     ours = np.asarray(sinkhorn(jnp.asarray(scores), 4, rows, columns))
-    twin = np.stack([np_sinkhorn(s, 4, r, c) for s, r, c in zip(scores, rows, columns)])
+    twin = np.stack([np_sinkhorn(s, 4, r, c) for s, r, c in zip(scores, rows, columns, strict=True)])
     np.testing.assert_allclose(ours, twin, atol=2e-6)
     assert (ours[~rows] == 0).all() and (ours[2] == 0).all()
     np.testing.assert_allclose(ours[:2].sum(-1), rows[:2], atol=1e-5)
@@ -179,7 +162,7 @@ def distil_case():
 def test_distil_twin_whatever_the_chunk(chunk):
     case = distil_case()
     ours = contrast.distil(*map(jnp.asarray, case), 0.1, 0.05, chunk)
-    for value, twin in zip(ours, np_distil(*(x.astype(np.float64) for x in case), 0.1, 0.05)):
+    for value, twin in zip(ours, np_distil(*(x.astype(np.float64) for x in case), 0.1, 0.05), strict=True):
         np.testing.assert_allclose(value, twin, rtol=2e-5, atol=2e-5)
 
 
@@ -190,7 +173,7 @@ def test_distil_gradient_is_the_student_s_and_does_not_know_chunks():
         return jax.grad(lambda *x: contrast.distil(*x, 0.1, 0.05, chunk)[0].sum(), argnums=tuple(range(6)))(*case)
 
     whole, pieces = total(100), total(4)
-    for a, b in zip(whole, pieces):
+    for a, b in zip(whole, pieces, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(a).max())
     student, teacher, weight, prototypes, teacher_prototypes, centre = whole
     assert np.abs(student).max() > 0 and np.abs(prototypes).max() > 0
