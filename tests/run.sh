@@ -12,7 +12,7 @@ python=${VENV:-$root/.venv}/bin/python
 if [ $# -gt 0 ]; then
     exec "$python" -m pytest "$@"
 fi
-"$python" -m pytest --numprocesses "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder
+"$python" -m pytest --numprocesses "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder --durations=10
 
 version=$("$python" -c 'import sys; print("%d%d" % sys.version_info[:2])')
 if [ -f "constraints-beam-py$version.txt" ]; then

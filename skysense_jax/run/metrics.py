@@ -18,11 +18,11 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
 from etils import epath
 
 from skysense_jax.core import chips
 from skysense_jax.run import digest, records
+from skysense_jax.run.board import tensorboardX
 
 FILE = "metrics.jsonl"
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy.interpolate import RectBivariateSpline
 
 from skysense_jax.nn.swin import relative_coords
 
@@ -38,6 +37,8 @@ def resized(table: np.ndarray, window: int) -> np.ndarray:
     takes the value of the edge. A smaller window therefore crops. Raises ValueError for a table with fewer than 4 rows
     along a side, which no cubic goes through.
     """
+    from scipy.interpolate import RectBivariateSpline  # 0.7 s to import, and every run imports this module
+
     side, target = math.isqrt(len(table)), 2 * window - 1
     if side < 4:
         raise ValueError(f"a table of {len(table)} rows is too small to be resized; a window of 3 is the smallest")
