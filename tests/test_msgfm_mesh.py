@@ -11,21 +11,35 @@ import numpy as np
 import pytest
 
 from skysense_jax import recipes
+from skysense_jax.configs import msgfm_tiny
 from skysense_jax.core import mesh as meshes
 from skysense_jax.core import trees, xla_flags
 from skysense_jax.objectives import msgfm as msgfm_objective
 from skysense_jax.run import metrics, optim, state, step
 from skysense_jax.run import plan as plans
-from tests.helpers.msgfm_losses import batch_of, config
+from tests.helpers.msgfm_losses import batch_of
 
 MESHES = ((1, 8, 1), (2, 1, 4), (2, 2, 2), (1, 4, 2))
 """data x fsdp x expert of eight devices; four experts."""
 
 
+def two_sensors() -> Any:
+    """The tiny configuration without hr and the surface model: half as much to compile."""
+    return msgfm_tiny.get_config("s2,s1")
+
+
+@functools.cache
+def begin() -> state.TrainState:
+    """The state before the first step, made once: that a state does not depend on its mesh is test_sharding.py's."""
+    c = two_sensors()
+    objective = msgfm_objective.make_objective(c, plans.make_contract(c))
+    return jax.jit(lambda: state.init_state(objective, {}, c.seed))()
+
+
 @functools.cache
 def on_mesh(shape: tuple[int, int, int]) -> tuple[Any, Any, Any]:
     """(state, metrics, names of leaves that are split over each axis) after one step of a batch of s2."""
-    c = config()
+    c = two_sensors()
     contract = plans.make_contract(c)
     objective = msgfm_objective.make_objective(c, contract)
     mesh = meshes.make_mesh(
@@ -41,8 +55,7 @@ def on_mesh(shape: tuple[int, int, int]) -> tuple[Any, Any, Any]:
             .lower(shapes, batch)
             .compile(compiler_options=xla_flags.ONCE["cpu"])
         )
-        begin = state.create(objective, batch, c.seed, shapes)
-        now, measured = compiled(begin, state.put_batch(batch_of(c, "s2"), batch))
+        now, measured = compiled(jax.device_put(begin(), placed), state.put_batch(batch_of(c, "s2"), batch))
     split = {
         axis: {name for name, leaf in trees.flatten(shapes.params).items() if axis in leaf.sharding.spec}
         for axis in ("fsdp", "expert")
@@ -71,7 +84,7 @@ def test_a_step_on_every_mesh_is_the_step_of_one_device(shape):
 
 
 def test_experts_that_do_not_divide_are_named():
-    c = config()
+    c = two_sensors()
     mesh = meshes.make_mesh({"data": 1, "fsdp": 1, "expert": 8})
     c.model.moe.experts = 6
     with pytest.raises(ValueError, match="shifted/moe/fc1: 6 experts do not divide by the expert axis of 8"):
