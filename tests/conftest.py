@@ -22,8 +22,17 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu
 gc.set_threshold(100_000, 20, 100)
 
 
-LONGEST = ("test_resume.py", "test_survival.py", "test_processes.py", "test_gs.py")
-"""Files that take minutes: they begin first, so that none of them is left alone at the end."""
+LONGEST = (
+    "test_resume.py",
+    "test_processes.py",
+    "test_objective.py",
+    "test_msgfm_objective.py",
+    "test_sharding.py",
+    "test_msgfm_mesh.py",
+    "test_survival.py",
+    "test_gs.py",
+)
+"""Files that take minutes, the longest first: none of them is left alone at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -25,7 +25,6 @@ from skysense_jax.run import checkpoint, state
 from tests.helpers import noise_dataset
 
 CONFIG = pathlib.Path(__file__).resolve().parents[1] / "configs" / "skysense_tiny.py"
-
 BANDS = {"hr": ("R", "G", "B"), "s2": ("B02", "B03", "B04", "B08"), "s1": ("VV", "VH")}
 CONTRACT = sensors.input_contract(BANDS, ratio=4)
 
@@ -103,8 +102,7 @@ def test_prepare_accepts_names_and_units_that_agree():
     jax.tree.map(np.testing.assert_array_equal, subset, {"hr": plain["hr"]})
 
 
-S2 = place()["s2"]["image"]
-S1 = place()["s1"]["image"]
+S2, S1 = place()["s2"]["image"], place()["s1"]["image"]
 NORMALISED = (place()["hr"]["image"] - 120.0) / 58.0
 REFUSED = {
     "empty": ({}, "at least one of the sensors hr, s2, s1"),

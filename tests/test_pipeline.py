@@ -345,7 +345,7 @@ def size_of(tree) -> int:
 
 
 def test_bench_measures_the_three_stages(cfg, contract):
-    """Not how fast: MB per second by places per second are the bytes of a record, of a place, of its part of a batch."""
+    """Not how fast: MB per second by places per second are the bytes of a record, of a place, of a share of a batch."""
     rates = data_bench.bench(cfg, 0.1)
     assert list(rates) == ["read", "place", "batches"]
     size = {stage: 1e6 * rate.mb_per_s / rate.places_per_s for stage, rate in rates.items()}
