@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # The whole test suite in its own environments.   ./tests/run.sh [pytest arguments]
-# With arguments only what they ask for runs, in the first environment. Without, every file runs, two at a time (TEST_PROCESSES),
-# and two more environments are made, for what must not lie in the first one: Apache Beam, which holds other packages back, and the
-# TPU compiler (no TPU is needed). Their folders: VENV (.venv), BEAM_VENV (.venv-beam), TPU_VENV (.venv-tpu). PYTHON as in
-# launch/setup.sh. Tests that need what this machine lacks are skipped and say what they need.
+# With arguments only what they ask for runs, in the first environment. Without, every file runs, two at a time
+# (TEST_PROCESSES), the ten slowest tests are listed, and two more environments are made, for what must not lie in the
+# first one: Apache Beam, which holds other packages back, and the TPU compiler (no TPU is needed). Their folders: VENV
+# (.venv), BEAM_VENV (.venv-beam), TPU_VENV (.venv-tpu). PYTHON as in launch/setup.sh. Tests that need what this machine
+# lacks are skipped and say what they need.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 "$root/launch/setup.sh" test
