@@ -33,13 +33,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12, help="steps of each, after one that is not counted")
     args = parser.parse_args()
     mesh = meshes.make_mesh({"data": 1, "fsdp": -1})
-    steps, states, plans, report = {}, {}, {}, {}
+    steps, states, by_bank, report = {}, {}, {}, {}
     with jax.set_mesh(mesh):
         for bank in BANKS:
             cfg = read_config(args.config)
             cfg.data.dir, cfg.model.geo_context.bank = args.data, bank
             contract = plans.make_contract(cfg)
-            plan = plans[bank] = plans.make_plan(cfg, contract, mesh)
+            plan = by_bank[bank] = plans.make_plan(cfg, contract, mesh)
             steps[bank] = plans.compile_step(plan, mesh)
             states[bank] = state.create(plan.objective, plan.batch, cfg.seed, plan.state)
             if bank == "on" and cfg.model.geo_context.table == "places":
@@ -56,7 +56,7 @@ def main() -> None:
         for turn in range(args.rounds + 1):
             places = next(batches)
             for bank in BANKS:
-                batch = state.put_batch(places, plans[bank].batch)
+                batch = state.put_batch(places, by_bank[bank].batch)
                 wall, cpu = time.monotonic(), time.process_time()
                 states[bank], measured = steps[bank](states[bank], batch)
                 jax.block_until_ready((states[bank], measured))

@@ -190,7 +190,10 @@ def _kill(job: Job, workdir: pathlib.Path, aim: str, draw: random.Random, spans:
     begun = time.monotonic()
     process = start_evaluation(job, workdir) if evaluation else jobs.start(arguments(job, workdir))
     if aim in spans:
-        moment: Callable[[], bool] = lambda: True
+
+        def moment() -> bool:
+            return True
+
         delay = draw.uniform(0, spans[aim])
     else:
         moment = recorded if aim == "step" else lambda: saving() and len(begun_saves) > which
@@ -230,9 +233,9 @@ def report(job: Job, kills: list[Kill], lives: int, asked: int, seed: int, secon
     lines = [
         f"## {job.model}",
         "",
-        f"`python -m tests.survival --model {job.model} --kills {asked} --seed {seed} --out docs/log/survival.md`, commit "
-        f"{evaluate.commit()}, jax {jax.__version__}, Python {platform.python_version()}, CPU, {os.cpu_count()} cores, "
-        f"{seconds / 60:.0f} minutes.",
+        f"`python -m tests.survival --model {job.model} --kills {asked} --seed {seed} --out docs/log/survival.md`, "
+        f"commit {evaluate.commit()}, jax {jax.__version__}, Python {platform.python_version()}, CPU, "
+        f"{os.cpu_count()} cores, {seconds / 60:.0f} minutes.",
         "",
         f"{len(kills)} SIGKILLs were spread over {lives} run{'s' * (lives > 1)} of {STEPS} steps of `{config}` (the "
         f"real objective on {learnt}, float32, a checkpoint every {SAVE_EVERY} steps).",

@@ -25,7 +25,6 @@ from skysense_jax.run import checkpoint, state
 from tests.helpers import noise_dataset
 
 CONFIG = pathlib.Path(__file__).resolve().parents[1] / "configs" / "skysense_tiny.py"
-
 BANDS = {"hr": ("R", "G", "B"), "s2": ("B02", "B03", "B04", "B08"), "s1": ("VV", "VH")}
 CONTRACT = sensors.input_contract(BANDS, ratio=4)
 
@@ -96,12 +95,14 @@ def test_prepare_finds_invalid_pixels():
 
 
 def test_prepare_accepts_names_and_units_that_agree():
-    prepare.prepare(CONTRACT, changed("s2", bands=["blue", "b3", "B4", "B08"], unit="dn"))
-    prepare.prepare(CONTRACT, {"hr": place()["hr"]})  # any subset of the sensors
+    plain, _ = prepare.prepare(CONTRACT, place())
+    spelled, _ = prepare.prepare(CONTRACT, changed("s2", bands=["blue", "b3", "B4", "B08"], unit="dn"))
+    jax.tree.map(np.testing.assert_array_equal, spelled, plain)
+    subset, _ = prepare.prepare(CONTRACT, {"hr": place()["hr"]})  # any subset of the sensors
+    jax.tree.map(np.testing.assert_array_equal, subset, {"hr": plain["hr"]})
 
 
-S2 = place()["s2"]["image"]
-S1 = place()["s1"]["image"]
+S2, S1 = place()["s2"]["image"], place()["s1"]["image"]
 NORMALISED = (place()["hr"]["image"] - 120.0) / 58.0
 REFUSED = {
     "empty": ({}, "at least one of the sensors hr, s2, s1"),
@@ -186,7 +187,7 @@ def test_importing_the_package_is_light():
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert found == skysense_jax.__version__
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
-        skysense_jax.lode
+        _ = skysense_jax.lode
 
 
 # --- networks on disk -----------------------------------------------------------------------------

@@ -21,8 +21,8 @@ from skysense_jax.data import records
 from skysense_jax.data.ingest import build, on_beam
 from skysense_jax.data.ingest.catalog import read_catalog
 from skysense_jax.data.ingest.on_processes import WorkerDied
+from tests.helpers.build_worlds import OPTIONS, damaged_world, world
 from tests.helpers.rasters import catalog, write
-from tests.test_build import OPTIONS, damaged_world, world
 
 DIRECT = ("--runner=DirectRunner", "--allow_unsafe_triggers")  # the second keeps Beam from downloading its Prism binary
 PROCESSES = (*DIRECT, "--direct_num_workers=2", "--direct_running_mode=multi_processing")

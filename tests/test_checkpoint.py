@@ -66,7 +66,11 @@ META = {"config": {"steps": 9}, "contract": {}, "dataset_id": "d", "seconds": {}
 def saved(cfg, tmp_path):
     """A workdir with steps 1 and 2 of a state whose kernels are split over eight devices, and the two states."""
     _, _, shapes, now = small_state(cfg, small=1024)
-    states = [now._replace(step=jnp.int32(n), params=jax.tree.map(lambda x: x + n, now.params)) for n in (1, 2)]
+
+    def at(n):
+        return now._replace(step=jnp.int32(n), params=jax.tree.map(lambda x: x + n, now.params))
+
+    states = [at(1), at(2)]
     saver = checkpoint.Saver(tmp_path, keep=2)
     for one in states:
         assert saver.save(one, {"step": int(one.step)}, META)

@@ -82,6 +82,7 @@ def test_pieces_of_the_distillation_are_reduced_over_devices_once_and_give_the_s
                 (places, rows, 1),
                 (width, prototypes),
             ),
+            strict=True,
         )
     ]
 
@@ -103,7 +104,7 @@ def test_pieces_of_the_distillation_are_reduced_over_devices_once_and_give_the_s
     mesh = meshes.make_mesh({"data": 2, "fsdp": 4})
     split = jax.NamedSharding(mesh, jax.P(None, "fsdp"))
     whole, batch = meshes.replicated(mesh), meshes.batch_sharding(mesh)
-    placed = [jax.device_put(x, y) for x, y in zip(arrays, (split, batch, batch, batch, whole))]
+    placed = [jax.device_put(x, y) for x, y in zip(arrays, (split, batch, batch, batch, whole), strict=True)]
     with jax.set_mesh(mesh):
         step = (
             jax.jit(

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import functools
 import io
+import itertools
 import os
 import pathlib
 import re
@@ -139,7 +140,7 @@ def module_files(module: str) -> list[pathlib.Path]:
 def wrong_fields(words: list[str]) -> list[str]:
     """Fields that the configuration named in the command (or no configuration at all) does not have."""
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    named = [after for word, after in zip(words, words[1:], strict=False) if word == "--config"]
+    named = [after for word, after in itertools.pairwise(words) if word == "--config"]
     file, _, argument = (named[0] if named else "").partition(":")
     known = fields_of(ROOT / file, argument) if (ROOT / file).is_file() else all_fields()
     wanted = [flag.removeprefix("--config.") for flag in flags_of(words) if flag.startswith("--config.")]

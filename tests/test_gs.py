@@ -1,4 +1,4 @@
-"""A run whose records, checkpoints and folder lie in a bucket (an emulator on this machine: tests/helpers/gcs_emulator.py)."""
+"""A run whose records, checkpoints and folder lie in a bucket (helpers/gcs_emulator.py: one on this machine)."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_records_in_a_bucket_are_the_same_as_on_a_disk(bucket, local):
         for name, value in here[number].items():
             assert np.array_equal(there[number][name], value), (number, name)
     for ours, theirs in zip(
-        dataset_records.locations(f"{bucket}/data", "train"), dataset_records.locations(local, "train")
+        dataset_records.locations(f"{bucket}/data", "train"), dataset_records.locations(local, "train"), strict=True
     ):
         assert np.array_equal(ours, theirs)
     with pytest.raises(ValueError, match="gs://bucket/none is not a dataset of places: places.json is missing"):

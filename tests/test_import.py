@@ -194,7 +194,10 @@ def test_every_prefix_of_an_hr_file(model, prefix, tmp_path):
 def test_fused_attention_names(model):
     cfg, params = model
     state = tensors_of(params, "s1", cfg)
-    rename = lambda k: k.replace("in_proj_weight", "Wqkv.weight").replace("in_proj_bias", "Wqkv.bias")
+
+    def rename(k):
+        return k.replace("in_proj_weight", "Wqkv.weight").replace("in_proj_bias", "Wqkv.bias")
+
     legacy = {rename(k): v for k, v in state.items()}
     assert legacy.keys() != state.keys()
     part = released.gather({"s1.pth": (None, in_memory(legacy))})["s1"]

@@ -322,7 +322,7 @@ def test_a_larger_raster_is_cut_on_the_ground_grid_once(tmp_path):
         left, bottom, right, top = record["footprint"]
         assert left % 160 == 0 and top % 160 == 0 and right - left == top - bottom == 160
         assert record["place"] == f"a@{round(left / 160)}_{round(bottom / 160)}"
-        for row, column in zip(*np.nonzero(record["s2_valid"][0])):
+        for row, column in zip(*np.nonzero(record["s2_valid"][0]), strict=True):
             x, y = left + column * 10 - WEST - 70, NORTH - 30 - top + row * 10
             assert record["s2_image"][0, row, column, 3] == image[int(y // 10), int(x // 10)]
             seen[int(y // 10), int(x // 10)] += 1

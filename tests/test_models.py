@@ -1,5 +1,7 @@
 """The SkySense model: any sensors, any dates, masks, scan, remat, precision, sizes, and what it refuses."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,7 +113,10 @@ def test_fusion_order_masks_and_chunks():
     module = Fusion(8, 2, 2)
     x = np.random.default_rng(0).standard_normal((6, 5, 12)).astype(np.float32)
     params = random_like(jax.eval_shape(module.init, jax.random.key(0), x)["params"])
-    run = lambda x, mask=None: np.asarray(module.apply({"params": params}, x, mask)[0])
+
+    def run(x, mask=None):
+        return np.asarray(module.apply({"params": params}, x, mask)[0])
+
     plain = run(x)
     np.testing.assert_array_equal(plain, run(x, jnp.ones((6, 5), bool)))
     close(run(x[:, ::-1])[:, 0], plain[:, 0])
@@ -144,10 +149,18 @@ def test_the_token_alone_has_stochastic_depth_in_every_layer():
     module = Fusion(8, 2, 2, drop=0.999)
     x = np.random.default_rng(0).standard_normal((64, 3, 12)).astype(np.float32)
     params = random_like(jax.eval_shape(module.init, jax.random.key(0), x)["params"])
-    run = lambda **how: module.apply({"params": params}, x, token_only=True, **how)[0]
+
+    def run(**how):
+        return module.apply({"params": params}, x, token_only=True, **how)[0]
+
     dropped = run(train=True, rngs={"drop_path": jax.random.key(1)})
     assert np.abs(dropped - run()).max() > 0.1
     np.testing.assert_array_equal(dropped, run(train=True, rngs={"drop_path": jax.random.key(1)}))
+
+
+def layer_of(stacked, i):
+    """Parameters of layer `i` of those that a scan runs over."""
+    return jax.tree.map(lambda leaf: leaf[i], stacked)
 
 
 def test_scan_is_the_layers_one_after_the_other():
@@ -157,8 +170,7 @@ def test_scan_is_the_layers_one_after_the_other():
     scanned, every = stack.apply({"params": params}, x, emit=True)
     h = x
     for i in range(3):
-        layer = jax.tree.map(lambda p: p[i], params["layers"])
-        h, _ = TransformerLayer(2).apply({"params": layer}, h, 0.0, None)
+        h, _ = TransformerLayer(2).apply({"params": layer_of(params["layers"], i)}, h, 0.0, None)
         close(h, every[i])
     close(h, scanned)
 
@@ -169,7 +181,7 @@ def test_swin_scan_is_the_blocks_one_after_the_other():
     params = random_like(jax.eval_shape(swin.init, jax.random.key(0), x)["params"])
     (out,) = swin.apply({"params": params}, x)
     stage = params["stage0"]
-    blocks = [jax.tree.map(lambda p: p[i], stage["pairs0"][half]) for i in range(2) for half in ("plain", "shifted")]
+    blocks = [layer_of(stage["pairs0"][half], i) for i in range(2) for half in ("plain", "shifted")]
     identity = {"patch_embed": params["patch_embed"], "patch_norm": params["patch_norm"], "norm0": params["norm0"]}
     h = SwinTransformerV2(4, 1, (0,), (1,), (2,), (0,), outputs=()).apply({"params": identity}, x)
     assert h == ()
@@ -201,21 +213,21 @@ def test_stage_plan(depth, every, plan):
 
 def test_remat_gives_the_same_gradients():
     x = np.random.default_rng(0).standard_normal((2, 4, 4, 4)).astype(np.float32)
-    tokens = x.reshape(2, 16, 4)
-    for module, inputs in (
-        (lambda remat: SwinTransformerV2(4, 1, (3,), (1,), (2,), (0,), drop=0.2, outputs=(0,), remat=remat), x),
-        (lambda remat: TransformerStack(2, 2, drop=0.2, remat=remat), tokens),
+
+    def gradient(module, params, inputs):
+        def loss(p):
+            out = module.apply({"params": p}, inputs, train=True, rngs={"drop_path": jax.random.key(3)})[0]
+            return jnp.sum(out**2)
+
+        return jax.jit(jax.grad(loss))(params)
+
+    for make, inputs in (
+        (functools.partial(SwinTransformerV2, 4, 1, (3,), (1,), (2,), (0,), drop=0.2, outputs=(0,)), x),
+        (functools.partial(TransformerStack, 2, 2, drop=0.2), x.reshape(2, 16, 4)),
     ):
-        params = random_like(jax.eval_shape(module(False).init, jax.random.key(0), inputs)["params"])
-
-        def gradient(remat):
-            def loss(p):
-                out = module(remat).apply({"params": p}, inputs, train=True, rngs={"drop_path": jax.random.key(3)})[0]
-                return jnp.sum(out**2)
-
-            return jax.jit(jax.grad(loss))(params)
-
-        jax.tree.map(lambda a, b: close(a, b, 1e-3), gradient(False), gradient(True))
+        params = random_like(jax.eval_shape(make(remat=False).init, jax.random.key(0), inputs)["params"])
+        plain, again = (gradient(make(remat=remat), params, inputs) for remat in (False, True))
+        jax.tree.map(lambda a, b: close(a, b, 1e-3), plain, again)
 
 
 def test_bfloat16_computes_near_float32(model):
@@ -237,9 +249,7 @@ def test_stochastic_depth():
     for before, expected in ((True, True), (False, False)):
         block = SwinBlock(1, 2, False, before_norm=before, stochastic=True)
         params = random_like(
-            jax.eval_shape(lambda: block.init({"params": jax.random.key(0), "drop_path": jax.random.key(0)}, image))[
-                "params"
-            ]
+            jax.eval_shape(block.init, {"params": jax.random.key(0), "drop_path": jax.random.key(0)}, image)["params"]
         )
         params["norm2"] = jax.tree.map(np.zeros_like, params["norm2"])
         out = np.asarray(block.apply({"params": params}, image, 0.5, rngs={"drop_path": jax.random.key(1)})) - image

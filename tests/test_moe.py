@@ -58,7 +58,10 @@ def np_layer(params, x, places):
     logits = x @ params["gate"]
     scores = np_softmax(logits)
     expert, _, kept = np_route(scores, places)
-    out = [scores[t, e] * np_expert(params, e, x[t]) if k else 0 * x[t] for t, (e, k) in enumerate(zip(expert, kept))]
+    out = [
+        scores[t, e] * np_expert(params, e, x[t]) if k else 0 * x[t]
+        for t, (e, k) in enumerate(zip(expert, kept, strict=True))
+    ]
     return np.stack(out), expert, kept, logits
 
 
@@ -92,9 +95,9 @@ def test_routing_serves_the_highest_scores_first(count, experts, places):
     np.testing.assert_array_equal(routing.slot, slot)
     np.testing.assert_array_equal(routing.kept, kept)
     close(routing.gate, scores.max(-1), 0)
-    filled = {(e, s): t for t, (e, s, k) in enumerate(zip(expert, slot, kept)) if k}
+    filled = {(e, s): t for t, (e, s, k) in enumerate(zip(expert, slot, kept, strict=True)) if k}
     taken = np.asarray(routing.taken)
-    assert {(e, s): int(routing.source[e, s]) for e, s in zip(*np.nonzero(taken))} == filled
+    assert {(e, s): int(routing.source[e, s]) for e, s in zip(*np.nonzero(taken), strict=True)} == filled
 
 
 @pytest.mark.parametrize("kind", AUX)

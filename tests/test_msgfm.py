@@ -1,5 +1,7 @@
-"""msGFM: full-size parameter counts, shapes, masks, windows, precision, its loss, and what it refuses. Exactness
-against the reference code is tests/test_parity.py's; PyTorch files are tests/test_msgfm_convert.py's."""
+"""msGFM: full-size parameter counts, shapes, masks, windows, precision, its loss, and what it refuses.
+
+Exactness against the reference code: test_parity.py. PyTorch files: test_msgfm_import.py, test_msgfm_export.py.
+"""
 
 import pathlib
 
@@ -7,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import config_dict
 
 from skysense_jax import cli, recipes, sensors
 from skysense_jax.configs import msgfm_base
@@ -16,40 +17,11 @@ from skysense_jax.nn.swin_v1 import Block, position_bias
 from skysense_jax.nn.windows import OTHER_REGION, relative_index, shift_regions
 from skysense_jax.ops.masking import pixel_mask
 from tests import resolved_configs
+from tests.helpers.msgfm_model import CONTRACT, DENSE, config, random_params
 from tests.parity.names import simmim_entries
 from tests.parity.reference_forms import masked_l1
 
 ROOT = pathlib.Path(__file__).parents[1]
-CONTRACT = sensors.input_contract({"hr": ("R", "G", "B"), "s1": ("VV", "VH")}, 4)
-
-
-def config(**changes):
-    """config.model of a tiny model: maps of 8x8 and 4x4 cells at 16 pixels, experts in the second stage."""
-    fields = {
-        "name": "msgfm",
-        "dtype": "float32",
-        "remat": False,
-        "patch": 2,
-        "embed_dims": 4,
-        "depths": (1, 2),
-        "num_heads": (1, 2),
-        "window": 4,
-        "img_size": 16,
-        "mlp_ratio": 2,
-        "drop_path": 0.0,
-        "eps": 1e-5,
-        "moe": {"stages": (1,), "experts": 2, "capacity": 1.25, "group": 2, "gate_noise": 1.0, "aux": "tutel"},
-    }
-    return config_dict.ConfigDict(fields | changes)
-
-
-DENSE = config_dict.ConfigDict({"stages": ()})
-
-
-def random_params(cfg, contract=CONTRACT, seed=0):
-    rng = np.random.default_rng(seed)
-    shapes = msgfm.param_shapes(cfg, contract)
-    return jax.tree.map(lambda s: (0.5 * rng.standard_normal(s.shape)).astype(np.float32), shapes)
 
 
 def images(channels=3, side=16, batch=2, seed=1):
@@ -203,7 +175,10 @@ def test_bfloat16_computes_near_float32():
 
     def run(cfg):
         model = msgfm.make_model(cfg, CONTRACT)
-        whole = lambda p, x: model.decode(p, "hr", model.encode(p, model.embed(p, "hr", x)).final)
+
+        def whole(p, x):
+            return model.decode(p, "hr", model.encode(p, model.embed(p, "hr", x)).final)
+
         return jax.jit(whole)(params, images())
 
     reference, out = np.asarray(run(cfg)), run(config(moe=DENSE, depths=(1,), num_heads=(1,), dtype="bfloat16"))

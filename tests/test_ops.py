@@ -16,6 +16,7 @@ from skysense_jax.ops import clusters, contrast
 from skysense_jax.ops.ema import ema
 from skysense_jax.ops.sinkhorn import sinkhorn
 from skysense_jax.ops.unit import unit
+from tests.helpers.numpy_twins import np_sinkhorn
 from tests.parity import reference_forms
 from tests.parity.training import Views, assignments, distilled, logits_of, pair_weights
 
@@ -34,24 +35,6 @@ def np_lse(x, axis=-1):
 def np_softmax(x):
     e = np.exp(x - x.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
-
-
-def np_sinkhorn(scores, iterations, rows=None, columns=None):
-    """Plain domain, on the rows and columns that take part only: nothing shared with the log-domain implementation."""
-    rows = np.ones(scores.shape[0], bool) if rows is None else rows.astype(bool)
-    columns = np.ones(scores.shape[1], bool) if columns is None else columns.astype(bool)
-    out = np.zeros(scores.shape)
-    part = scores[rows][:, columns].astype(np.float64)
-    if part.size == 0:
-        return out
-    q = np.exp(part - part.max())
-    n, k = q.shape
-    q /= q.sum()
-    for _ in range(iterations):
-        q = q / q.sum(0) / k
-        q = q / q.sum(1, keepdims=True) / n
-    out[np.ix_(rows, columns)] = q * n
-    return out
 
 
 def np_normalise(x):

@@ -10,7 +10,7 @@ from skysense_jax import sensors, train
 from skysense_jax.draw import panels, reconstructions
 from skysense_jax.models import msgfm
 from tests.helpers import jobs
-from tests.test_msgfm_objective import np_normalised
+from tests.helpers.msgfm_losses import np_normalised
 
 SIDE = 8
 

@@ -85,8 +85,17 @@ META = {"tile": 8, "ratio": 8, "gsd": 10.0, "synthetic": False, "label_classes":
 
 
 def test_a_place_without_anything_still_draws_and_real_data_has_no_badge():
-    image = np.asarray(places.draw(_record(), META))
+    """Panels of hr, of the surface model and of labels in the light grey of no value; and only the badge is red."""
+    image, synthetic = (np.asarray(places.draw(_record(), META | {"synthetic": said})) for said in (False, True))
     assert not (image == np.array(BADGE)).all(-1).any()
+    rows, columns = np.nonzero((image != synthetic).any(-1))
+    assert 4 <= rows.min() and rows.max() <= 28, "in the line of the title"
+    assert image.shape[1] - 130 <= columns.min() and columns.max() <= image.shape[1] - 8, "at its right end"
+    assert (synthetic[4:29, -130:-8] == np.array(BADGE)).all(-1).mean() > 0.5
+    edges = (image == 170).all(-1).sum(0) >= 384
+    assert np.flatnonzero(edges).tolist() == [10, 394, 404, 788], "empty frames: the two panels that are missing"
+    unlabelled = (image == 235).all(-1)
+    assert unlabelled[52 : 52 + 384, 798 : 798 + 384].all(), "the map of labels"
 
 
 def test_invalid_pixels_are_hatched_not_black():

@@ -94,7 +94,6 @@ def test_two_processes_stop_together_and_four_go_on_as_one_would(
             "tests.helpers.jobs",
             lambda index: {"READS": str(tmp_path / f"reads-{count}-{index}")},
             READ_S="0.1" if count == 2 else "0",  # time for the signal to reach the other one
-            XLA_FLAGS="--xla_backend_optimization_level=0",
         )
 
     def read(count: int, index: int) -> list[int]:

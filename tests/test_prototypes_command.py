@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -25,8 +26,8 @@ from skysense_jax.ops import regions
 from skysense_jax.ops.prototypes import NO_PROTOTYPE, empty_bank
 from skysense_jax.run import checkpoint, state
 from tests.helpers import noise_dataset
-from tests.test_api import CONFIG
 
+CONFIG = pathlib.Path(__file__).resolve().parents[1] / "configs" / "skysense_tiny.py"
 CELL, COUNT = 1e6, 4
 WKT = CRS.from_proj4("+proj=laea +lat_0=47.3 +lon_0=4.7 +x_0=1000 +y_0=-500 +datum=WGS84 +units=m").to_wkt()
 WHERE = {"train": [(3.0, 48.0), (4.0, 47.0), (5.0, 46.0), (-60.5, -20.0)], "test": [(4.5, 47.5), (-61.0, -21.0)]}
@@ -310,7 +311,9 @@ def test_a_label_map_that_is_the_assignment_agrees_wholly(root, tmp_path):
     seen = evaluation.places_in_region(network, bank, cfg, 2)
     own, clusters = region.assigned(seen, bank["prototypes"][2], 0)
     relabel = {f"place-{k}": np.full((8, 8), 255, np.uint8) for k in (3, 101)}
-    for name, one in zip(seen.names, own):  # other numbers than the prototypes', unlabelled where nothing is valid
+    for name, one in zip(
+        seen.names, own, strict=True
+    ):  # other numbers than the prototypes', unlabelled where nothing is valid
         relabel[name] = np.where(one == NO_PROTOTYPE, 255, 9 - one).reshape(8, 8).astype(np.uint8)
     folder = write_dataset(tmp_path / "data", relabel)
     command(root, "--data", folder, "--map", "place-100", "--out", tmp_path)

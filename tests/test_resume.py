@@ -49,7 +49,10 @@ def test_stopped_and_damaged_and_still_the_same_bits(job, straight, tmp_path):
 
     # SIGTERM: saved at the step where it came, exit code 75, and the next start goes on from there.
     there = jobs.reached(tmp_path, SAVE_EVERY + 1)
-    when = lambda: there() and bool(checkpoint.steps(folder))  # the byte below must leave one to go back to
+
+    def when():
+        return there() and bool(checkpoint.steps(folder))  # the byte below must leave one to go back to
+
     code, said = jobs.interrupt(start(), when, signal.SIGTERM)
     assert code == 75 and "preempted: saved at step" in said
     newest = checkpoint.steps(folder)[-1]

@@ -48,7 +48,10 @@ def test_schedules_are_dino_s():
     at = optim.make_schedule(s, c.steps, ("teacher_temp", "last_layer_frozen", "teacher_momentum"))
     values = {name: np.array([float(at(k)[name]) for k in range(c.steps)]) for name in at(0)}
     k = np.arange(c.steps)
-    cosine = lambda first, last, t: last + 0.5 * (first - last) * (1 + np.cos(np.pi * t))
+
+    def cosine(first, last, t):
+        return last + 0.5 * (first - last) * (1 + np.cos(np.pi * t))
+
     warm = s.warmup_lr + (s.lr - s.warmup_lr) * k / s.warmup_steps
     decay = cosine(s.lr, s.final_lr, (k - s.warmup_steps) / (c.steps - s.warmup_steps))
     np.testing.assert_allclose(values["lr"], np.where(k < s.warmup_steps, warm, decay), rtol=2e-5, atol=1e-9)
@@ -110,7 +113,9 @@ def test_adamw_and_learning_rates_are_torch_s(rule, double):
             grads, norm = optim.clip(grads, m["clip"])
             lr = rates[rule](k)
             params, opt = optim.update(grads, opt, params, {"p": True, "b": False}, lr, m["weight_decay"], settings)
-            for name, x in zip(got, (lr, norm, params["p"], params["b"], opt["mu"]["p"], opt["nu"]["p"], value)):
+            for name, x in zip(
+                got, (lr, norm, params["p"], params["b"], opt["mu"]["p"], opt["nu"]["p"], value), strict=True
+            ):
                 got[name].append(np.asarray(x, np.float64))
         tolerance = m["tol"]["float64_rel" if double else "float32_rel"]
         for name, values in got.items():

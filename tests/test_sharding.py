@@ -104,7 +104,10 @@ def alone(machine, cfg):
 def distance(ours: Any, theirs: Any) -> float:
     """Norm of the difference of two trees relative to the norm of the second."""
     ours, theirs = ([np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)] for tree in (ours, theirs))
-    norm = lambda leaves: np.sqrt(sum(np.sum(np.square(leaf)) for leaf in leaves))
+
+    def norm(leaves):
+        return np.sqrt(sum(np.sum(np.square(leaf)) for leaf in leaves))
+
     return norm([a - b for a, b in zip(ours, theirs, strict=True)]) / norm(theirs)
 
 
@@ -123,9 +126,12 @@ def test_a_step_on_every_mesh_is_the_step_of_one_device(data, fsdp, machine, cfg
             assert abs(ours[name] - value) <= 1e-5 * max(1.0, abs(value)), name
         else:
             assert ours[name] == value, name
-    gradient = lambda new: jax.tree.map(
-        lambda mu, before: np.asarray(mu) - cfg.optim.b1 * np.asarray(before), new.opt["mu"], early.opt["mu"]
-    )
+
+    def gradient(new):
+        return jax.tree.map(
+            lambda mu, before: np.asarray(mu) - cfg.optim.b1 * np.asarray(before), new.opt["mu"], early.opt["mu"]
+        )
+
     assert distance(gradient(now), gradient(then)) < 1e-5
     for name in ("params", "teacher", "memory"):
         assert distance(getattr(now, name), getattr(then, name)) < 1e-5, name
@@ -148,7 +154,7 @@ def test_resumed_on_4_devices_and_then_on_1_a_run_goes_on(machine, cfg, alone, t
         saver.close()
     straight = alone[-1]
     assert [line["places"] for line in lines] == [line["places"] for line in straight]
-    worst = [abs(ours["loss"] / theirs["loss"] - 1) for ours, theirs in zip(lines, straight)]
+    worst = [abs(ours["loss"] / theirs["loss"] - 1) for ours, theirs in zip(lines, straight, strict=True)]
     assert max(worst[: FIRST + 1]) < 1e-5 and worst[SECOND] < 1e-5, worst
     assert max(worst[SECOND : SECOND + 20]) < 1e-3, worst
     assert len(lines) == STEPS and len({line["places"] for line in lines}) == STEPS

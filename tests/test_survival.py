@@ -119,7 +119,10 @@ def test_a_place_of_nans_changes_nothing_is_counted_and_too_many_are_65(config, 
     ]
     cfg = train.parse(given).config
     batches = recipes.recipe_of(cfg).batches.train_dataset(cfg, plans.make_contract(cfg), cfg.seed)
-    poisoned = lambda batch: any(np.isnan(leaf).any() for leaf in jax.tree.leaves(batch))
+
+    def poisoned(batch):
+        return any(np.isnan(leaf).any() for leaf in jax.tree.leaves(batch))
+
     bad = [n for n in range(1, 13) if poisoned(batches[n - 1])][:3]  # a record counts the steps done
     assert len(bad) == 3
 
@@ -190,7 +193,7 @@ def test_batches_with_damaged_records_do_not_depend_on_the_number_of_processes(d
         sound = views.train_dataset(cfg, contract, 0)[step]
         moved = np.isin(sound["place"]["index"], numbers)
         np.testing.assert_array_equal(whole["place"]["index"], sound["place"]["index"] + moved)
-        for ours, theirs in zip(jax.tree.leaves(whole), jax.tree.leaves(sound)):
+        for ours, theirs in zip(jax.tree.leaves(whole), jax.tree.leaves(sound), strict=True):
             np.testing.assert_array_equal(ours[~moved], theirs[~moved])
 
 

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import tensorboardX
 from etils import epath
 
 from skysense_jax.core import chips
 from skysense_jax.run import records
+from skysense_jax.run.board import tensorboardX
 from skysense_jax.run.stored import digest
 
 FILE = "metrics.jsonl"

@@ -1,7 +1,7 @@
 """Training processes as a scheduler starts them: real commands, real signals; and what such a run left behind.
 
-As a program it is the train command with two additions for the suite: the recipe "toy" (tests/helpers/toy_objective.py, wide
-enough to be split over fsdp), and, with READS=FILE, the numbers of the records this process reads, one to a line:
+As a program it is the train command with two additions for the suite: the recipe "toy" (toy_objective.py, wide enough
+to be split over fsdp), and, with READS=FILE, the numbers of the records this process reads, one to a line:
 
     python -m tests.helpers.jobs --config FILE --workdir DIR [--config.field=value ...]
 """
@@ -78,7 +78,7 @@ def ended(processes: Sequence[subprocess.Popen]) -> list[tuple[int, str]]:
     """(exit code, stderr) of each process, once all have ended; those that do not are killed."""
     try:
         said = [process.communicate(timeout=PATIENCE_S)[1] for process in processes]
-        return [(process.returncode, text) for process, text in zip(processes, said)]
+        return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
     finally:
         for process in processes:
             if process.poll() is None:
@@ -164,7 +164,7 @@ def assert_close(ours: Sequence[dict], theirs: Sequence[dict], tolerance: float)
     is smaller.
     """
     assert len(ours) == len(theirs)
-    for a, b in zip(without_clocks(ours), without_clocks(theirs)):
+    for a, b in zip(without_clocks(ours), without_clocks(theirs), strict=True):
         assert a.keys() == b.keys()
         for name, value in a.items():
             if isinstance(value, float):

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,6 @@ from skysense_jax.configs import skysense_smoke
 from skysense_jax.core import rngs
 from skysense_jax.objectives.skysense import make_objective
 
-SMOKE = pathlib.Path(__file__).resolve().parents[1] / "configs" / "skysense_smoke.py"
 PLACES, TILE = 8, 8
 SCHEDULE = {"teacher_temp": 0.05, "last_layer_frozen": 0.0, "teacher_momentum": 0.9}
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy.interpolate import RectBivariateSpline
 
 from skysense_jax.nn.windows import relative_coords
 
@@ -57,6 +56,8 @@ def resized(table: np.ndarray, window: int) -> np.ndarray:
     Raises:
         ValueError: the table has fewer than 4 rows along a side, which no cubic goes through.
     """
+    from scipy.interpolate import RectBivariateSpline  # 0.7 s to import, and every run imports this module
+
     side, target = math.isqrt(len(table)), 2 * window - 1
     if side < 4:
         raise ValueError(f"a table of {len(table)} rows is too small to be resized; a window of 3 is the smallest")
