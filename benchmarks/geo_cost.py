@@ -21,6 +21,7 @@ from skysense_jax.core import mesh as meshes
 from skysense_jax.core.config import read_config
 from skysense_jax.data.batches import views
 from skysense_jax.run import init_from, state
+from skysense_jax.run import plan as plans
 
 BANKS = ("none", "on")
 

@@ -44,8 +44,9 @@ from skysense_jax.data.batches import one_sensor, whole_places
 from skysense_jax.evals import compare, rows
 from skysense_jax.models import msgfm, msgfm_outputs
 from skysense_jax.objectives import msgfm as msgfm_objective
-from skysense_jax.run import init_from, metrics, optim, state
+from skysense_jax.run import init_from, optim, state
 from skysense_jax.run import plan as plans
+from skysense_jax.run.log import metrics
 from skysense_jax.run.step import make_step
 from skysense_jax.sensors import SENSORS
 

@@ -47,7 +47,7 @@ json() {  # the words as elements of a list in double quotes, which YAML reads a
 
 manifest() {
     local arguments=(--extra tpu --processes $((hosts * slices))) pair text list
-    # TPU_TYPE: core/xla_flags.py
+    # TPU_TYPE: core/hardware/xla_flags.py
     for pair in "TPU_TYPE=$accelerator" ${env[@]+"${env[@]}"}; do arguments+=(--env "$pair"); done
     [ -z "$prepare" ] || arguments+=(--prepare "$prepare")
     shopt -u patsub_replacement 2> /dev/null || true  # bash 5.2: an & in a value is an &

@@ -93,7 +93,7 @@ pack() {  # once for a watch: a restart runs the code it began with, whatever ha
 run() {
     local worker=(launch/worker.sh --extra tpu --processes $((hosts * slices))) pair
     local training='echo $$ > pid; trap : TERM; (cd ~/skysense_jax && exec "$@" 9>&-); echo $? > exit_code'
-    # TPU_TYPE: core/xla_flags.py
+    # TPU_TYPE: core/hardware/xla_flags.py
     for pair in "TPU_TYPE=$accelerator_type" ${env[@]+"${env[@]}"}; do worker+=(--env "$pair"); done
     [ -z "$prepare" ] || worker+=(--prepare "$prepare")
     queued scp "$archive" "$name:skysense_jax.tar.gz" --node=all --worker=all ${ssh_option[@]+"${ssh_option[@]}"} &&

@@ -23,13 +23,15 @@ from etils import epath
 from ml_collections import config_dict
 
 from skysense_jax import recipes
-from skysense_jax.core import config, exits, paths, xla_flags
+from skysense_jax.core import config, exits, paths
 from skysense_jax.core import mesh as meshes
+from skysense_jax.core.hardware import xla_flags
 from skysense_jax.draw import reconstructions
-from skysense_jax.run import checkpoint, folder, metrics, profiler, state, watchdog
+from skysense_jax.run import checkpoint, folder, state, watchdog
 from skysense_jax.run import plan as plans
 from skysense_jax.run import start as starts
 from skysense_jax.run.folder import say
+from skysense_jax.run.log import metrics, profiler
 from skysense_jax.run.preempt import Preemption
 
 

@@ -19,8 +19,9 @@ import pytest
 from skysense_jax.commands import compile_check as command
 from skysense_jax.commands import pods
 from skysense_jax.configs import skysense_tiny
-from skysense_jax.core import chips, flops, hlo, sharding
+from skysense_jax.core import flops, sharding
 from skysense_jax.core import mesh as meshes
+from skysense_jax.core.hardware import chips, hlo
 from skysense_jax.ops import contrast
 from skysense_jax.run import pod_check
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from skysense_jax import recipes
 from skysense_jax.configs import skysense_tiny
-from skysense_jax.core import mesh, rngs, sharding, trees, xla_flags
+from skysense_jax.core import mesh, rngs, sharding, trees
+from skysense_jax.core.hardware import xla_flags
 from skysense_jax.models import systems
 from tests import resolved_configs
 from tests.helpers import config_reads

@@ -40,7 +40,7 @@ NEVERS = (
 """(room, what nothing in it imports), beside what the floors forbid."""
 
 SHIPS_ALONE = {"convert/modeling_skysense.py", "convert/modeling_msgfm.py"}  # plain torch, no import of ours
-READ_FILES = ("run", "data", "convert", "maps", "draw", "core/files", "core/config", "core/paths", "core/xla_flags")
+READ_FILES = ("run", "data", "convert", "maps", "draw", "core/files", "core/config", "core/paths")
 """Where files may be opened, beside networks and everything above it."""
 
 
@@ -216,12 +216,12 @@ def test_no_line_is_past_120_columns():
 
 
 def test_no_room_is_flat():
-    """At most fifteen files at one level of a room: more have walls already."""
+    """At most fifteen files at one level of a room, its __init__.py among them: more have walls already."""
     counts = {
         str(folder.relative_to(PACKAGE)): len(list(folder.glob("*.py")))
         for folder in [PACKAGE, *(path for path in PACKAGE.rglob("*") if path.is_dir())]
     }
-    assert not {name: n for name, n in counts.items() if n > 16}, counts  # __init__.py beside fifteen
+    assert not {name: n for name, n in counts.items() if n > 15}, counts
 
 
 def test_no_silent_handlers():

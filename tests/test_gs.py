@@ -18,8 +18,9 @@ from skysense_jax import cli, networks, train
 from skysense_jax.core import paths, trees
 from skysense_jax.data import records as dataset_records
 from skysense_jax.draw import reconstructions
-from skysense_jax.run import checkpoint, metrics, profiler, records
+from skysense_jax.run import checkpoint
 from skysense_jax.run.folder import COMPLETE
+from skysense_jax.run.log import metrics, profiler, records
 from tests.helpers import gcs_emulator, jobs, noise_dataset, toy_objective
 
 needs_gcsfs = pytest.mark.skipif(

@@ -13,10 +13,12 @@ import pytest
 from skysense_jax import recipes
 from skysense_jax.configs import msgfm_tiny
 from skysense_jax.core import mesh as meshes
-from skysense_jax.core import trees, xla_flags
+from skysense_jax.core import trees
+from skysense_jax.core.hardware import xla_flags
 from skysense_jax.objectives import msgfm as msgfm_objective
-from skysense_jax.run import metrics, optim, state, step
+from skysense_jax.run import optim, state, step
 from skysense_jax.run import plan as plans
+from skysense_jax.run.log import metrics
 from tests.helpers.msgfm_losses import batch_of
 
 MESHES = ((1, 8, 1), (2, 1, 4), (2, 2, 2), (1, 4, 2))

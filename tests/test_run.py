@@ -15,9 +15,10 @@ from skysense_jax import recipes, train
 from skysense_jax.configs import skysense_smoke, skysense_tiny
 from skysense_jax.core import mesh as meshes
 from skysense_jax.core import trees
-from skysense_jax.run import checkpoint, metrics, optim, profiler, records, step
+from skysense_jax.run import checkpoint, optim, step
 from skysense_jax.run import plan as plans
 from skysense_jax.run.folder import COMPLETE
+from skysense_jax.run.log import metrics, profiler, records
 from tests.helpers import noise_dataset, toy_objective
 from tests.helpers.toy_objective import same, small_state
 

@@ -17,10 +17,12 @@ import pytest
 from skysense_jax import recipes
 from skysense_jax.configs import skysense_tiny
 from skysense_jax.core import mesh as meshes
-from skysense_jax.core import trees, xla_flags
+from skysense_jax.core import trees
+from skysense_jax.core.hardware import xla_flags
 from skysense_jax.data.batches import views
-from skysense_jax.run import checkpoint, metrics, optim, state, step
+from skysense_jax.run import checkpoint, optim, state, step
 from skysense_jax.run import plan as plans
+from skysense_jax.run.log import metrics
 from tests import shardings
 from tests.helpers import noise_dataset
 

@@ -25,8 +25,8 @@ from absl import flags
 from ml_collections import config_dict
 
 from skysense_jax.core import config, exits
-from skysense_jax.core.chips import GIB
 from skysense_jax.core.files import write_atomically
+from skysense_jax.core.hardware.chips import GIB
 from skysense_jax.run import pod_check
 
 

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from skysense_jax.core import exits
-from skysense_jax.core.chips import GIB
 from skysense_jax.core.files import around, write_between
+from skysense_jax.core.hardware.chips import GIB
 
 
 class Row(NamedTuple):

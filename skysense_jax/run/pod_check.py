@@ -27,8 +27,9 @@ from jax.experimental import topologies
 from ml_collections import config_dict
 
 from skysense_jax import recipes
-from skysense_jax.core import chips, flops, hlo, sharding, trees, xla_flags
+from skysense_jax.core import flops, sharding, trees
 from skysense_jax.core import mesh as meshes
+from skysense_jax.core.hardware import chips, hlo, xla_flags
 from skysense_jax.run import checkpoint
 from skysense_jax.run import plan as plans
 
@@ -110,7 +111,7 @@ class _Device(NamedTuple):
 def _device(kind: str, per_chip: int) -> _Device:
     """The data sheet of a device; ValueError where there is none."""
     if kind not in chips.CHIPS:
-        raise ValueError(f"no data sheet for {kind!r} in core/chips.py; there are {', '.join(chips.CHIPS)}")
+        raise ValueError(f"no data sheet for {kind!r} in core/hardware/chips.py; there are {', '.join(chips.CHIPS)}")
     chip = chips.CHIPS[kind]
     return _Device(
         chip.flops / per_chip,

@@ -21,7 +21,7 @@ class Start(NamedTuple):
     Attributes:
         state: on its mesh.
         step: steps done.
-        seconds: of earlier starts of the run, by purpose (run.metrics.Timers).
+        seconds: of earlier starts of the run, by purpose (run.log.metrics.Timers).
     """
 
     state: state.TrainState

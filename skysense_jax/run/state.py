@@ -11,7 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from skysense_jax.core import mesh as meshes
-from skysense_jax.core import rngs, sharding, trees, xla_flags
+from skysense_jax.core import rngs, sharding, trees
+from skysense_jax.core.hardware import xla_flags
 from skysense_jax.run import optim
 
 

@@ -24,7 +24,8 @@ import numpy as np
 from skysense_jax import recipes, train
 from skysense_jax.core import trees
 from skysense_jax.data import records as dataset_records
-from skysense_jax.run import checkpoint, metrics
+from skysense_jax.run import checkpoint
+from skysense_jax.run.log import metrics
 from tests.helpers import toy_objective
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from skysense_jax import recipes
-from skysense_jax.core import xla_flags
+from skysense_jax.core.hardware import xla_flags
 from skysense_jax.data.batches import spec
 from skysense_jax.models import msgfm
 from skysense_jax.objectives import msgfm as msgfm_objective

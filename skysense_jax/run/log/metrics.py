@@ -20,9 +20,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from skysense_jax.core import chips
-from skysense_jax.run import records
-from skysense_jax.run.board import tensorboardX
+from skysense_jax.core.hardware import chips
+from skysense_jax.run.log import records
+from skysense_jax.run.log.board import tensorboardX
 from skysense_jax.run.stored import digest
 
 FILE = "metrics.jsonl"

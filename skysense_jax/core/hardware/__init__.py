@@ -1,0 +1,1 @@
+"""Accelerators and their compiler: data sheets, flags, and reading a compiled program."""
