@@ -24,16 +24,17 @@ LR_SCALE = {"hr": 1.0, "s2": 0.25, "s1": 0.25, "dsm": 0.1}
 
 
 def rows(names: str) -> dict[str, sensors.Sensor]:
-    """Rows of the sensor table by name. names: separated by commas; "" = all. Raises ValueError on an unknown one."""
-    wanted = names.split(",") if names else list(sensors.SENSORS)
-    if unknown := [name for name in wanted if name not in sensors.SENSORS]:
+    """Rows of the sensor table by name. names: separated by commas; "" = all. Raises ValueError on an unknown name."""
+    selected = names.split(",") if names else list(sensors.SENSORS)
+    if unknown := [name for name in selected if name not in sensors.SENSORS]:
         raise ValueError(f"unknown sensors {unknown}: {', '.join(sensors.SENSORS)}")
-    return {name: sensors.SENSORS[name] for name in wanted}
+    return {name: sensors.SENSORS[name] for name in selected}
 
 
 def get_config(names: str = "") -> config_dict.ConfigDict:
-    """The whole configuration of one run; every field can be overridden with --config.section.field=value. names: the
-    sensors, as in --config configs/msgfm_base.py:s2,s1; all of the table unless told.
+    """The whole configuration of one run; every field can be overridden with --config.section.field=value.
+
+    names: the sensors, as in --config configs/msgfm_base.py:s2,s1; all of the table unless told.
     """
     table = rows(names)
     c = config_dict.ConfigDict()

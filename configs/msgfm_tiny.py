@@ -1,5 +1,6 @@
-"""msGFM, test size: the smoke configuration with everything that costs time made small. The suite uses it; it learns
-nothing.
+"""msGFM, test size: the smoke configuration with everything that costs time made small.
+
+The suite uses it; it learns nothing.
 
 Command:   python -m skysense_jax.train --config configs/msgfm_tiny.py --workdir DIR --config.data.dir=DATA
 Cost:      seconds on one core. DATA: any dataset with the four sensors and 4 x 4 HR pixels under a base pixel.
@@ -11,8 +12,9 @@ from skysense_jax.configs import msgfm_base, msgfm_smoke
 
 
 def get_config(names: str = "") -> config_dict.ConfigDict:
-    """The smoke configuration at test size: images of 16 pixels, six steps of eight. names: as in
-    configs/msgfm_base.py.
+    """The smoke configuration at test size: images of 16 pixels, six steps of eight.
+
+    names: as in configs/msgfm_base.py.
     """
     c = msgfm_smoke.get_config(names)
     c.steps = 6

@@ -1,5 +1,6 @@
-"""SkySense, test size: the smoke configuration with everything that costs time made small. The suite uses it; it learns
-nothing.
+"""SkySense, test size: the smoke configuration with everything that costs time made small.
+
+The suite uses it; it learns nothing.
 
 Command:   python -m skysense_jax.train --config configs/skysense_tiny.py --workdir DIR --config.data.dir=DATA
            configs/skysense_tiny.py:series takes the two time series only: half the time to compile
@@ -13,8 +14,9 @@ from skysense_jax.configs import skysense_smoke
 
 
 def get_config(variant: str = "all") -> config_dict.ConfigDict:
-    """The smoke configuration at test size: same stages, width 32, six steps of four places. variant: "all" sensors,
-    or "series".
+    """The smoke configuration at test size: same stages, width 32, six steps of four places.
+
+    variant: "all" sensors, or "series".
     """
     if variant not in ("all", "series"):
         raise ValueError(f"unknown variant {variant!r}: all, series")

@@ -27,6 +27,7 @@ from skysense_jax.models import skysense, systems
 from skysense_jax.models.inputs import PLACE
 from skysense_jax.ops import regions
 from skysense_jax.run.folder import commit
+from skysense_jax.sensors import Contract
 
 Arrays = Mapping[str, Any]
 """A PlaceInput with batch axis."""
@@ -147,7 +148,7 @@ def settings(
     return cfg
 
 
-def _sensor(contract: Mapping[str, Any], features: str) -> str | None:
+def _sensor(contract: Contract, features: str) -> str | None:
     """The sensor whose features are scored; None for the fused ones."""
     if features == "fused":
         return None
@@ -209,7 +210,7 @@ def _statistics(tasks: tuple[str, ...], sensor: str | None, *, tile: int, patch:
 
 def _collect(
     cfg: config_dict.ConfigDict,
-    contract: Mapping[str, Any],
+    contract: Contract,
     split: str,
     methods: Mapping[str, rows.Method],
     tasks: tuple[str, ...],

@@ -13,6 +13,12 @@ from typing import Any
 
 from skysense_jax.sensor_row import ClearMask, Mistake, Offset, Sensor, Unit
 
+SensorRule = Mapping[str, Any]
+"""The entry of a sensor in an input contract: bands, unit, grid, statistics."""
+
+Contract = Mapping[str, Any]
+"""An input contract (:func:`input_contract`): which sensors a model takes, their bands, grids and normalisation."""
+
 NO_DATE = -1
 """Stored date of an acquisition whose date is unknown (allowed only for sensors with ``dated=False``)."""
 
@@ -200,14 +206,14 @@ _CONTRACT_GRIDS = {"base": "s2", "fine": "hr"}
 """Grid of a row -> its word in contracts; checkpoints, exports and their PyTorch code hold these words."""
 
 
-def on_fine_grid(sensor: Sensor | Mapping[str, Any]) -> bool:
+def on_fine_grid(sensor: Sensor | SensorRule) -> bool:
     """Whether a sensor lies on the fine grid; `sensor`: its row, or its rule in an input contract."""
     if isinstance(sensor, Sensor):
         return sensor.grid == "fine"
     return sensor["grid"] == _CONTRACT_GRIDS["fine"]
 
 
-def pixels_per_base(sensor: Sensor | Mapping[str, Any], ratio: int) -> int:
+def pixels_per_base(sensor: Sensor | SensorRule, ratio: int) -> int:
     """Number of pixels of a sensor that lie along one base pixel.
 
     Args:
@@ -306,7 +312,25 @@ def input_contract(
     return contract
 
 
-def check_contract(contract: Mapping[str, Any], sensor: str, bands: Sequence[str], unit: str) -> None:
+def sensor_rule(contract: Contract, sensor: str) -> SensorRule:
+    """Looks a sensor up in an input contract.
+
+    Args:
+        contract: the model's input contract.
+        sensor: name of the sensor.
+
+    Returns:
+        The sensor's entry: bands, unit, grid, statistics.
+
+    Raises:
+        ValueError: the contract has no such sensor.
+    """
+    if sensor not in contract["sensors"]:
+        raise ValueError(f"the model takes no {sensor!r}; its input contract has {', '.join(contract['sensors'])}")
+    return contract["sensors"][sensor]
+
+
+def check_contract(contract: Contract, sensor: str, bands: Sequence[str], unit: str) -> None:
     """Checks that images of a sensor are what a model's input contract expects.
 
     Args:
@@ -318,9 +342,7 @@ def check_contract(contract: Mapping[str, Any], sensor: str, bands: Sequence[str
     Raises:
         ValueError: the contract has no such sensor, other bands or another unit; the message says which.
     """
-    if sensor not in contract["sensors"]:
-        raise ValueError(f"the model takes no {sensor!r}; its input contract has {', '.join(contract['sensors'])}")
-    expected = contract["sensors"][sensor]
+    expected = sensor_rule(contract, sensor)
     if list(bands) != expected["bands"]:
         raise ValueError(f"{sensor}: bands {list(bands)} given, the model expects {expected['bands']} in this order")
     if unit != expected["unit"]:

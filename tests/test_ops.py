@@ -57,9 +57,9 @@ def np_distil(zs, zt, w, ps, pt, centre, ts, tt):
 def np_info_nce(a, b, valid, t):
     losses = []
     for first, second in ((a, b), (b, a)):
-        for p, i in zip(*np.nonzero(valid)):
+        for p, i in zip(*np.nonzero(valid), strict=True):
             logits = [first[p, i] @ second[p, i] / t]
-            logits += [first[p, i] @ second[q, j] / t for q, j in zip(*np.nonzero(valid)) if q != p]
+            logits += [first[p, i] @ second[q, j] / t for q, j in zip(*np.nonzero(valid), strict=True) if q != p]
             losses.append(np_lse(np.array(logits)) - logits[0])
     return np.mean(losses) if losses else 0.0
 
@@ -91,7 +91,7 @@ def test_sinkhorn_masked_twin():
     rows = np.random.default_rng(1).random((3, 20)) > 0.3
     columns = np.array([[1, 1, 1, 1, 1, 1], [1, 0, 1, 1, 0, 1], [0, 0, 0, 0, 0, 0]])
     ours = np.asarray(sinkhorn(jnp.asarray(scores), 4, rows, columns))
-    twin = np.stack([np_sinkhorn(s, 4, r, c) for s, r, c in zip(scores, rows, columns)])
+    twin = np.stack([np_sinkhorn(s, 4, r, c) for s, r, c in zip(scores, rows, columns, strict=True)])
     np.testing.assert_allclose(ours, twin, atol=2e-6)
     assert (ours[~rows] == 0).all() and (ours[2] == 0).all()
     np.testing.assert_allclose(ours[:2].sum(-1), rows[:2], atol=1e-5)
@@ -186,7 +186,7 @@ def distil_case():
 def test_distil_twin_whatever_the_chunk(chunk):
     case = distil_case()
     ours = contrast.distil(*map(jnp.asarray, case), 0.1, 0.05, chunk)
-    for value, twin in zip(ours, np_distil(*(x.astype(np.float64) for x in case), 0.1, 0.05)):
+    for value, twin in zip(ours, np_distil(*(x.astype(np.float64) for x in case), 0.1, 0.05), strict=True):
         np.testing.assert_allclose(value, twin, rtol=2e-5, atol=2e-5)
 
 
@@ -197,7 +197,7 @@ def test_distil_gradient_is_the_student_s_and_does_not_know_chunks():
         return jax.grad(lambda *x: contrast.distil(*x, 0.1, 0.05, chunk)[0].sum(), argnums=tuple(range(6)))(*case)
 
     whole, pieces = total(100), total(4)
-    for a, b in zip(whole, pieces):
+    for a, b in zip(whole, pieces, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(a).max())
     student, teacher, weight, prototypes, teacher_prototypes, centre = whole
     assert np.abs(student).max() > 0 and np.abs(prototypes).max() > 0

@@ -141,7 +141,7 @@ def test_regions_are_different_squares_of_the_grid_and_their_places_lie_in_them(
         for _ in range(50):
             crs, west, north = rasters._location(rng, False, 160.0, region)
             corners.append((west, north))
-        lon, lat = transform(crs, "EPSG:4326", *zip(*corners))
+        lon, lat = transform(crs, "EPSG:4326", *zip(*corners, strict=True))
         cells.append(set(regions.cell_ids(np.float32(lon), np.float32(lat), *edges).tolist()))
     assert all(len(found) == 1 for found in cells) and len(set.union(*cells)) == len(world.REGIONS)
 
@@ -221,7 +221,7 @@ def test_land_is_deterministic_and_the_scene_dominates():
     assert share["conifer forest"][2] > 0.5 and share["deciduous forest"][2] > 0.5 and share["pasture"][3] > 0.5
     assert share["winter crops"][4] > 0.5 and share["summer crops"][4] > 0.5 and share["industrial"][5] > 0.5
     twice = [ground.make_land(np.random.default_rng(1), 16, 4, 10.0, "orchard") for _ in range(2)]
-    assert all(np.array_equal(a, b) for a, b in zip(*twice))
+    assert all(np.array_equal(a, b) for a, b in zip(*twice, strict=True))
 
 
 def test_fractions_conserve_area_and_the_label_map_is_the_majority():

@@ -22,7 +22,7 @@ from skysense_jax.core.trees import Tree
 from skysense_jax.data import records
 from skysense_jax.models import msgfm, systems
 from skysense_jax.run import plan as plans
-from skysense_jax.sensors import SENSORS, input_contract, on_fine_grid
+from skysense_jax.sensors import SENSORS, Contract, input_contract, on_fine_grid
 
 KIND_NAMES = {
     "workdir": "workdir (newest checkpoint)",
@@ -74,7 +74,7 @@ def describe(path: str | pathlib.Path) -> str:
     return "\n".join([*lines, "", counted, "", contract_table(description.contract)])
 
 
-def contract_table(contract: Mapping[str, Any]) -> str:
+def contract_table(contract: Contract) -> str:
     """What a model expects of every sensor, band by band."""
     lines = [
         f"input expected: {contract['ratio']} HR pixels along one base pixel; raw values in these units, "
@@ -156,7 +156,7 @@ def describe_config(path: str) -> str:
     return "\n\n".join([title, counted, contract_table(contract)])
 
 
-def encoder_sizes(model: config_dict.ConfigDict, contract: Mapping[str, Any]) -> str:
+def encoder_sizes(model: config_dict.ConfigDict, contract: Contract) -> str:
     """Parameters of an msGFM encoder with the embedding of hr, which is how papers count.
 
     Three encoders are counted: as the configuration says, dense, and with mixtures in all stages from its first mixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,13 +13,13 @@ from skysense_jax.models.inputs import normalise
 from skysense_jax.models.skysense import SWIN, Params, make_model
 from skysense_jax.models.skysense_modules import per_stage
 from skysense_jax.ops import regions
-from skysense_jax.sensors import SENSORS, pixels_per_base
+from skysense_jax.sensors import SENSORS, Contract, pixels_per_base
 
 Inputs = dict[str, dict[str, np.ndarray]]
 """A PlaceInput in raw units; PLACE: where it is; for msGFM with "hidden" [B,T,h,w], 1 = the patch is hidden."""
 
 
-def skysense_inputs(cfg: config_dict.ConfigDict, contract: Mapping[str, Any], seed: int = 0) -> Inputs:
+def skysense_inputs(cfg: config_dict.ConfigDict, contract: Contract, seed: int = 0) -> Inputs:
     """Makes a small deterministic PlaceInput in raw units.
 
     It has two places, with invalid pixels, a masked date and an unmeasured band.
@@ -67,10 +66,7 @@ def frozen_place(bank: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def skysense_outputs(
-    params: Params,
-    cfg: config_dict.ConfigDict,
-    contract: Mapping[str, Any],
-    inputs: Mapping[str, Mapping[str, np.ndarray]],
+    params: Params, cfg: config_dict.ConfigDict, contract: Contract, inputs: Mapping[str, Mapping[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
     """Runs a SkySense network on a frozen batch.
 
@@ -92,7 +88,7 @@ def skysense_outputs(
     return flat | {f"hr_stages.{i}": channels_first(x) for i, x in enumerate(outputs.get("hr_stages", ()))}
 
 
-def msgfm_inputs(cfg: config_dict.ConfigDict, contract: Mapping[str, Any], seed: int = 0) -> Inputs:
+def msgfm_inputs(cfg: config_dict.ConfigDict, contract: Contract, seed: int = 0) -> Inputs:
     """Makes a small deterministic PlaceInput in raw units.
 
     It has two places, images of the training's size and of others, with invalid pixels, an unmeasured band where there
@@ -126,10 +122,7 @@ def msgfm_inputs(cfg: config_dict.ConfigDict, contract: Mapping[str, Any], seed:
 
 
 def msgfm_outputs(
-    params: Params,
-    cfg: config_dict.ConfigDict,
-    contract: Mapping[str, Any],
-    inputs: Mapping[str, Mapping[str, np.ndarray]],
+    params: Params, cfg: config_dict.ConfigDict, contract: Contract, inputs: Mapping[str, Mapping[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
     """Runs an msGFM network on a frozen batch: every acquisition is brought to model.img_size and encoded alone.
 

@@ -11,14 +11,15 @@ patch_embeds.SENSOR. and decoders.SENSOR. in the place of patch_embed. and decod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from ml_collections import config_dict
 
 from skysense_jax.models import msgfm, skysense, skysense_modules
 from skysense_jax.nn.swin import stage_plan
+from skysense_jax.sensors import Contract
 
 
 class Entry(NamedTuple):
@@ -218,7 +219,7 @@ def module_entries(module: str, cfg: config_dict.ConfigDict) -> list[Entry]:
     return uphead_entries() if module.startswith("head_") else vit_entries(cfg[module].depth)
 
 
-def skysense_entries(cfg: config_dict.ConfigDict, contract: Mapping[str, Any]) -> list[Entry]:
+def skysense_entries(cfg: config_dict.ConfigDict, contract: Contract) -> list[Entry]:
     """Lists a SkySense model, in the names of a whole-model file.
 
     Args:

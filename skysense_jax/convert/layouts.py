@@ -16,8 +16,7 @@ from skysense_jax.convert import frozen, keymap, model_card
 from skysense_jax.models import msgfm
 from skysense_jax.models.inputs import PLACE
 from skysense_jax.models.skysense import Params
-
-Contract = Mapping[str, Any]
+from skysense_jax.sensors import Contract
 
 
 class Layout(NamedTuple):

@@ -21,6 +21,7 @@ from skysense_jax.convert.model_card import model_card
 from skysense_jax.convert.tensor_files import sha256
 from skysense_jax.core import trees
 from skysense_jax.models.skysense import Params
+from skysense_jax.sensors import Contract
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 """Hugging Face's names of the weights in one file, and of the index of several."""
@@ -77,7 +78,7 @@ def relative_l2(value: np.ndarray, expected: np.ndarray) -> float:
 
 def export(
     params: Params,
-    contract: Mapping[str, Any],
+    contract: Contract,
     cfg: config_dict.ConfigDict,
     out_dir: str | pathlib.Path,
     provenance: Mapping[str, Any],

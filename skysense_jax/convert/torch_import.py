@@ -16,6 +16,7 @@ from skysense_jax.convert.tensor_files import Tensors, joined, open_tensors
 from skysense_jax.core import config, trees
 from skysense_jax.models import msgfm, systems
 from skysense_jax.models.skysense import param_shapes
+from skysense_jax.sensors import Contract
 
 
 class Imported(NamedTuple):
@@ -86,7 +87,7 @@ def fill(state: Mapping[str, np.ndarray], entries: Sequence[keymap.Entry], shape
     return Imported(trees.nest(arrays), filled, ignored)
 
 
-def import_state(state: Mapping[str, np.ndarray], cfg: config_dict.ConfigDict, contract: Mapping[str, Any]) -> Imported:
+def import_state(state: Mapping[str, np.ndarray], cfg: config_dict.ConfigDict, contract: Contract) -> Imported:
     """Makes a whole model (`cfg.name`) from tensors in official names.
 
     Args:
@@ -101,7 +102,7 @@ def import_state(state: Mapping[str, np.ndarray], cfg: config_dict.ConfigDict, c
 
 
 def params_from_torch(
-    state: Mapping[str, np.ndarray], cfg: config_dict.ConfigDict, contract: Mapping[str, Any]
+    state: Mapping[str, np.ndarray], cfg: config_dict.ConfigDict, contract: Contract
 ) -> dict[str, Any]:
     """Makes the parameters of a whole model from tensors in official names. Strict: see :func:`fill`.
 
@@ -117,7 +118,7 @@ def params_from_torch(
 
 
 def import_module(
-    state: Mapping[str, np.ndarray], module: str, cfg: config_dict.ConfigDict, contract: Mapping[str, Any]
+    state: Mapping[str, np.ndarray], module: str, cfg: config_dict.ConfigDict, contract: Contract
 ) -> Imported:
     """Makes one top-level parameter of SkySense from tensors in the module's official names.
 
@@ -137,11 +138,7 @@ def import_module(
 
 
 def import_swin(
-    tensors: Tensors,
-    sensor: str | None,
-    cfg: config_dict.ConfigDict,
-    contract: Mapping[str, Any],
-    leave_out: Sequence[str] = (),
+    tensors: Tensors, sensor: str | None, cfg: config_dict.ConfigDict, contract: Contract, leave_out: Sequence[str] = ()
 ) -> tuple[Imported, swin_files.Found]:
     """Makes parts of `models.msgfm.make_model(cfg, contract)` from the weights of a Swin-V1 file.
 

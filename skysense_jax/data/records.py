@@ -284,7 +284,7 @@ def check_georeferenced(meta: Mapping[str, Any], folder: str | pathlib.Path) -> 
         )
 
 
-def check_dataset(meta: Mapping[str, Any], contract: Mapping[str, Any], cfg: config_dict.ConfigDict) -> None:
+def check_dataset(meta: Mapping[str, Any], contract: sensors.Contract, cfg: config_dict.ConfigDict) -> None:
     """Refuses a dataset that does not fit the input contract and the configuration.
 
     Fields that a configuration does not have, as msGFM's views, are not checked.

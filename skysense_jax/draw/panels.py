@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from skysense_jax.draw import places
-from skysense_jax.sensors import SENSORS
+from skysense_jax.sensors import SENSORS, Contract
 
 _SIDE, _GAP, _TEXT = 192, 8, 18
 COLUMNS = 5
@@ -28,7 +28,7 @@ NOTE = (
 
 
 def draw(
-    contract: Mapping[str, Any], reconstructed: Mapping[str, Mapping[str, Any]], title: str, synthetic: bool
+    contract: Contract, reconstructed: Mapping[str, Mapping[str, Any]], title: str, synthetic: bool
 ) -> Image.Image:
     """Draws the reconstructions of a place, one row for each sensor.
 
@@ -85,7 +85,7 @@ def grey(heights: np.ndarray, measured: np.ndarray) -> np.ndarray:
     return np.repeat((brightness * 255).astype(np.uint8)[..., None], 3, axis=-1)
 
 
-def in_table_order(contract: Mapping[str, Any], name: str, image: np.ndarray) -> np.ndarray:
+def in_table_order(contract: Contract, name: str, image: np.ndarray) -> np.ndarray:
     """Brings the contract's bands to those of the sensor's row.
 
     Args:

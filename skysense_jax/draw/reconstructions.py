@@ -18,6 +18,7 @@ from skysense_jax.data import records as dataset_records
 from skysense_jax.data.batches import acquisitions, views, whole_places
 from skysense_jax.draw import panels
 from skysense_jax.models import msgfm, msgfm_outputs
+from skysense_jax.sensors import Contract
 
 FOLDER = "pictures"
 """Folder of a workdir that holds them, one per step."""
@@ -26,7 +27,7 @@ CANDIDATES = 16
 """Places of a split among which the one with most sensors is drawn during training."""
 
 
-def place_inputs(contract: Mapping[str, Any], record: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
+def place_inputs(contract: Contract, record: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
     """Takes the clearest acquisition of each sensor that the contract and the place have.
 
     Args:
@@ -50,7 +51,7 @@ def place_inputs(contract: Mapping[str, Any], record: Mapping[str, Any], meta: M
 
 
 def reconstructor(
-    cfg: config_dict.ConfigDict, contract: Mapping[str, Any], seed: int, **options: Any
+    cfg: config_dict.ConfigDict, contract: Contract, seed: int, **options: Any
 ) -> Callable[[Tree, Mapping[str, Any]], dict[str, Any]]:
     """Compiles `models.msgfm_outputs.reconstructions` for a configuration.
 
@@ -72,11 +73,7 @@ def reconstructor(
 
 
 def draw(
-    contract: Mapping[str, Any],
-    reconstructed: Mapping[str, Any],
-    record: Mapping[str, Any],
-    meta: Mapping[str, Any],
-    note: str,
+    contract: Contract, reconstructed: Mapping[str, Any], record: Mapping[str, Any], meta: Mapping[str, Any], note: str
 ) -> Image.Image:
     """Draws the reconstructions of a place, under its name.
 
@@ -109,7 +106,7 @@ def write(image: Image.Image, path: pathlib.Path) -> None:
 
 def in_training(
     cfg: config_dict.ConfigDict,
-    contract: Mapping[str, Any],
+    contract: Contract,
     workdir: pathlib.Path,
     replicated: jax.sharding.Sharding,
     writes: bool,

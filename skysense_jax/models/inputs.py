@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +10,10 @@ import numpy as np
 
 from skysense_jax.core.shapes import Mask, Series
 from skysense_jax.nn.attention import wide
-from skysense_jax.sensors import pixels_per_base
+from skysense_jax.sensors import Contract, SensorRule, pixels_per_base, sensor_rule
 
 PLACE = "place"
 """Entry of a PlaceInput beside its sensors: where the places are."""
-
-Contract = Mapping[str, Any]
-"""An input contract (sensors.input_contract): which sensors a model takes, their bands, grids and normalisation."""
 
 SensorInput = Mapping[str, jax.Array]
 """Acquisitions of one sensor: "image" [B, T, H, W, C] raw units, "valid" [B, T, H, W], "bands" [B, T, C] measured or
@@ -25,24 +21,6 @@ not, "dates" [B, T] int day of the year, -1 unknown."""
 
 PlaceInput = Mapping[str, SensorInput]
 """A SensorInput for each of some sensors, and PLACE: {"lon", "lat"} [B] degrees, where the locations are known."""
-
-
-def sensor_rule(contract: Mapping[str, Any], sensor: str) -> Mapping[str, Any]:
-    """Looks a sensor up in an input contract.
-
-    Args:
-        contract: the input contract.
-        sensor: its name.
-
-    Returns:
-        The sensor's entry: bands, unit, grid, statistics.
-
-    Raises:
-        ValueError: the contract does not have it.
-    """
-    if sensor not in contract["sensors"]:
-        raise ValueError(f"the model takes no {sensor!r}; its input contract has {', '.join(contract['sensors'])}")
-    return contract["sensors"][sensor]
 
 
 def check_inputs(inputs: PlaceInput, contract: Contract) -> tuple[int, int]:
@@ -84,7 +62,7 @@ def check_inputs(inputs: PlaceInput, contract: Contract) -> tuple[int, int]:
     return next(iter(grids.values()))
 
 
-def normalise(sensor: SensorInput, contract: Mapping[str, Any]) -> tuple[Series, Mask]:
+def normalise(sensor: SensorInput, contract: SensorRule) -> tuple[Series, Mask]:
     """From raw units to what the encoders take.
 
     Args:

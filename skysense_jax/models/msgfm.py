@@ -18,11 +18,11 @@ from ml_collections import config_dict
 
 from skysense_jax.core.rngs import name_hash
 from skysense_jax.core.shapes import FeatureMap, Image, Key, Mask
-from skysense_jax.models.inputs import Contract
 from skysense_jax.nn.attention import layer_norm, trunc_normal
 from skysense_jax.nn.heads import UPHead
 from skysense_jax.nn.patch import PatchEmbed, conv_bias, torch_linear
 from skysense_jax.nn.swin_v1 import Encoded, SwinTransformerV1
+from skysense_jax.sensors import Contract, sensor_rule
 
 ENCODER, MASK_TOKEN, EMBED, DECODER = "encoder", "mask_token", "embed_{}", "decoder_{}"
 """Top-level parameters; the last two once per sensor."""
@@ -139,13 +139,8 @@ def make_model(cfg: config_dict.ConfigDict, contract: Contract) -> Model:
             params[decoder] = decoders[sensor].init(key(decoder), jnp.zeros((1, 1, 1, width)))["params"]
         return params
 
-    def check(sensor: str) -> None:
-        if sensor not in sensors:
-            raise ValueError(f"the model takes no {sensor!r}; its input contract has {', '.join(sensors)}")
-
     def embed(params: Params, sensor: str, image: Image, mask: Mask | None = None) -> FeatureMap:
-        check(sensor)
-        bands = sensors[sensor]["bands"]
+        bands = sensor_rule(contract, sensor)["bands"]
         if image.ndim != 4 or image.shape[-1] != len(bands):
             raise ValueError(f"{sensor}: image must be [B,H,W,{len(bands)}] with bands {bands}, got {image.shape}")
         tokens = cast(FeatureMap, patches.apply({"params": params[EMBED.format(sensor)]}, image))
@@ -162,7 +157,7 @@ def make_model(cfg: config_dict.ConfigDict, contract: Contract) -> Model:
         return cast(Encoded, encoder.apply({"params": params[ENCODER]}, tokens, train=train, rngs=rngs))
 
     def decode(params: Params, sensor: str, final: FeatureMap) -> Image:
-        check(sensor)
+        sensor_rule(contract, sensor)  # refuses a sensor that the model does not take
         return cast(Image, decoders[sensor].apply({"params": params[DECODER.format(sensor)]}, final))
 
     return Model(init, embed, encode, decode)

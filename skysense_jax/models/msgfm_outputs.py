@@ -12,10 +12,10 @@ from ml_collections import config_dict
 from skysense_jax.core.shapes import Image, Key
 from skysense_jax.core.trees import Tree
 from skysense_jax.models import msgfm
-from skysense_jax.models.inputs import Contract, PlaceInput, normalise
+from skysense_jax.models.inputs import PlaceInput, normalise
 from skysense_jax.models.skysense_outputs import time_mean
 from skysense_jax.ops.masking import masked_sums, pixel_mask, random_cells
-from skysense_jax.sensors import SENSORS, pixels_per_base
+from skysense_jax.sensors import SENSORS, Contract, pixels_per_base
 
 
 def normalised(contract: Contract, name: str, images: Mapping[str, jax.Array]) -> tuple[Image, jax.Array]:

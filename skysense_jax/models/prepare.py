@@ -26,10 +26,9 @@ MAX_SCORE = 6.0
 """|mean of a band after normalising|: no real scene lies this far from the statistics."""
 
 Date = str | datetime.date | np.datetime64 | int | None
-Contract = Mapping[str, Any]
 
 
-def prepare(contract: Contract, images: Mapping[str, Any]) -> tuple[dict[str, dict[str, np.ndarray]], bool]:
+def prepare(contract: sensors.Contract, images: Mapping[str, Any]) -> tuple[dict[str, dict[str, np.ndarray]], bool]:
     """Checks and batches the input of one place, or of a batch of places.
 
     Args:
@@ -107,10 +106,8 @@ def location(place: Mapping[str, Any], count: int) -> dict[str, np.ndarray]:
     return {name: values.astype(np.float32).reshape(count) for name, values in degrees.items()}
 
 
-def _image(contract: Contract, name: str, entry: Any) -> np.ndarray:
-    if name not in contract["sensors"]:
-        raise ValueError(f"the model takes no {name!r}; its input contract has {', '.join(contract['sensors'])}")
-    rule = contract["sensors"][name]
+def _image(contract: sensors.Contract, name: str, entry: Any) -> np.ndarray:
+    rule = sensors.sensor_rule(contract, name)
     if not isinstance(entry, Mapping) or "image" not in entry:
         raise ValueError(f'{name}: give a dict with "image" and "dates"')
     unknown = set(entry) - set(FIELDS)
@@ -161,7 +158,7 @@ def _valid(name: str, image: np.ndarray, stated: np.ndarray | None, batched: boo
     return valid
 
 
-def _plausible(contract: Contract, name: str, image: np.ndarray, valid: np.ndarray) -> None:
+def _plausible(contract: sensors.Contract, name: str, image: np.ndarray, valid: np.ndarray) -> None:
     """Refuses values that are in another unit, in another order of bands or normalised already."""
     row, rule = sensors.SENSORS[name], contract["sensors"][name]
     values = image[valid]
@@ -188,7 +185,7 @@ def _plausible(contract: Contract, name: str, image: np.ndarray, valid: np.ndarr
         )
 
 
-def _base_grid(contract: Contract, name: str, shape: tuple[int, ...]) -> tuple[int, int]:
+def _base_grid(contract: sensors.Contract, name: str, shape: tuple[int, ...]) -> tuple[int, int]:
     """Rows and columns in base pixels."""
     step = sensors.pixels_per_base(contract["sensors"][name], contract["ratio"])
     if shape[0] % step or shape[1] % step:

@@ -19,7 +19,7 @@ from ml_collections import config_dict
 from skysense_jax.core.rngs import name_hash
 from skysense_jax.core.shapes import FeatureMap, Key, MapSeries, Mask
 from skysense_jax.core.sharding import gathered
-from skysense_jax.models.inputs import PLACE, Contract, PlaceInput, check_inputs, normalise
+from skysense_jax.models.inputs import PLACE, PlaceInput, check_inputs, normalise
 from skysense_jax.models.skysense_modules import (
     HEADS,
     SENSOR_ORDER,
@@ -33,6 +33,7 @@ from skysense_jax.nn.attention import trunc_normal
 from skysense_jax.nn.geo import geo_context
 from skysense_jax.nn.position import CALENDAR_DAYS, calendar_rows
 from skysense_jax.ops import prototypes, regions
+from skysense_jax.sensors import Contract
 
 Params = dict[str, Any]
 

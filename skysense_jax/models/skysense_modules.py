@@ -9,12 +9,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 from ml_collections import config_dict
 
-from skysense_jax.models.inputs import Contract
 from skysense_jax.nn.fusion import Fusion
 from skysense_jax.nn.geo import GeoQuery
 from skysense_jax.nn.heads import UPHead
 from skysense_jax.nn.swin import SwinTransformerV2
 from skysense_jax.nn.vit import VisionTransformer
+from skysense_jax.sensors import Contract
 
 SENSOR_ORDER = ("hr", "s2", "s1")
 """Sensors a SkySense model can take, in the order of the fusion sequence."""

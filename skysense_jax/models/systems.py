@@ -16,7 +16,8 @@ from ml_collections import config_dict
 from skysense_jax.core.shapes import Key
 from skysense_jax.core.trees import Tree
 from skysense_jax.models import msgfm, msgfm_outputs, skysense, skysense_outputs
-from skysense_jax.models.inputs import Contract, PlaceInput
+from skysense_jax.models.inputs import PlaceInput
+from skysense_jax.sensors import Contract
 
 Features = Callable[[Tree, PlaceInput], dict[str, jax.Array]]
 """(params, places) -> {"image" [B, E], "pixel" [B, h, w, E], "<sensor>_image", "<sensor>_pixel"}, float32."""

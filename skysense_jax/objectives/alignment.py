@@ -11,20 +11,23 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from ml_collections import config_dict
 
 from skysense_jax.core.sharding import gathered
+from skysense_jax.core.trees import Tree
 from skysense_jax.objectives.granularity import Cells
 from skysense_jax.ops import contrast
 
-Tree = Any
-
 
 def alignment_losses(
-    params: Mapping[str, Tree], cells: Mapping[str, Cells], size: int, dtype: jnp.dtype, objective: Any
+    params: Mapping[str, Tree],
+    cells: Mapping[str, Cells],
+    size: int,
+    dtype: jnp.dtype,
+    objective: config_dict.ConfigDict,
 ) -> dict[str, jax.Array]:
     """The symmetric InfoNCE of every pair of sensors.
 

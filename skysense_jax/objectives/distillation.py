@@ -29,28 +29,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import config_dict
 
 from skysense_jax.core.sharding import gathered
+from skysense_jax.core.trees import Tree
 from skysense_jax.nn.heads import DINOHead, unit_prototypes
 from skysense_jax.objectives import granularity, monitors
 from skysense_jax.objectives.granularity import Cells, cross_views, zip_views
 from skysense_jax.ops import contrast
 
-Tree = Any
 Scalars = dict[str, jax.Array]
 
 
 class Settings(NamedTuple):
-    """What is fixed over a run. objective: config.objective; seeds: [C] cells that the clusters of a global view start
-    from.
+    """What is fixed over a run.
+
+    objective: config.objective; head: the module of every DINO head; seeds: [C] cells that the clusters of a global
+    view start from.
     """
 
-    objective: Any
+    objective: config_dict.ConfigDict
     head: DINOHead
     seeds: np.ndarray
 
@@ -77,8 +80,10 @@ class Views(NamedTuple):
 
 
 class HeadTerms(NamedTuple):
-    """One head's part of the loss. losses: by granularity; monitors: see objectives.skysense; mean_logits: {"logits":
-    the teacher's mean logits [K], "seen": > 0 where there were any}, what the centre is updated with.
+    """What one head adds to the loss, to the metrics and to its centre.
+
+    losses: by granularity; monitors: see objectives.skysense; mean_logits: {"logits": the teacher's mean logits [K],
+    "seen": > 0 where there were any}, what the centre is updated with.
     """
 
     losses: Scalars
@@ -87,12 +92,20 @@ class HeadTerms(NamedTuple):
 
 
 def join(cells: Mapping[str, Cells], names: Sequence[str]) -> Cells:
-    """The dates of several heads' maps side by side: [B, S, sum of T, N, D]."""
-    return Cells(*(jnp.concatenate(part, axis=2) for part in zip(*(cells[name] for name in names), strict=True)))
+    """Puts the dates of several heads' maps side by side.
+
+    Args:
+        cells: by head, maps [B, S, T, N, D].
+        names: the heads, in order.
+
+    Returns:
+        Cells with features [B, S, sum of T, N, D].
+    """
+    return Cells(*(jnp.concatenate(leaves, axis=2) for leaves in zip(*(cells[name] for name in names), strict=True)))
 
 
 def swap_views(tree: Tree) -> Tree:
-    """View 1 where view 0 was, and view 0 where view 1 was: leaves [B, 2, ...]."""
+    """Puts view 1 where view 0 was, and view 0 where view 1 was: leaves [B, 2, ...]."""
     return jax.tree.map(lambda x: x[:, ::-1], tree)
 
 
@@ -127,7 +140,7 @@ def through_heads(
             stop = start + math.prod(x.shape[1:-1])
             vectors[kind].append(flat[:, start:stop].reshape(*x.shape[:-1], -1))
             start = stop
-    return {kind: jnp.concatenate(parts, axis=2) for kind, parts in vectors.items()}
+    return {kind: jnp.concatenate(by_head, axis=2) for kind, by_head in vectors.items()}
 
 
 def head_group_terms(
@@ -228,7 +241,17 @@ def head_group_terms(
 def last_layers(
     name: str, settings: Settings, heads: Heads, schedule: Mapping[str, jax.Array]
 ) -> granularity.Prototypes:
-    """Both networks' prototypes of one head; the student's have no gradient while `last_layer_frozen` is 1."""
+    """Normalises both networks' prototypes of one head; the student's have no gradient while `last_layer_frozen` is 1.
+
+    Args:
+        name: of the head.
+        settings: of the objective.
+        heads: the weights, of this head at least.
+        schedule: "teacher_temp" and "last_layer_frozen" of this step.
+
+    Returns:
+        The prototypes with the centre, the temperatures and the chunk.
+    """
     frozen, v = schedule["last_layer_frozen"], heads.student[name]["last_layer_v"]
     return granularity.Prototypes(
         gathered(unit_prototypes(frozen * jax.lax.stop_gradient(v) + (1 - frozen) * v)),

@@ -16,9 +16,9 @@ from ml_collections import config_dict
 from skysense_jax.core.shapes import FeatureMap, Image, Key, Scalar
 from skysense_jax.core.trees import Tree
 from skysense_jax.models import msgfm
-from skysense_jax.models.inputs import Contract
 from skysense_jax.models.msgfm_outputs import normalised
 from skysense_jax.nn.patch import conv_bias, torch_linear
+from skysense_jax.sensors import Contract
 
 TAUGHT = "hr"
 """The sensor whose images the teacher knows; batches of others have no such term."""

@@ -10,18 +10,18 @@ cell without partner is simply a zero row.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from skysense_jax.core.trees import Tree
 from skysense_jax.ops import clusters, contrast
 from skysense_jax.ops.crops import match_cells
 
 NAMES = ("pixel", "object", "image")
 
-Tree = Any
 Arrays = tuple[jax.Array, ...]
 Pairing = Callable[[Callable[..., Tree], Arrays, Arrays, Arrays], Tree]
 """Which views of the student meet which of the teacher: zip_views (the global ones, the teacher's swapped) or
@@ -30,8 +30,9 @@ cross_views (the local ones).
 
 
 class Cells(NamedTuple):
-    """Maps of several views of one sensor. features: [B, S, T, N, D]; mask: [B, S, T, N] float 0/1 (a padded date is
-    all 0).
+    """Maps of several views of one sensor.
+
+    features: [B, S, T, N, D]; mask: [B, S, T, N] float 0/1 (a padded date is all 0).
     """
 
     features: jax.Array
@@ -243,8 +244,9 @@ class Prototypes(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """Sums over the rows of one granularity, scalars: weighted cross-entropy (differentiable), weighted teacher
-    entropy, weight.
+    """Sums over the rows of one granularity, scalars.
+
+    ce: weighted cross-entropy (differentiable); entropy: of the teacher, weighted; weight: of the rows.
     """
 
     ce: jax.Array

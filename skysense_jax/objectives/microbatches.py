@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-Tree = Any
+from skysense_jax.core.trees import Tree
 
 
 def in_parts(function: Callable[..., Tree], parts: int, places: Tree, rng: jax.Array | None) -> Tree:

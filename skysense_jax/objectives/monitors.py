@@ -1,5 +1,6 @@
-"""What shows a collapse of self-distillation: numbers of a head that no gradient comes from (objectives.skysense says
-what each means).
+"""What shows a collapse of self-distillation: numbers of a head that no gradient comes from.
+
+objectives.skysense says what each number means.
 """
 
 from __future__ import annotations

@@ -47,12 +47,11 @@ from skysense_jax.core.rngs import name_hash
 from skysense_jax.core.shapes import FeatureMap, Key, Mask, Scalar
 from skysense_jax.core.trees import Tree
 from skysense_jax.models import msgfm
-from skysense_jax.models.inputs import Contract
 from skysense_jax.models.msgfm_outputs import normalised
 from skysense_jax.objectives import flops, gfm
 from skysense_jax.objectives.base import Objective
 from skysense_jax.ops.masking import masked_sums, pixel_mask, random_cells
-from skysense_jax.sensors import SENSORS
+from skysense_jax.sensors import SENSORS, Contract
 
 
 def make_objective(cfg: config_dict.ConfigDict, contract: Contract) -> Objective:

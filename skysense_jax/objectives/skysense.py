@@ -46,19 +46,21 @@ Metrics (float32 scalars; i = head: a sensor or "fused"). A collapse is seen at 
   geo/directions                     over how many directions the prototypes of a region spread / their number. Falling:
                                      groups of them become the same, which their mean cosine need not show
   geo/dead                           share of prototypes that are (almost) never nearest. Rising: fewer prototypes
-A head none of whose rows is valid in the batch reports 0 for all of its own.
+A head none of whose rows is valid in the batch reports 0 for all of its metrics.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from ml_collections import config_dict
 
 from skysense_jax.core.rngs import name_hash
+from skysense_jax.core.trees import Tree
 from skysense_jax.models.skysense import SENSOR_ORDER, SWIN, Model, empty_bank, fused_width, make_model, with_bank
 from skysense_jax.nn.heads import DINOHead
 from skysense_jax.objectives import alignment, distillation, flops, geo, granularity
@@ -67,20 +69,21 @@ from skysense_jax.objectives.granularity import Cells
 from skysense_jax.objectives.microbatches import in_parts
 from skysense_jax.ops import clusters, contrast, prototypes
 from skysense_jax.ops.ema import ema
+from skysense_jax.sensors import Contract
 
 FUSED = "fused"
 GLOBAL_VIEWS = 2
 
-Tree = Any
-
 
 class Settings(NamedTuple):
-    """What is fixed over a run. cfg: the whole configuration; sensors: in one order, so that metric names are stable;
-    widths: channels of each head's map; head_groups: the heads, those over maps of one width together; has_bank: the
-    model has geo-context.
+    """What is fixed over a run.
+
+    cfg: the whole configuration; model: its functions; sensors: in one order, so that metric names are stable; widths:
+    channels of each head's map; head_groups: the heads, those over maps of one width together; distil: what the terms
+    of the heads need; has_bank: whether the model has geo-context.
     """
 
-    cfg: Any
+    cfg: config_dict.ConfigDict
     model: Model
     sensors: tuple[str, ...]
     widths: Mapping[str, int]
@@ -94,7 +97,7 @@ class Settings(NamedTuple):
         return (*self.sensors, FUSED)
 
 
-def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
+def make_objective(cfg: config_dict.ConfigDict, contract: Contract) -> Objective:
     """The objective of a whole configuration and an input contract. See objectives.base for the functions' contracts.
 
     params = {"encoder", "heads": {i: DINO head}, "align": {sensor: {"kernel" [D, align_dim]}}}; teacher = {"encoder",
@@ -122,8 +125,19 @@ def make_objective(cfg: Any, contract: Mapping[str, Any]) -> Objective:
     )
 
 
-def make_settings(cfg: Any, contract: Mapping[str, Any]) -> Settings:
-    """The settings of a configuration and an input contract; raises ValueError where they contradict each other."""
+def make_settings(cfg: config_dict.ConfigDict, contract: Contract) -> Settings:
+    """The settings of a configuration and an input contract.
+
+    Args:
+        cfg: the whole configuration.
+        contract: the input contract.
+
+    Returns:
+        The settings.
+
+    Raises:
+        ValueError: configuration and contract contradict each other, or the configuration itself.
+    """
     model, o = make_model(cfg.model, contract), cfg.objective
     if cfg.model.get("modules"):
         raise ValueError("config.model.modules leaves modules out; pretraining needs the whole model")
@@ -161,7 +175,19 @@ def make_settings(cfg: Any, contract: Mapping[str, Any]) -> Settings:
 
 
 def init(settings: Settings, rng: jax.Array, spec: Tree) -> tuple[Tree, Tree, Tree]:
-    """New params, teacher and memory (objectives.base); raises ValueError where the batch has not two global views."""
+    """Initialises params, teacher and memory; see objectives.base.
+
+    Args:
+        settings: of the objective.
+        rng: key of everything that is drawn.
+        spec: the nested dict of the training batch, with leaves that have a shape and a dtype.
+
+    Returns:
+        params, teacher, memory.
+
+    Raises:
+        ValueError: the batch does not have two global views.
+    """
     model, head, o = settings.model, settings.distil.head, settings.cfg.objective
     views = next(iter(spec["global"]["sensors"].values()))["image"].shape[1]
     if views != GLOBAL_VIEWS:
@@ -201,7 +227,22 @@ def loss(
     keys: Mapping[str, jax.Array],
     schedule: Mapping[str, jax.Array],
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Tree]]:
-    """The loss of a batch, with its metrics and what `settle` needs (objectives.base)."""
+    """The loss of a batch, with its metrics and what `settle` needs; see objectives.base.
+
+    Args:
+        settings: of the objective.
+        params: of the student, {"encoder", "heads", "align"}.
+        teacher: {"encoder", "heads"}.
+        memory: {"centre"}, with geo-context "bank".
+        batch: the global batch, {"global": views}, with "local" where there are local views, with "place" where there
+            is a bank.
+        keys: "drop_path" of this step.
+        schedule: "teacher_temp" and "last_layer_frozen" of this step.
+
+    Returns:
+        The loss, differentiable in params, and (metrics, settle_inputs) without a gradient: settle_inputs[head] as
+        `distillation.mean_logits` returns it, settle_inputs["bank"] where there is one.
+    """
     cfg, o = settings.cfg, settings.cfg.objective
     teacher = jax.lax.stop_gradient(teacher)
     views = encode_views(settings, params, teacher, memory, batch, keys["drop_path"])
@@ -211,7 +252,7 @@ def loss(
     terms: dict[str, distillation.HeadTerms] = {}
     for names in settings.head_groups:
         terms |= distillation.head_group_terms(names, settings.distil, heads, views, schedule)
-    mgcl, settle_inputs = jnp.float32(0), dict[str, Any]()
+    mgcl, settle_inputs = jnp.float32(0), dict[str, Tree]()
     for name, term in terms.items():
         mgcl = mgcl + contrast.add_up(term.losses.values())
         settle_inputs[name] = term.mean_logits
@@ -243,7 +284,19 @@ def settle(
     settle_inputs: Tree,
     schedule: Mapping[str, jax.Array],
 ) -> tuple[Tree, Tree]:
-    """Teacher and memory after an update: the average, the centres and the bank go on (objectives.base)."""
+    """Teacher and memory after an update: the average, the centres and the bank go on; see objectives.base.
+
+    Args:
+        settings: of the objective.
+        params: of the student, updated.
+        teacher: before the update.
+        memory: before the update.
+        settle_inputs: of this step's `loss`.
+        schedule: "teacher_momentum" of this step.
+
+    Returns:
+        teacher, memory.
+    """
     cfg, o = settings.cfg, settings.cfg.objective
     student = {"encoder": params["encoder"], "heads": params["heads"]}
     centre = {}
@@ -324,8 +377,16 @@ def encode(settings: Settings, encoder: Tree, views: Tree, rng: jax.Array | None
     return in_parts(encode_places, settings.cfg.objective.microbatches, dict(views["sensors"]), rng)
 
 
-def sharding_rules(cfg: Any, sensors: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """Rules over the joined tree {"params", "teacher", "memory"}, one per module (core.sharding has the tactics)."""
+def sharding_rules(cfg: config_dict.ConfigDict, sensors: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Rules over the joined tree {"params", "teacher", "memory"}, one per module (core.sharding has the tactics).
+
+    Args:
+        cfg: the whole configuration.
+        sensors: of the model.
+
+    Returns:
+        ((pattern, tactic), ...), without those of the bank (objectives.geo).
+    """
     modules = [*sensors, *(f"head_{name}" for name in sensors if name != SWIN), "fusion"]
     rules = [(f"(params|teacher)/encoder/{module}/.+", "fsdp") for module in modules]
     if cfg.model.calendar != "none":

@@ -26,6 +26,7 @@ from skysense_jax.models import skysense, systems
 from skysense_jax.models.description import Description, Reader
 from skysense_jax.run import checkpoint
 from skysense_jax.run.state import TrainState
+from skysense_jax.sensors import Contract
 
 COMPLETE = "TRAIN_COMPLETE"
 """The mark of a run that is done: a file in its folder."""
@@ -73,7 +74,7 @@ def as_json(cfg: config_dict.ConfigDict) -> dict[str, Any]:
     return json.loads(cfg.to_json())
 
 
-def run_meta(cfg: config_dict.ConfigDict, contract: Mapping[str, Any], dataset_id: str) -> dict[str, Any]:
+def run_meta(cfg: config_dict.ConfigDict, contract: Contract, dataset_id: str) -> dict[str, Any]:
     """What every checkpoint of the run says about itself.
 
     Args:
@@ -95,9 +96,7 @@ def run_meta(cfg: config_dict.ConfigDict, contract: Mapping[str, Any], dataset_i
     return {"format": 1, "config": as_json(cfg), "contract": dict(contract), "dataset_id": dataset_id, "code": code}
 
 
-def check_same_run(
-    cfg: config_dict.ConfigDict, contract: Mapping[str, Any], dataset_id: str, meta: Mapping[str, Any]
-) -> None:
+def check_same_run(cfg: config_dict.ConfigDict, contract: Contract, dataset_id: str, meta: Mapping[str, Any]) -> None:
     """Refuses to continue a checkpoint that another run wrote.
 
     Args:

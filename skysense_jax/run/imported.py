@@ -173,11 +173,7 @@ def _check_room(out: pathlib.Path, names: Sequence[str], shapes: trees.Tree) -> 
 
 
 def _write_description(
-    out: pathlib.Path,
-    cfg: config_dict.ConfigDict,
-    contract: Mapping[str, Any],
-    origins: Mapping[str, Any],
-    licence: str,
+    out: pathlib.Path, cfg: config_dict.ConfigDict, contract: sensors.Contract, origins: Mapping[str, Any], licence: str
 ) -> None:
     """Writes OUT/model.json, which makes the folder one of imported weights."""
     description = {
@@ -260,7 +256,7 @@ def _open(option: str) -> tuple[str, tuple[str | None, tensor_files.Tensors]]:
     return path, (module or None, tensor_files.open_tensors(path))
 
 
-def _fitted(part: released.Part, name: str, cfg: config_dict.ConfigDict, contract: Mapping[str, Any]) -> released.Part:
+def _fitted(part: released.Part, name: str, cfg: config_dict.ConfigDict, contract: sensors.Contract) -> released.Part:
     """A module with the bands and the class row that the model expects."""
     if name not in contract["sensors"]:
         return part

@@ -19,6 +19,7 @@ from skysense_jax.models import systems
 from skysense_jax.ops import regions
 from skysense_jax.run import checkpoint, imported
 from skysense_jax.run.state import TrainState
+from skysense_jax.sensors import Contract
 
 TAKEN = ("params", "teacher", "memory")
 """Trees of a state that begin as those of the other run; optimiser and step stay fresh."""
@@ -35,7 +36,7 @@ TABLE = "memory/bank/cells"
 
 
 def init_from(
-    path: pathlib.Path | str, fresh: TrainState, contract: Mapping[str, Any]
+    path: pathlib.Path | str, fresh: TrainState, contract: Contract
 ) -> tuple[TrainState, dict[str, list[str]]]:
     """Begins a new run with the weights of another; optimiser and step stay fresh.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -59,7 +59,7 @@ def make_contract(cfg: config_dict.ConfigDict) -> dict[str, Any]:
     return sensors.input_contract(cfg.data.bands.to_dict(), cfg.model.ratio, statistics)
 
 
-def make_plan(cfg: config_dict.ConfigDict, contract: Mapping[str, Any], mesh: jax.sharding.Mesh) -> Plan:
+def make_plan(cfg: config_dict.ConfigDict, contract: sensors.Contract, mesh: jax.sharding.Mesh) -> Plan:
     """Spec, objective, shapes, shardings and step from the configuration alone: no data is read, no array made.
 
     Args:
@@ -130,7 +130,7 @@ def compile_step(plan: Plan, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
     return compiled
 
 
-def abstract(config: config_dict.ConfigDict, contract: Mapping[str, Any]) -> dict[str, trees.Tree]:
+def abstract(config: config_dict.ConfigDict, contract: sensors.Contract) -> dict[str, trees.Tree]:
     """Shapes of everything that a run learns; nothing is allocated.
 
     Args:

@@ -10,7 +10,7 @@ import fnmatch
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -20,8 +20,8 @@ from skysense_jax.convert import keymap, released
 from skysense_jax.convert.swin import bias_tables
 from skysense_jax.convert.tensor_files import Tensors
 from skysense_jax.models import msgfm
-from skysense_jax.models.inputs import sensor_rule
 from skysense_jax.nn.attention import trunc_normal
+from skysense_jax.sensors import Contract, sensor_rule
 
 DROPPED = (
     (r"(.*\.)?(relative_position_index|relative_coords_table|attn_mask)", "recomputed from the sizes"),
@@ -107,11 +107,7 @@ def sensors_in(tensors: Tensors, sensor: str | None) -> tuple[tuple[str, ...], b
 
 
 def fit(
-    tensors: Tensors,
-    sensor: str | None,
-    cfg: config_dict.ConfigDict,
-    contract: Mapping[str, Any],
-    leave_out: Sequence[str] = (),
+    tensors: Tensors, sensor: str | None, cfg: config_dict.ConfigDict, contract: Contract, leave_out: Sequence[str] = ()
 ) -> Found:
     """Brings the tensors of a file to those of `models.msgfm.make_model(cfg, contract)`.
 
@@ -249,7 +245,7 @@ def check_sizes(readers: Readers, prefix: str, cfg: config_dict.ConfigDict) -> N
         )
 
 
-def check_bands(readers: Readers, entries: Mapping[str, Sequence[keymap.Entry]], contract: Mapping[str, Any]) -> None:
+def check_bands(readers: Readers, entries: Mapping[str, Sequence[keymap.Entry]], contract: Contract) -> None:
     """Checks that a patch embedding takes as many bands as the contract says of its sensor.
 
     Args:

@@ -19,7 +19,7 @@ from ml_collections import config_dict
 from skysense_jax.core.rngs import name_hash
 from skysense_jax.data import records as dataset_records
 from skysense_jax.data.batches import acquisitions, geometry, streams, views
-from skysense_jax.sensors import NO_DATE, SENSORS
+from skysense_jax.sensors import NO_DATE, SENSORS, Contract
 
 ENDLESS = 2**48
 """Samples in a stream: more than any run reads."""
@@ -87,7 +87,7 @@ def folders(cfg: config_dict.ConfigDict) -> tuple[str, ...]:
     return (str(cfg.data.dir), *(str(folder) for folder in cfg.data.also))
 
 
-def check(cfg: config_dict.ConfigDict, contract: Mapping[str, Any]) -> str:
+def check(cfg: config_dict.ConfigDict, contract: Contract) -> str:
     """Checks that the datasets of a run fit.
 
     Args:
@@ -120,7 +120,7 @@ def check(cfg: config_dict.ConfigDict, contract: Mapping[str, Any]) -> str:
     return "+".join(str(meta["dataset_id"]) for meta in metas)
 
 
-def make_plan(cfg: config_dict.ConfigDict, contract: Mapping[str, Any], seed: int) -> Plan:
+def make_plan(cfg: config_dict.ConfigDict, contract: Contract, seed: int) -> Plan:
     """The plan of a run: opens the datasets and finds out which place has which sensor.
 
     Args:
@@ -309,7 +309,7 @@ def _cut(
 
 
 def stages(
-    cfg: config_dict.ConfigDict, contract: Mapping[str, Any], seed: int
+    cfg: config_dict.ConfigDict, contract: Contract, seed: int
 ) -> tuple[grain.MapDataset, Callable[[tuple[str, int, Mapping[str, Any]], np.random.Generator], dict[str, Any]]]:
     """The two stages of an element of a batch, as :func:`views.stages`.
 
@@ -328,7 +328,7 @@ def stages(
 
 
 def train_dataset(
-    cfg: config_dict.ConfigDict, contract: Mapping[str, Any], seed: int, process_index: int = 0, process_count: int = 1
+    cfg: config_dict.ConfigDict, contract: Contract, seed: int, process_index: int = 0, process_count: int = 1
 ) -> grain.MapDataset:
     """The endless training data of one process, as :func:`views.train_dataset`.
 
@@ -351,7 +351,7 @@ def train_dataset(
 
 def make_train_iterator(
     cfg: config_dict.ConfigDict,
-    contract: Mapping[str, Any],
+    contract: Contract,
     seed: int,
     start_step: int = 0,
     process_index: int = 0,

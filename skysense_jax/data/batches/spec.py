@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import config_dict
 
-from skysense_jax.sensors import pixels_per_base
+from skysense_jax.sensors import Contract, pixels_per_base
 
 
 class Leaf(NamedTuple):
@@ -18,7 +17,7 @@ class Leaf(NamedTuple):
     dtype: np.dtype
 
 
-def one_sensor_spec(cfg: config_dict.ConfigDict, contract: Mapping[str, Any]) -> dict[str, Any]:
+def one_sensor_spec(cfg: config_dict.ConfigDict, contract: Contract) -> dict[str, Any]:
     """A global batch of images of one sensor (`batches.one_sensor`).
 
     With S = config.model.img_size and C = bands of the contract's widest sensor, a batch has:
@@ -52,7 +51,7 @@ def one_sensor_spec(cfg: config_dict.ConfigDict, contract: Mapping[str, Any]) ->
     }
 
 
-def views_spec(cfg: config_dict.ConfigDict, contract: Mapping[str, Any]) -> dict[str, Any]:
+def views_spec(cfg: config_dict.ConfigDict, contract: Contract) -> dict[str, Any]:
     """A global batch of views of places with all their sensors (`views.train_batch`).
 
     The axes are B places, V views, T dates, then rows, columns, channels. "local" is absent when `config.data.n_local`

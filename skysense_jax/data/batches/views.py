@@ -59,7 +59,7 @@ class Plan(NamedTuple):
     augment: dict[str, Any]
 
 
-def sensor_plans(contract: Mapping[str, Any], ratio: int, counts: Mapping[str, int]) -> tuple[SensorPlan, ...]:
+def sensor_plans(contract: sensors.Contract, ratio: int, counts: Mapping[str, int]) -> tuple[SensorPlan, ...]:
     """One plan per sensor of the contract, in the contract's order.
 
     Args:
@@ -80,7 +80,7 @@ def sensor_plans(contract: Mapping[str, Any], ratio: int, counts: Mapping[str, i
     return tuple(plans)
 
 
-def make_plan(cfg: config_dict.ConfigDict, contract: Mapping[str, Any], tile: int) -> Plan:
+def make_plan(cfg: config_dict.ConfigDict, contract: sensors.Contract, tile: int) -> Plan:
     """The plan of a training run.
 
     Args:
@@ -156,7 +156,7 @@ def _sample_views(
 
 
 def stages(
-    cfg: config_dict.ConfigDict, contract: Mapping[str, Any], seed: int
+    cfg: config_dict.ConfigDict, contract: sensors.Contract, seed: int
 ) -> tuple[grain.MapDataset, Callable[[Mapping[str, Any], np.random.Generator], dict[str, Any]]]:
     """The two stages of an element of a batch, which `data bench` times one by one.
 
@@ -179,7 +179,7 @@ def stages(
 
 
 def train_dataset(
-    cfg: config_dict.ConfigDict, contract: Mapping[str, Any], seed: int, process_index: int = 0, process_count: int = 1
+    cfg: config_dict.ConfigDict, contract: sensors.Contract, seed: int, process_index: int = 0, process_count: int = 1
 ) -> grain.MapDataset:
     """The endless training data of one process.
 
@@ -201,7 +201,7 @@ def train_dataset(
     return streams.shared(records.random_map(sample), cfg, process_index, process_count)
 
 
-def check(cfg: config_dict.ConfigDict, contract: Mapping[str, Any]) -> str:
+def check(cfg: config_dict.ConfigDict, contract: sensors.Contract) -> str:
     """Checks that a run's dataset fits.
 
     Args:
@@ -226,7 +226,7 @@ def _sample_place(plan: Plan, record: Mapping[str, Any], rng: np.random.Generato
 
 def make_train_iterator(
     cfg: config_dict.ConfigDict,
-    contract: Mapping[str, Any],
+    contract: sensors.Contract,
     seed: int,
     start_step: int = 0,
     process_index: int = 0,
@@ -250,7 +250,7 @@ def make_train_iterator(
     return streams.read_ahead(train_dataset(cfg, contract, seed, process_index, process_count), cfg, start_step)
 
 
-def train_batch(cfg: config_dict.ConfigDict, contract: Mapping[str, Any], seed: int, step: int) -> dict[str, Any]:
+def train_batch(cfg: config_dict.ConfigDict, contract: sensors.Contract, seed: int, step: int) -> dict[str, Any]:
     """The global batch of one step, read directly.
 
     Args:

@@ -13,6 +13,7 @@ from ml_collections import config_dict
 from skysense_jax.data import records as dataset_records
 from skysense_jax.data.batches import acquisitions, geometry, streams
 from skysense_jax.data.batches.views import sensor_plans
+from skysense_jax.sensors import Contract
 
 
 def whole_place(record: Mapping[str, Any], plans: Sequence[acquisitions.SensorPlan], tile: int) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def whole_place(record: Mapping[str, Any], plans: Sequence[acquisitions.SensorPl
 
 def eval_batches(
     cfg: config_dict.ConfigDict,
-    contract: Mapping[str, Any],
+    contract: Contract,
     split: str,
     batch: int,
     only: Sequence[int] | np.ndarray | None = None,
