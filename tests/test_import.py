@@ -80,7 +80,7 @@ def place(contract, side=8):
     rng = np.random.default_rng(0)
     out = {}
     for name, rule in contract["sensors"].items():
-        pixels = side * (contract["ratio"] if rule["grid"] == "hr" else 1)
+        pixels = side * sensors.pixels_per_base(rule, contract["ratio"])
         noise = rng.uniform(-1, 1, (1, pixels, pixels, len(rule["bands"])))
         out[name] = {"image": np.asarray(rule["mean"]) + np.asarray(rule["std"]) * 0.5 * noise, "dates": ["2021-06-01"]}
     return out

@@ -27,6 +27,7 @@ from experiments.real_samples.convert import (
     ground_cut,
     shifted,
 )
+from skysense_jax.data.records import as_text
 
 SCL_CLEAR = "4;5;6"
 TEN_BANDS = "B02,B03,B04,B05,B06,B07,B08,B8A,B11,B12"
@@ -50,8 +51,8 @@ def _image_times(units: str, values: np.ndarray) -> list[datetime.datetime]:
 
 
 def _text(value: object) -> str:
-    value = value[0] if isinstance(value, np.ndarray) else value
-    return value.decode() if isinstance(value, bytes) else str(value)
+    """The text of a value in an HDF5 file, which may be an array with that text alone."""
+    return as_text(value[0] if isinstance(value, np.ndarray) else value)
 
 
 def _grid_of(file: h5py.File) -> Affine:

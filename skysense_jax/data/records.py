@@ -25,8 +25,14 @@ SYNTHETIC_TAG = "SKYSENSE_SYNTHETIC"
 SPLITS = ("train", "test")
 """Splits of a dataset, in the order in which their places are numbered."""
 
+Record = Mapping[str, Any]
+"""What is stored of a place: the fields of :func:`record_features`."""
 
-def as_text(value: Any) -> str:
+Meta = Mapping[str, Any]
+"""The metadata of a dataset, the content of its places.json."""
+
+
+def as_text(value: object) -> str:
     """The text of a field of a record, which TFDS may have read as bytes."""
     return value.decode() if isinstance(value, bytes) else str(value)
 
@@ -268,7 +274,7 @@ def holdings(folder: str | pathlib.Path, split: str, names: Sequence[str], allow
     return dict(zip(names, np.asarray(has, bool).T, strict=True))
 
 
-def check_georeferenced(meta: Mapping[str, Any], folder: str | pathlib.Path) -> None:
+def check_georeferenced(meta: Meta, folder: str | pathlib.Path) -> None:
     """Refuses a dataset whose images have no position on the ground.
 
     Args:
@@ -284,7 +290,7 @@ def check_georeferenced(meta: Mapping[str, Any], folder: str | pathlib.Path) -> 
         )
 
 
-def check_dataset(meta: Mapping[str, Any], contract: sensors.Contract, cfg: config_dict.ConfigDict) -> None:
+def check_dataset(meta: Meta, contract: sensors.Contract, cfg: config_dict.ConfigDict) -> None:
     """Refuses a dataset that does not fit the input contract and the configuration.
 
     Fields that a configuration does not have, as msGFM's views, are not checked.
@@ -332,7 +338,7 @@ def check_dataset(meta: Mapping[str, Any], contract: sensors.Contract, cfg: conf
             )
 
 
-def read_place(folder: str | pathlib.Path, place: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_place(folder: str | pathlib.Path, place: str) -> tuple[Record, Meta]:
     """One place of a built dataset.
 
     Args:

@@ -10,20 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from skysense_jax.core.days import iso_date
-from skysense_jax.data.records import as_text, read_place
+from skysense_jax.data.records import Meta, Record, as_text, read_place
 from skysense_jax.sensors import NO_DATE, SENSORS, UNLABELLED, Sensor, on_fine_grid, pixels_per_base
-
-Record = Mapping[str, Any]
-"""Arrays of a place, as `data/records.py` describes them."""
-
-Meta = Mapping[str, Any]
-"""Content of a dataset's places.json."""
 
 Panel = tuple[str, np.ndarray | None]
 """(title, uint8 [H, W, 3]), None where the place has no such image."""

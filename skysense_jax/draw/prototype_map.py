@@ -5,7 +5,6 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import rasterio
@@ -13,14 +12,14 @@ from PIL import Image, ImageDraw
 from rasterio.crs import CRS
 from rasterio.transform import from_bounds
 
-from skysense_jax.data.records import SYNTHETIC_TAG
+from skysense_jax.data.records import SYNTHETIC_TAG, Meta, Record, as_text
 from skysense_jax.draw import places
 from skysense_jax.ops.prototypes import NO_PROTOTYPE
 
 _SIDE, _GAP, _LINE, _ROWS, _SWATCHES = 224, 10, 18, 8, 16
 
 
-def write_geotiff(path: str | Path, assigned: np.ndarray, record: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+def write_geotiff(path: str | Path, assigned: np.ndarray, record: Record, tags: Mapping[str, str]) -> None:
     """Writes an assignment where its place lies: in the record's CRS, with pixels that divide its footprint.
 
     Args:
@@ -35,7 +34,7 @@ def write_geotiff(path: str | Path, assigned: np.ndarray, record: Mapping[str, A
     left, bottom, right, top = (float(x) for x in record["footprint"])
     if not (left < right and bottom < top):
         raise ValueError(
-            f"place {places.as_text(record['place'])!r}: its footprint {(left, bottom, right, top)} "
+            f"place {as_text(record['place'])!r}: its footprint {(left, bottom, right, top)} "
             "(left, bottom, right, top) has no area; build the dataset again"
         )
     height, width = assigned.shape
@@ -48,7 +47,7 @@ def write_geotiff(path: str | Path, assigned: np.ndarray, record: Mapping[str, A
         count=1,
         dtype="uint16",
         nodata=NO_PROTOTYPE,
-        crs=CRS.from_user_input(places.as_text(record["crs"])),
+        crs=CRS.from_user_input(as_text(record["crs"])),
         transform=from_bounds(left, bottom, right, top, width, height),
         compress="deflate",
     ) as file:
@@ -57,7 +56,7 @@ def write_geotiff(path: str | Path, assigned: np.ndarray, record: Mapping[str, A
         file.update_tags(**tags)
 
 
-def synthetic_tag(meta: Mapping[str, Any]) -> dict[str, str]:
+def synthetic_tag(meta: Meta) -> dict[str, str]:
     """The tag of every raster made from synthetic data; none for other datasets."""
     return {SYNTHETIC_TAG: "1"} if meta.get("synthetic") else {}
 
@@ -69,9 +68,7 @@ def colours(count: int) -> np.ndarray:
     return (255 * np.array(palette)).astype(np.uint8)
 
 
-def draw(
-    record: Mapping[str, Any], meta: Mapping[str, Any], maps: Mapping[str, np.ndarray], count: int, title: str
-) -> Image.Image:
+def draw(record: Record, meta: Meta, maps: Mapping[str, np.ndarray], count: int, title: str) -> Image.Image:
     """Draws a place: imagery, the maps in order, its label map, with legends and the dataset's SYNTHETIC badge.
 
     The legend has the prototypes of the first map, the most frequent ones where they are too many.
@@ -117,7 +114,7 @@ def draw(
     return canvas
 
 
-def _imagery(record: Mapping[str, Any], meta: Mapping[str, Any]) -> tuple[str, np.ndarray | None]:
+def _imagery(record: Record, meta: Meta) -> tuple[str, np.ndarray | None]:
     """The finest optical image there is: HR, else the clearest Sentinel-2 date."""
     if len(record.get("hr_image", ())) or not len(record.get("s2_image", ())):
         return places.photo_panel("hr", record, meta)

@@ -53,7 +53,7 @@ def make_batch(c, contract, places=PLACES, seed=0):
     def views(count, size):
         inputs = {}
         for name, rule in contract["sensors"].items():
-            side, bands = size * (contract["ratio"] if rule["grid"] == "hr" else 1), len(rule["bands"])
+            side, bands = size * sensors.pixels_per_base(rule, contract["ratio"]), len(rule["bands"])
             lead = (places, count, c.data.dates[name])
             image = np.array(rule["mean"]) + np.array(rule["std"]) * rng.normal(size=(*lead, side, side, bands))
             inputs[name] = {
