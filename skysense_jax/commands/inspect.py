@@ -10,7 +10,6 @@ import json
 import math
 import pathlib
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 from ml_collections import config_dict
@@ -183,7 +182,7 @@ def encoder_sizes(model: config_dict.ConfigDict, contract: Contract) -> str:
     return "\n".join(lines)
 
 
-def parameters(shapes: Mapping[str, Any]) -> str:
+def parameters(shapes: Mapping[str, Tree]) -> str:
     """Parameter counts as text: the first tree module by module, the other trees in all.
 
     The argument has four levels: tree -> family -> module -> leaves with a shape.

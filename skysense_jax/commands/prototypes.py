@@ -119,7 +119,7 @@ def dataset_facts(folder: str) -> dict[str, Any]:
 
 
 def write_maps(
-    stem: pathlib.Path, report: Mapping[str, Any], record: Mapping[str, Any], assigned: np.ndarray, clusters: np.ndarray
+    stem: pathlib.Path, report: Mapping[str, Any], record: records.Record, assigned: np.ndarray, clusters: np.ndarray
 ) -> None:
     """Writes STEM.png and STEM.tif of a place.
 

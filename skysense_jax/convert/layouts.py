@@ -85,7 +85,7 @@ def model_entries(model: config_dict.ConfigDict, contract: Contract) -> list[key
 
 
 def frozen_outputs(
-    params: Params, model: config_dict.ConfigDict, contract: Contract, inputs: Mapping[str, Any]
+    params: Params, model: config_dict.ConfigDict, contract: Contract, inputs: frozen.Inputs
 ) -> dict[str, np.ndarray]:
     """Runs a model on a frozen batch in float32 at full matmul precision.
 

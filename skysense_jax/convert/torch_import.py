@@ -101,9 +101,7 @@ def import_state(state: Mapping[str, np.ndarray], cfg: config_dict.ConfigDict, c
     return fill(state, layouts.model_entries(cfg, contract), systems.system_of(cfg).param_shapes(cfg, contract))
 
 
-def params_from_torch(
-    state: Mapping[str, np.ndarray], cfg: config_dict.ConfigDict, contract: Contract
-) -> dict[str, Any]:
+def params_from_torch(state: Mapping[str, np.ndarray], cfg: config_dict.ConfigDict, contract: Contract) -> trees.Tree:
     """Makes the parameters of a whole model from tensors in official names. Strict: see :func:`fill`.
 
     Args:
@@ -160,9 +158,7 @@ def import_swin(
     return fill(fitted.tensors, fitted.entries, {name: shapes[name] for name in fitted.modules}), fitted
 
 
-def load_folder(
-    folder: str | pathlib.Path,
-) -> tuple[dict[str, Any], config_dict.ConfigDict, dict[str, Any], dict[str, Any]]:
+def load_folder(folder: str | pathlib.Path) -> tuple[trees.Tree, config_dict.ConfigDict, Contract, dict[str, Any]]:
     """Reads an exported folder back into JAX.
 
     Args:

@@ -40,7 +40,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_fields(config: Mapping[str, Any], known: Vocabulary, of_sensors: Collection[str] = ()) -> None:
+def check_fields(config: config_dict.ConfigDict, known: Vocabulary, of_sensors: Collection[str] = ()) -> None:
     """Refuses a configuration with a field that nothing reads, or without one that is read.
 
     Args:

@@ -6,7 +6,6 @@ import json
 import os
 import uuid
 from pathlib import Path
-from typing import Any
 
 
 def temporary_name(path: Path) -> Path:
@@ -44,7 +43,7 @@ def move(source: Path, target: Path) -> None:
         os.close(folder)
 
 
-def encode(value: Any) -> bytes:
+def encode(value: object) -> bytes:
     """JSON with sorted keys: equal values are equal bytes."""
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
 

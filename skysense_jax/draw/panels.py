@@ -10,11 +10,11 @@ the lowest measured one to the highest: fixed stretches, so that panels and step
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from skysense_jax.core.trees import Tree
 from skysense_jax.draw import places
 from skysense_jax.sensors import SENSORS, Contract
 
@@ -27,9 +27,7 @@ NOTE = (
 )
 
 
-def draw(
-    contract: Contract, reconstructed: Mapping[str, Mapping[str, Any]], title: str, synthetic: bool
-) -> Image.Image:
+def draw(contract: Contract, reconstructed: Mapping[str, Tree], title: str, synthetic: bool) -> Image.Image:
     """Draws the reconstructions of a place, one row for each sensor.
 
     Args:

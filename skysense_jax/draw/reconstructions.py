@@ -18,6 +18,7 @@ from skysense_jax.data import records as dataset_records
 from skysense_jax.data.batches import acquisitions, views, whole_places
 from skysense_jax.draw import panels
 from skysense_jax.models import msgfm, msgfm_outputs
+from skysense_jax.models.inputs import PlaceInput
 from skysense_jax.sensors import Contract
 
 FOLDER = "pictures"
@@ -27,7 +28,7 @@ CANDIDATES = 16
 """Places of a split among which the one with most sensors is drawn during training."""
 
 
-def place_inputs(contract: Contract, record: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
+def place_inputs(contract: Contract, record: dataset_records.Record, meta: dataset_records.Meta) -> PlaceInput:
     """Takes the clearest acquisition of each sensor that the contract and the place have.
 
     Args:
@@ -52,7 +53,7 @@ def place_inputs(contract: Contract, record: Mapping[str, Any], meta: Mapping[st
 
 def reconstructor(
     cfg: config_dict.ConfigDict, contract: Contract, seed: int, **options: Any
-) -> Callable[[Tree, Mapping[str, Any]], dict[str, Any]]:
+) -> Callable[[Tree, PlaceInput], dict[str, Tree]]:
     """Compiles `models.msgfm_outputs.reconstructions` for a configuration.
 
     Args:
@@ -66,14 +67,18 @@ def reconstructor(
     """
     model = msgfm.make_model(cfg.model, contract)
 
-    def reconstruct(encoder: Tree, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def reconstruct(encoder: Tree, inputs: PlaceInput) -> dict[str, Tree]:
         return msgfm_outputs.reconstructions(cfg, contract, model, encoder, inputs, rngs.key(seed, "picture"))
 
     return jax.jit(reconstruct, **options)
 
 
 def draw(
-    contract: Contract, reconstructed: Mapping[str, Any], record: Mapping[str, Any], meta: Mapping[str, Any], note: str
+    contract: Contract,
+    reconstructed: Mapping[str, Tree],
+    record: dataset_records.Record,
+    meta: dataset_records.Meta,
+    note: str,
 ) -> Image.Image:
     """Draws the reconstructions of a place, under its name.
 

@@ -7,7 +7,6 @@ untrained, needs no code of its own: it is the network with freshly drawn parame
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -59,7 +58,9 @@ def band_statistics(image: np.ndarray, valid: np.ndarray, bands: np.ndarray, cel
     return statistics.reshape(b, cells, cells, -1)
 
 
-def image_statistics(sensors: Mapping[str, Mapping[str, Any]], *, tile: int, patch: int | None = None) -> np.ndarray:
+def image_statistics(
+    sensors: Mapping[str, Mapping[str, np.ndarray]], *, tile: int, patch: int | None = None
+) -> np.ndarray:
     """The baseline's features of a batch of places.
 
     Sensors come in alphabetical order; NaN where nothing was measured.

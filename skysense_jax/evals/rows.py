@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from skysense_jax import sensors
+from skysense_jax.core.trees import Tree
 from skysense_jax.models.inputs import PLACE
 
 TASKS = ("scene", "patch")
@@ -113,7 +114,7 @@ def _targets(batch: Mapping[str, Any], task: str, patch: int) -> np.ndarray:
 
 
 def collect(
-    batches: Iterable[Mapping[str, Any]],
+    batches: Iterable[Tree],
     methods: Mapping[str, Method],
     tasks: Sequence[str],
     *,
@@ -124,8 +125,7 @@ def collect(
 
     Args:
         batches: eval batches {"sensors", "label" [B, K], "label_map" [B, N, N], "place": {"name": [B] texts, "lon",
-            "lat"
-            [B]}, "weight": [B], 0 = padding}.
+            "lat" [B]}, "weight": [B], 0 = padding}.
         methods: name -> method.
         tasks: some of :data:`TASKS`.
         patch: base pixels of a patch.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +100,7 @@ def at_model_size(image: Image, side: int) -> Image:
 
 def reconstructions(
     cfg: config_dict.ConfigDict, contract: Contract, model: msgfm.Model, encoder: Tree, inputs: PlaceInput, rng: Key
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Tree]:
     """What the model makes of a place behind a random mask, sensor by sensor.
 
     Args:

@@ -48,7 +48,7 @@ class Reported(Protocol):
     """What the reports tell of a run's plan (`run.plan.Plan`)."""
 
     @property
-    def contract(self) -> dict[str, Any]:
+    def contract(self) -> Contract:
         """The input contract."""
         ...
 

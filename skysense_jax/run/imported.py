@@ -193,7 +193,7 @@ def _write_description(
 
 def architecture_of(
     modules: Mapping[str, released.Part], model: config_dict.ConfigDict, bands: Mapping[str, Sequence[str]]
-) -> tuple[config_dict.ConfigDict, dict[str, Any]]:
+) -> tuple[config_dict.ConfigDict, sensors.Contract]:
     """The model that imported modules make.
 
     Args:
@@ -287,7 +287,7 @@ def describe(folder: pathlib.Path) -> Description:
     return exported.read_description("imported", folder, DESCRIPTION)
 
 
-def weights(description: Description) -> dict[str, Any]:
+def weights(description: Description) -> trees.Tree:
     """The parameters of imported weights by module; errors as `run.stored.sealed.read_tree`."""
     tree: dict[str, Any] = {}
     for name in description.provenance["parts"]:

@@ -13,7 +13,7 @@ objective asks for (`Objective.schedule_keys`):
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,9 @@ from skysense_jax.core import trees
 
 Scalar = jax.Array | float | int
 """A number, or a traced one."""
+
+AdamState = dict[str, trees.Tree]
+"""{"count": int32, "mu", "nu": trees like the parameters}."""
 
 DECAY_RULES: trees.Rules = (
     # Matrices and convolution kernels decay; whatever shifts, scales, or marks a place or a date does not. By name,
@@ -203,7 +206,7 @@ def make_schedule(
     return lambda step: {name: functions[name](step) for name in names}
 
 
-def init(params: trees.Tree) -> dict[str, Any]:
+def init(params: trees.Tree) -> AdamState:
     """Adam's state as a plain dict {"count" int32, "mu", "nu"}.
 
     "mu" and "nu" have the names of the parameters, and a checkpoint of a dict needs no class.
@@ -228,13 +231,13 @@ def clip(grads: trees.Tree, limit: float) -> tuple[trees.Tree, jax.Array]:
 
 def update(
     grads: trees.Tree,
-    opt: Mapping[str, Any],
+    opt: Mapping[str, trees.Tree],
     params: trees.Tree,
     mask: trees.Tree,
     lr: Scalar,
     weight_decay: Scalar,
     cfg: config_dict.ConfigDict,
-) -> tuple[trees.Tree, dict[str, Any]]:
+) -> tuple[trees.Tree, AdamState]:
     """One AdamW step: params - lr * (Adam(grads) + weight_decay * params where `mask`).
 
     Args:

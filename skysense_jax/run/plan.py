@@ -41,7 +41,7 @@ class Plan(NamedTuple):
     flops: float
 
 
-def make_contract(cfg: config_dict.ConfigDict) -> dict[str, Any]:
+def make_contract(cfg: config_dict.ConfigDict) -> sensors.Contract:
     """The model's input contract: the configuration's bands with the sensor table's or the dataset's statistics.
 
     Raises:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+
+from skysense_jax.data.records import Record
 
 
 class SensorPlan(NamedTuple):
@@ -42,7 +43,7 @@ class Stack(NamedTuple):
     days: np.ndarray
 
 
-def usable(record: Mapping[str, Any], name: str) -> np.ndarray:
+def usable(record: Record, name: str) -> np.ndarray:
     """The acquisitions of a sensor that have a valid pixel.
 
     Args:
@@ -55,7 +56,7 @@ def usable(record: Mapping[str, Any], name: str) -> np.ndarray:
     return np.flatnonzero(record[f"{name}_valid"].any(axis=(1, 2)))
 
 
-def pick(record: Mapping[str, Any], field: str, chosen: np.ndarray) -> np.ndarray:
+def pick(record: Record, field: str, chosen: np.ndarray) -> np.ndarray:
     """Some acquisitions of a record's array.
 
     Args:
@@ -71,7 +72,7 @@ def pick(record: Mapping[str, Any], field: str, chosen: np.ndarray) -> np.ndarra
 
 
 def stack_of(
-    record: Mapping[str, Any], sensor: SensorPlan, chosen: np.ndarray, image: np.ndarray, valid: np.ndarray | float
+    record: Record, sensor: SensorPlan, chosen: np.ndarray, image: np.ndarray, valid: np.ndarray | float
 ) -> Stack:
     """Acquisitions of a record whose pixels are already on the pixels of the input.
 
@@ -127,6 +128,6 @@ def fill(sensor_input: dict[str, np.ndarray], lead: tuple[int, ...], stack: Stac
     sensor_input["dates"][dates] = stack.days
 
 
-def position(record: Mapping[str, Any]) -> dict[str, Any]:
+def position(record: Record) -> dict[str, np.generic]:
     """{"index" int64, "lon", "lat" float32 degrees} of a record's place."""
     return {"index": np.int64(record["index"]), "lon": np.float32(record["lon"]), "lat": np.float32(record["lat"])}

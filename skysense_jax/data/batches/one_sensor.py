@@ -9,14 +9,15 @@ a single dataset.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import grain
 import numpy as np
 from ml_collections import config_dict
 
 from skysense_jax.core.rngs import name_hash
+from skysense_jax.core.trees import Tree
 from skysense_jax.data import records as dataset_records
 from skysense_jax.data.batches import acquisitions, geometry, streams, views
 from skysense_jax.sensors import NO_DATE, SENSORS, Contract
@@ -39,6 +40,10 @@ class Dataset(NamedTuple):
     first: int
     tile: int
     plans: dict[str, acquisitions.SensorPlan]
+
+
+Drawn = tuple[str, int, dataset_records.Record]
+"""(sensor, number of the dataset, record) of a sample."""
 
 
 class Plan(NamedTuple):
@@ -212,7 +217,7 @@ def _batch_of_turn(plan: Plan, turn: int) -> tuple[str, int]:
     raise ValueError("the turn lies behind the end of a round")
 
 
-def read(plan: Plan, number: int) -> tuple[str, int, Mapping[str, Any]]:
+def read(plan: Plan, number: int) -> Drawn:
     """Reads the record of row number % batch of step number // batch.
 
     Args:
@@ -226,7 +231,7 @@ def read(plan: Plan, number: int) -> tuple[str, int, Mapping[str, Any]]:
     return name, dataset, plan.datasets[dataset].places[index]
 
 
-def sample(plan: Plan, drawn: tuple[str, int, Mapping[str, Any]], rng: np.random.Generator) -> dict[str, Any]:
+def sample(plan: Plan, drawn: Drawn, rng: np.random.Generator) -> Tree:
     """The row of a batch; the sensor's image and the image of its pair are cut by the same box.
 
     Args:
@@ -291,7 +296,7 @@ def _empty(plan: Plan) -> dict[str, np.ndarray]:
 def _cut(
     image: dict[str, np.ndarray],
     sensor: acquisitions.SensorPlan,
-    record: Mapping[str, Any],
+    record: dataset_records.Record,
     acquisition: int,
     view: _View,
 ) -> None:
@@ -310,7 +315,7 @@ def _cut(
 
 def stages(
     cfg: config_dict.ConfigDict, contract: Contract, seed: int
-) -> tuple[grain.MapDataset, Callable[[tuple[str, int, Mapping[str, Any]], np.random.Generator], dict[str, Any]]]:
+) -> tuple[grain.MapDataset, Callable[[Drawn, np.random.Generator], Tree]]:
     """The two stages of an element of a batch, as :func:`views.stages`.
 
     Args:

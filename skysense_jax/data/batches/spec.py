@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from ml_collections import config_dict
 
+from skysense_jax.core.trees import Tree
 from skysense_jax.sensors import Contract, pixels_per_base
 
 
@@ -17,7 +18,7 @@ class Leaf(NamedTuple):
     dtype: np.dtype
 
 
-def one_sensor_spec(cfg: config_dict.ConfigDict, contract: Contract) -> dict[str, Any]:
+def one_sensor_spec(cfg: config_dict.ConfigDict, contract: Contract) -> Tree:
     """A global batch of images of one sensor (`batches.one_sensor`).
 
     With S = config.model.img_size and C = bands of the contract's widest sensor, a batch has:
@@ -51,7 +52,7 @@ def one_sensor_spec(cfg: config_dict.ConfigDict, contract: Contract) -> dict[str
     }
 
 
-def views_spec(cfg: config_dict.ConfigDict, contract: Contract) -> dict[str, Any]:
+def views_spec(cfg: config_dict.ConfigDict, contract: Contract) -> Tree:
     """A global batch of views of places with all their sensors (`views.train_batch`).
 
     The axes are B places, V views, T dates, then rows, columns, channels. "local" is absent when `config.data.n_local`
@@ -67,7 +68,7 @@ def views_spec(cfg: config_dict.ConfigDict, contract: Contract) -> dict[str, Any
     data, batch = cfg.data, int(cfg.data.batch)
     f32, i32 = np.dtype(np.float32), np.dtype(np.int32)
 
-    def views(count: int, size: int) -> dict[str, Any]:
+    def views(count: int, size: int) -> Tree:
         inputs = {}
         for name, rule in contract["sensors"].items():
             lead = (batch, count, int(data.dates[name]))

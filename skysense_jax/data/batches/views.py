@@ -17,9 +17,11 @@ import numpy as np
 from ml_collections import config_dict
 
 from skysense_jax import sensors
+from skysense_jax.core.trees import Tree
 from skysense_jax.data import records as dataset_records
 from skysense_jax.data.batches import acquisitions, geometry, radiometry, streams
 from skysense_jax.data.batches.acquisitions import SensorPlan
+from skysense_jax.data.records import Record
 
 
 class ViewPlan(NamedTuple):
@@ -107,7 +109,7 @@ def make_plan(cfg: config_dict.ConfigDict, contract: sensors.Contract, tile: int
     )
 
 
-def sample_place(record: Mapping[str, Any], rng: np.random.Generator, plan: Plan) -> dict[str, Any]:
+def sample_place(record: Record, rng: np.random.Generator, plan: Plan) -> Tree:
     """One place's part of a training batch; the leading axis is the view.
 
     Args:
@@ -124,8 +126,8 @@ def sample_place(record: Mapping[str, Any], rng: np.random.Generator, plan: Plan
 
 
 def _sample_views(
-    record: Mapping[str, Any], usable: Mapping[str, np.ndarray], rng: np.random.Generator, plan: Plan, views: ViewPlan
-) -> dict[str, Any]:
+    record: Record, usable: Mapping[str, np.ndarray], rng: np.random.Generator, plan: Plan, views: ViewPlan
+) -> Tree:
     """Views of one static shape. usable: sensor -> indices of its usable acquisitions."""
     count, size = len(views.names), views.size
     inputs = {
@@ -157,7 +159,7 @@ def _sample_views(
 
 def stages(
     cfg: config_dict.ConfigDict, contract: sensors.Contract, seed: int
-) -> tuple[grain.MapDataset, Callable[[Mapping[str, Any], np.random.Generator], dict[str, Any]]]:
+) -> tuple[grain.MapDataset, Callable[[Record, np.random.Generator], Tree]]:
     """The two stages of an element of a batch, which `data bench` times one by one.
 
     Args:
@@ -220,7 +222,7 @@ def check(cfg: config_dict.ConfigDict, contract: sensors.Contract) -> str:
     return str(meta.get("dataset_id"))
 
 
-def _sample_place(plan: Plan, record: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+def _sample_place(plan: Plan, record: Record, rng: np.random.Generator) -> Tree:
     return sample_place(record, rng, plan)
 
 
@@ -250,7 +252,7 @@ def make_train_iterator(
     return streams.read_ahead(train_dataset(cfg, contract, seed, process_index, process_count), cfg, start_step)
 
 
-def train_batch(cfg: config_dict.ConfigDict, contract: sensors.Contract, seed: int, step: int) -> dict[str, Any]:
+def train_batch(cfg: config_dict.ConfigDict, contract: sensors.Contract, seed: int, step: int) -> Tree:
     """The global batch of one step, read directly.
 
     Args:

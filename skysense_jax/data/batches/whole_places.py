@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
 from ml_collections import config_dict
 
+from skysense_jax.core.trees import Tree
 from skysense_jax.data import records as dataset_records
 from skysense_jax.data.batches import acquisitions, geometry, streams
 from skysense_jax.data.batches.views import sensor_plans
 from skysense_jax.sensors import Contract
 
 
-def whole_place(record: Mapping[str, Any], plans: Sequence[acquisitions.SensorPlan], tile: int) -> dict[str, Any]:
+def whole_place(record: dataset_records.Record, plans: Sequence[acquisitions.SensorPlan], tile: int) -> Tree:
     """One place's part of an evaluation batch: the whole tile as stored, nothing random.
 
     Where a sensor has more acquisitions than its plan's `dates`, the clearest of that many consecutive groups are taken
@@ -53,7 +53,7 @@ def eval_batches(
     split: str,
     batch: int,
     only: Sequence[int] | np.ndarray | None = None,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Tree]:
     """Every place of a split once, in batches of a static size.
 
     Args:
@@ -87,6 +87,6 @@ def eval_batches(
         iterator.close()
 
 
-def _clamped(places: dataset_records.Places, chosen: Sequence[int] | np.ndarray, index: int) -> dict[str, Any]:
+def _clamped(places: dataset_records.Places, chosen: Sequence[int] | np.ndarray, index: int) -> dataset_records.Record:
     """The record of place `chosen[index]`, of the last one where the index lies behind it."""
     return places[chosen[min(int(index), len(chosen) - 1)]]

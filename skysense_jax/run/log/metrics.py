@@ -80,7 +80,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
+def plain(metrics: Mapping[str, jax.Array]) -> dict[str, int | float | str]:
     """Device metrics as JSON values.
 
     They are integers, floats (exactly float32), a digest pair as hex digits; NaN and infinities are text.
@@ -130,7 +130,7 @@ class Log:
             self._records = records.open_records(workdir / FILE, start)
             self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
 
-    def put(self, step: int, metrics: Mapping[str, Any]) -> int:
+    def put(self, step: int, metrics: Mapping[str, jax.Array]) -> int:
         """Hands over the metrics of a step and writes those of the step before.
 
         Args:

@@ -28,7 +28,7 @@ class Damaged(ValueError):
     """A checkpoint that cannot be trusted; the message names what is wrong with it."""
 
 
-def seal(value: Any) -> str:
+def seal(value: object) -> str:
     """SHA-256 of a JSON value, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
@@ -74,8 +74,8 @@ def read_sealed(path: epath.Path, *names: str) -> dict[str, Any]:
 
 
 def load(
-    folder: pathlib.Path | str, step: int | str, shapes: Mapping[str, Any], meta: Mapping[str, Any]
-) -> dict[str, Any]:
+    folder: pathlib.Path | str, step: int | str, shapes: Mapping[str, trees.Tree], meta: Mapping[str, Any]
+) -> dict[str, trees.Tree]:
     """Reads trees of a folder and checks every leaf against its digest.
 
     Args:
