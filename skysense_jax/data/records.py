@@ -158,7 +158,7 @@ class Places:
         return f"record {number}"
 
 
-def read_metadata(folder: str | pathlib.Path) -> dict[str, Any]:
+def read_metadata(folder: str | pathlib.Path) -> Meta:
     """The metadata that `skysense-jax data build` wrote beside the records.
 
     Raises:

@@ -27,9 +27,9 @@ from skysense_jax.data.ingest.catalog import Catalog, Row, read_catalog
 from skysense_jax.data.ingest.on_processes import in_processes
 from skysense_jax.data.ingest.places import Settings
 from skysense_jax.data.ingest.raster import MAX_PIXELS
-from skysense_jax.data.ingest.report import REFUSED, merge, new_report, summary
+from skysense_jax.data.ingest.report import REFUSED, Report, merge, new_report, summary
 from skysense_jax.data.ingest.shards import Unit, features_of
-from skysense_jax.data.records import METADATA, SPLITS
+from skysense_jax.data.records import METADATA, SPLITS, Meta
 from skysense_jax.sensors import SENSORS
 
 FORMAT = 1
@@ -260,7 +260,7 @@ def build(
     workers: int = 1,
     progress: bool = True,
     run_units: RunUnits | None = None,
-) -> tuple[dict[str, Any], bool]:
+) -> tuple[Meta, bool]:
     """Builds the dataset in `out`, or continues an unfinished build; a complete dataset is left as it is.
 
     Args:
@@ -321,7 +321,7 @@ def build(
     return meta, True
 
 
-def _finish(work: _Build, done: dict[str, dict[str, Any]], total: dict[str, Any]) -> dict[str, Any]:
+def _finish(work: _Build, done: dict[str, dict[str, Any]], total: Report) -> Meta:
     """Names the parts as TFDS shards and writes the metadata. Every step can be repeated after a crash.
 
     Args:

@@ -38,9 +38,10 @@ from skysense_jax.data.ingest.inspection import (
 )
 from skysense_jax.data.ingest.plain_images import Cut, cuts_of
 from skysense_jax.data.ingest.raster import GDAL_ERRORS, BrokenFile, Files, Header, RasterRefused, read_window
-from skysense_jax.data.ingest.report import REFUSED, USED, add_dates, file_entry
+from skysense_jax.data.ingest.report import REFUSED, USED, Report, add_dates, file_entry
 from skysense_jax.data.ingest.settings import Settings
 from skysense_jax.data.ingest.units import convert
+from skysense_jax.data.records import Record
 from skysense_jax.sensors import NO_DATE, SENSORS, UNLABELLED
 
 
@@ -52,7 +53,7 @@ class _Place(NamedTuple):
 
 
 def _inspect(
-    rows: Sequence[Row], settings: Settings, files: Files, broken: Mapping[Path, str], report: dict[str, Any]
+    rows: Sequence[Row], settings: Settings, files: Files, broken: Mapping[Path, str], report: Report
 ) -> _Place:
     """Inspects every row of a place; refusals go into the report."""
     place = _Place({}, {}, [], tuple(name for row in rows if row.kind == "label" for name in row.classes))
@@ -98,7 +99,7 @@ def _inspect(
     return place
 
 
-def _drop_unlocated(place: _Place, crs: CRS, report: dict[str, Any]) -> list[tuple[Bounds, Bounds]]:
+def _drop_unlocated(place: _Place, crs: CRS, report: Report) -> list[tuple[Bounds, Bounds]]:
     """Extents of the images in the place's CRS; an image that cannot be located in it leaves the place, refused."""
     extents = []
     for dates in place.images.values():
@@ -229,8 +230,8 @@ def _label_map(place: _Place, tile: Tile | Cut, settings: Settings, files: Files
 
 
 def ingest_place(
-    name: str, rows: Sequence[Row], settings: Settings, files: Files, broken: Mapping[Path, str], report: dict[str, Any]
-) -> Iterator[dict[str, Any]]:
+    name: str, rows: Sequence[Row], settings: Settings, files: Files, broken: Mapping[Path, str], report: Report
+) -> Iterator[Record]:
     """The records of one catalog place, tile by tile; data/records.py describes them.
 
     Args:
@@ -282,7 +283,7 @@ def ingest_place(
 
 
 def _tiles(
-    name: str, heads: Sequence[tuple[str, Header]], place: _Place, settings: Settings, report: dict[str, Any]
+    name: str, heads: Sequence[tuple[str, Header]], place: _Place, settings: Settings, report: Report
 ) -> Iterator[Tile | Cut]:
     if not settings.georeferenced:
         [(sensor, head)] = heads
@@ -293,9 +294,7 @@ def _tiles(
     return tiles_of(name, head, extents, crs, settings) if extents else iter(())
 
 
-def _record(
-    place: _Place, tile: Tile | Cut, settings: Settings, files: Files, report: dict[str, Any]
-) -> dict[str, Any] | None:
+def _record(place: _Place, tile: Tile | Cut, settings: Settings, files: Files, report: Report) -> Record | None:
     """One record, or None where no sensor has a valid pixel."""
     record: dict[str, Any] = {}
     for sensor in settings.sensors:

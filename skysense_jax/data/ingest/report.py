@@ -9,11 +9,14 @@ from typing import Any
 from skysense_jax.core.days import iso_date
 from skysense_jax.data.ingest.catalog import Row
 
+Report = dict[str, Any]
+"""What a build did, plain JSON values: see :func:`new_report`."""
+
 REFUSED, USED = "refused", "used"
 _MAX_PRINTED, _MAX_FILES = 30, 5
 
 
-def new_report(sensors: Sequence[str]) -> dict[str, Any]:
+def new_report(sensors: Sequence[str]) -> Report:
     """An empty report: plain JSON values, sums only, so that the reports of parts add up.
 
     The entry of a sensor counts tiles that have the sensor, acquisitions, dates_squared (the sum over tiles of the
@@ -57,7 +60,7 @@ def add_dates(entry: dict[str, Any], days: Iterable[int]) -> None:
         entry["last"] = max(known + ([] if entry["last"] is None else [entry["last"]]))
 
 
-def merge(total: dict[str, Any], part: Mapping[str, Any]) -> None:
+def merge(total: Report, part: Report) -> None:
     """Adds one report to another, in place.
 
     Args:
@@ -91,7 +94,7 @@ def file_entry(row: Row, status: str, **facts: Any) -> dict[str, Any]:
     return {"row": row.number, "place": row.place, "sensor": sensor, "path": row.name, "status": status} | facts
 
 
-def summary(total: Mapping[str, Any]) -> dict[str, Any]:
+def summary(total: Report) -> dict[str, Any]:
     """The report as places.json stores it.
 
     The used files are left out (files.jsonl has them); the decisions taken on them are counted.

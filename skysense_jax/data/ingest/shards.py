@@ -23,7 +23,7 @@ from skysense_jax.data.ingest.catalog import Row
 from skysense_jax.data.ingest.places import Settings, ingest_place
 from skysense_jax.data.ingest.plain_images import open_picture
 from skysense_jax.data.ingest.raster import BrokenFile, Files, gdal_settings
-from skysense_jax.data.ingest.report import merge, new_report
+from skysense_jax.data.ingest.report import Report, merge, new_report
 from skysense_jax.data.records import record_features
 
 WRITER_OPTIONS = "group_size:1"  # one record per chunk: random access reads one record and no more
@@ -49,7 +49,7 @@ def features_of(settings: Settings) -> tfds.features.FeaturesDict:
     return record_features(settings.sensors, settings.tile, settings.ratio, len(settings.label_classes))
 
 
-def _records(unit: Unit, settings: Settings, broken: dict[Path, str], report: dict[str, Any]) -> Iterator[bytes]:
+def _records(unit: Unit, settings: Settings, broken: dict[Path, str], report: Report) -> Iterator[bytes]:
     """The serialised records of a unit; their counts are added to `report`."""
     features = features_of(settings)
     serializer = ExampleSerializer(features.get_serialized_info())
