@@ -1,4 +1,4 @@
-"""The table of recipes: which objective trains on which batches, and which fields a run of it has.
+"""The table of recipes: which objective trains on which batches, and which configuration fields a run of it reads.
 
 The only place that knows which objectives exist. A configuration names its recipe in the field `recipe`; without that
 field it is the pretraining of its network, the row named like config.model.name. Another objective on a network that
@@ -28,7 +28,8 @@ class Recipe(NamedTuple):
         make_objective: (whole configuration, input contract) -> `objectives.base.Objective`.
         batches: the module that makes the training batches: check, stages, train_dataset and make_train_iterator.
         batch_spec: (whole configuration, input contract) -> nested dict of `spec.Leaf` like a global batch.
-        fields: vocabulary of the configuration beside config.model, by section.
+        fields: names of all configuration fields outside of config.model that this recipe reads, by section ("" = top
+            level, "<sensor>" = one field per sensor of data.bands); others are refused.
     """
 
     system: str
@@ -39,7 +40,11 @@ class Recipe(NamedTuple):
 
 
 EVALUATION = ("batch", "knn_k", "knn_temp", "patch", "bootstrap")
-"""Fields of config.eval of every recipe."""
+OPTIMISER = ("b1", "b2", "eps", "clip")
+RATES = ("rule", "warmup_lr", "lr", "final_lr", "warmup_steps", "weight_decay", "final_weight_decay")
+RUN = ("save_every", "keep", "log_every", "max_skipped", "watchdog_s")
+READING = ("split", "statistics", "batch", "threads", "prefetch", "max_bad_records")
+"""Fields of config.eval, config.optim, config.schedule, config.run and config.data that every recipe has."""
 
 RECIPES: dict[str, Recipe] = {
     "skysense": Recipe(
@@ -50,10 +55,8 @@ RECIPES: dict[str, Recipe] = {
         {
             "": ("seed", "steps"),
             "data": (
+                *READING,
                 "dir",
-                "split",
-                "statistics",
-                "batch",
                 "global_size",
                 "global_scale",
                 "n_local",
@@ -63,9 +66,6 @@ RECIPES: dict[str, Recipe] = {
                 "flip",
                 "rotate",
                 "date_jitter_days",
-                "threads",
-                "prefetch",
-                "max_bad_records",
             ),
             "data.bands": ("<sensor>",),
             "data.dates": ("<sensor>",),
@@ -97,15 +97,9 @@ RECIPES: dict[str, Recipe] = {
                 "microbatches",
             ),
             "objective.head": ("hidden", "bottleneck", "layers", "prototypes"),
-            "optim": ("b1", "b2", "eps", "clip"),
+            "optim": OPTIMISER,
             "schedule": (
-                "rule",
-                "warmup_lr",
-                "lr",
-                "final_lr",
-                "warmup_steps",
-                "weight_decay",
-                "final_weight_decay",
+                *RATES,
                 "teacher_momentum",
                 "final_teacher_momentum",
                 "teacher_temp",
@@ -114,7 +108,7 @@ RECIPES: dict[str, Recipe] = {
                 "freeze_last_layer_steps",
             ),
             "mesh": ("data", "fsdp"),
-            "run": ("save_every", "keep", "log_every", "max_skipped", "watchdog_s"),
+            "run": RUN,
             "eval": EVALUATION,
         },
     ),
@@ -125,28 +119,16 @@ RECIPES: dict[str, Recipe] = {
         spec.one_sensor_spec,
         {
             "": ("seed", "steps"),
-            "data": (
-                "dir",
-                "also",
-                "split",
-                "statistics",
-                "batch",
-                "scale",
-                "aspect",
-                "flip",
-                "threads",
-                "prefetch",
-                "max_bad_records",
-            ),
+            "data": (*READING, "dir", "also", "scale", "aspect", "flip"),
             "data.bands": ("<sensor>",),
             "data.eval_dates": ("<sensor>",),
             "objective": ("mask_ratio", "mask_cell", "cross", "aux_weight"),
             "objective.distill": ("weight", "path", "img_size", "window"),
-            "optim": ("b1", "b2", "eps", "clip"),
+            "optim": OPTIMISER,
             "optim.lr_scale": ("<sensor>",),
             "schedule": ("rule", "warmup_lr", "lr", "final_lr", "warmup_steps", "weight_decay", "final_weight_decay"),
             "mesh": ("data", "fsdp", "expert"),
-            "run": ("save_every", "keep", "log_every", "picture_every", "max_skipped", "watchdog_s"),
+            "run": (*RUN, "picture_every"),
             "eval": EVALUATION,
         },
     ),

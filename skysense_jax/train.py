@@ -110,16 +110,17 @@ def run(options: Options, process: int, processes: int, preemption: Preemption) 
     # 1. A folder, and what is to be learnt from: the dataset and the input contract.
     recipes.check_config(cfg)
     recipe = recipes.recipe_of(cfg)
-    window = profiler.Window(options.profile, workdir, cfg.steps)
+    trace = profiler.Window(options.profile, workdir, cfg.steps)
     paths.make_folder(workdir)
     contract = plans.make_contract(cfg)
-    meta = folder.run_meta(cfg, contract, recipe.batches.check(cfg, contract))
+    dataset_id = recipe.batches.check(cfg, contract)
+    meta = folder.run_meta(cfg, contract, dataset_id)
 
     # 2. Mesh, objective, shapes, shardings.
     mesh = meshes.make_mesh(cfg.mesh.to_dict())
     plan = plans.make_plan(cfg, contract, mesh)
     if (workdir / folder.COMPLETE).exists():
-        folder.check_same_run(cfg, contract, meta["dataset_id"], checkpoint.load_meta(workdir))
+        folder.check_same_run(cfg, contract, dataset_id, checkpoint.load_meta(workdir))
         say(f"{workdir} is done ({cfg.steps} steps); nothing to do")
         return exits.DONE
     folder.write_reports(workdir, plan, mesh, meta)
@@ -135,20 +136,21 @@ def run(options: Options, process: int, processes: int, preemption: Preemption) 
             start = starts.where_to_start(cfg, workdir, plan, meta, options.init_from)
         for name, seconds in start.seconds.items():
             timers.add(name, seconds)
-        current, done = start.state, start.step
+        current, step = start.state, start.step
         saver = checkpoint.Saver(workdir, cfg.run.keep)
+        # an image is one date of one sensor; a batch of one sensor (msGFM) has one per place
         images = cfg.data.batch * (sum(cfg.data.dates.values()) if "dates" in cfg.data else 1)
         work = metrics.Work(cfg.steps, cfg.run.log_every, cfg.data.batch, images, plan.flops)
-        log = metrics.Log(workdir, done, work, timers)
-        batches = recipe.batches.make_train_iterator(cfg, contract, cfg.seed, done, process, processes)
+        log = metrics.Log(workdir, step, work, timers)
+        batches = recipe.batches.make_train_iterator(cfg, contract, cfg.seed, step, process, processes)
         draw = reconstructions.in_training(cfg, contract, workdir, meshes.replicated(mesh), process == 0)
 
         def save() -> None:
             with timers("save"):
                 log.sync()  # the records of every step a checkpoint contains are on disk before it is
-                saver.save(current, starts.data_position(cfg, done), {**meta, "seconds": timers.seconds})
+                saver.save(current, starts.data_position(cfg, step), {**meta, "seconds": timers.seconds})
 
-        def not_finite() -> int:
+        def not_finite(skipped: int) -> int:
             log.close()
             say(
                 f"{skipped} updates were not finite, config.run.max_skipped is {cfg.run.max_skipped}; "
@@ -159,42 +161,41 @@ def run(options: Options, process: int, processes: int, preemption: Preemption) 
         # 5. The loop. Order matters: save -> next batch -> step -> log; a checkpoint describes one instant of state,
         # data and clocks.
         preemption.enter_loop()
-        skipped = 0
         try:
             with watchdog.Watchdog(cfg.run.watchdog_s, workdir / f"stacks-{process}.txt") as dog:
-                while done < cfg.steps:
-                    stop = preemption.requested(done)
-                    if stop or (done % cfg.run.save_every == 0 and done > start.step):
+                while step < cfg.steps:
+                    stop = preemption.requested(step)
+                    if stop or (step % cfg.run.save_every == 0 and step > start.step):
                         save()
                     if stop:
                         saver.wait()
                         log.close()
-                        say(f"preempted: saved at step {done}")
+                        say(f"preempted: saved at step {step}")
                         return exits.PREEMPTED
-                    with timers("eval"):  # the name of this clock in metrics: pictures are all that is drawn here
-                        draw(current.params, done)
+                    with timers("eval"):  # pictures of reconstructions; "eval" is their clock's name in the metrics
+                        draw(current.params, step)
                     with timers("data"):
                         batch = state.put_batch(next(batches), plan.batch)
-                    window.before_step(done, current)
+                    trace.before_step(step, current)
                     with timers("step"):
                         current, measured = train_step(current, batch)
-                        done += 1
-                        skipped = log.put(done, measured)
+                        step += 1
+                        skipped = log.put(step, measured)  # updates skipped so far, known one step late
                     dog.beat()
                     if skipped > cfg.run.max_skipped:
-                        return not_finite()
+                        return not_finite(skipped)
 
                 # 6. Finish: the last records, the last checkpoint, the mark.
                 skipped = log.flush()
                 if skipped > cfg.run.max_skipped:
-                    return not_finite()
+                    return not_finite(skipped)
                 with timers("eval"):
-                    draw(current.params, done)
+                    draw(current.params, step)
                 save()
                 saver.wait()
                 log.close()
         finally:
-            window.close()
+            trace.close()
             batches.close()
             saver.close()
         if process == 0:

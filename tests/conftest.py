@@ -25,11 +25,13 @@ gc.set_threshold(100_000, 20, 100)
 LONGEST = (
     "test_resume.py",
     "test_processes.py",
-    "test_objective.py",
-    "test_msgfm_objective.py",
     "test_sharding.py",
-    "test_msgfm_mesh.py",
+    "test_objective.py",
+    "test_models.py",
+    "test_msgfm_objective.py",
     "test_survival.py",
+    "test_msgfm_mesh.py",
+    "test_geo_model.py",
     "test_gs.py",
 )
 """Files that take minutes, the longest first: none of them is left alone at the end."""

@@ -34,7 +34,7 @@ from tests.helpers import jobs, msgfm_places, noise_dataset
 STEPS, SAVE_EVERY = 12, 3
 KILLS_PER_RUN = 8  # then it may end, and is compared
 PHASES = ("compile", "step", "save", "eval")
-CONFIGS = {"skysense": jobs.TINY, "msgfm": str(jobs.ROOT / "configs" / "msgfm_tiny.py")}
+CONFIGS = {"skysense": jobs.TINY, "msgfm": jobs.MSGFM}
 TITLE = """# Survival: killed at random, and the same bits
 
 Every run was started again after every kill until it ended. All of them ended bitwise equal to the run left alone:
@@ -86,6 +86,7 @@ def arguments(job: Job, workdir: pathlib.Path) -> list[str]:
         str(workdir),
         f"--config.data.dir={job.dataset}",
         *job.also,
+        *jobs.QUICK[CONFIGS[job.model]],
         f"--config.steps={STEPS}",
         f"--config.run.save_every={SAVE_EVERY}",
     ]
@@ -229,6 +230,7 @@ def _kill(job: Job, workdir: pathlib.Path, aim: str, draw: random.Random, spans:
 def report(job: Job, kills: list[Kill], lives: int, asked: int, seed: int, seconds: float) -> str:
     """What happened so far, as a section of the page."""
     seen, config = Counter(kill.seen for kill in kills), pathlib.Path(CONFIGS[job.model]).relative_to(jobs.ROOT)
+    changes = " ".join(jobs.QUICK[CONFIGS[job.model]])
     learnt = "noise" + " and a folder of unpaired pictures" * bool(job.also)
     lines = [
         f"## {job.model}",
@@ -237,8 +239,8 @@ def report(job: Job, kills: list[Kill], lives: int, asked: int, seed: int, secon
         f"commit {evaluate.commit()}, jax {jax.__version__}, Python {platform.python_version()}, CPU, "
         f"{os.cpu_count()} cores, {seconds / 60:.0f} minutes.",
         "",
-        f"{len(kills)} SIGKILLs were spread over {lives} run{'s' * (lives > 1)} of {STEPS} steps of `{config}` (the "
-        f"real objective on {learnt}, float32, a checkpoint every {SAVE_EVERY} steps).",
+        f"{len(kills)} SIGKILLs were spread over {lives} run{'s' * (lives > 1)} of {STEPS} steps of `{config}` "
+        f"with `{changes}` (the real objective on {learnt}, float32, a checkpoint every {SAVE_EVERY} steps).",
         "",
         "| phase | kills |",
         "|---|---|",

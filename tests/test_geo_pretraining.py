@@ -166,8 +166,9 @@ def test_a_second_stage_starts_from_a_run_without_a_bank(tmp_path):
         init_from.init_from(tmp_path, fresh, {"ratio": 4, "sensors": {}})
 
 
-def test_a_frozen_bank_has_learnt_something(tmp_path):
+def test_a_frozen_bank_has_learnt_something(tmp_path, monkeypatch):
     """Where a run begins, with the objective of the tests beside a bank."""
+    monkeypatch.setitem(recipes.RECIPES, "toy", toy_objective.recipe())
     c = toy_objective.config("unread")
     c.model.geo_context.bank = "frozen"
     contract = sensors.input_contract(c.data.bands.to_dict(), c.model.ratio)

@@ -12,7 +12,7 @@ from skysense_jax import cli, networks
 from tests.helpers import jobs, msgfm_places
 
 CONFIG = str(jobs.ROOT / "configs" / "msgfm_tiny.py")
-STEPS = 12  # as in test_resume: one compiled step serves both
+STEPS = 12
 
 
 @pytest.fixture(scope="module")

@@ -21,13 +21,7 @@ from skysense_jax.run import plan as plans
 from tests.helpers import jobs, msgfm_places, noise_dataset, toy_objective
 
 STEPS, BATCH, PLACES = 12, 8, 40
-MSGFM = [
-    "--config",
-    str(jobs.ROOT / "configs" / "msgfm_tiny.py"),
-    "--config.model.depths=(2,)",
-    "--config.model.num_heads=(2,)",
-    "--config.model.moe.stages=(0,)",
-]  # one stage: half as long to compile
+MSGFM = ["--config", jobs.MSGFM, *jobs.QUICK[jobs.MSGFM]]
 
 
 @pytest.fixture(scope="module")

@@ -79,10 +79,7 @@ def test_a_full_disk_is_74_and_the_last_checkpoint_stands(dataset, tmp_path):
 
 @pytest.mark.parametrize(
     "config, module, sensors",
-    [
-        (jobs.TINY, noise_dataset, tuple(noise_dataset.DATES)),
-        (str(jobs.ROOT / "configs" / "msgfm_tiny.py"), msgfm_places, msgfm_places.SENSORS),
-    ],
+    [(jobs.TINY, noise_dataset, tuple(noise_dataset.DATES)), (jobs.MSGFM, msgfm_places, msgfm_places.SENSORS)],
     ids=["skysense", "msgfm"],
 )
 def test_a_place_of_nans_changes_nothing_is_counted_and_too_many_are_65(config, module, sensors, tmp_path):
@@ -112,6 +109,7 @@ def test_a_place_of_nans_changes_nothing_is_counted_and_too_many_are_65(config, 
         "--workdir",
         str(workdir),
         f"--config.data.dir={data}",
+        *jobs.QUICK[config],
         "--config.steps=12",
         "--config.run.save_every=1",
         "--config.run.keep=12",

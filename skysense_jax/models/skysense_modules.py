@@ -124,7 +124,7 @@ def build_modules(cfg: config_dict.ConfigDict, contract: Contract) -> dict[str, 
             remat=cfg.remat,
             dtype=dtype,
         )
-    for name in ("s2", "s1"):
+    for name in HEADS:
         if name in sensors:
             vit = cfg[name]
             modules[name] = VisionTransformer(

@@ -3,7 +3,7 @@
 for a, b in pairs of sensors:
     for every region of a grid x grid division of each global view that both see:
         x, y = the mean cell of the region, over all dates, of a and b, through a linear map of each sensor
-        loss += InfoNCE(x / |x|, y / |y|, negatives = regions of other places) / align_temp       in both directions
+        loss += InfoNCE(cosine(x, y) / align_temp), negatives = regions of other places     mean of both directions
     term[a-b] = mean over those regions of the global batch
 """
 

@@ -1,4 +1,4 @@
-"""What a training objective is: six functions and four values, all that the training loop knows about a model.
+"""What a training objective is: six functions and three values, all that a step needs of it.
 
 The parameters of an objective are three trees, all nested dicts of arrays:
 
@@ -21,6 +21,8 @@ Loss = Callable[..., tuple[Scalar, tuple[dict[str, Scalar], Tree]]]
 
 class Objective(NamedTuple):
     """An objective. Every function is pure and may be jitted; none knows about devices, processes or files.
+
+    Every batch has batch["place"]["index"] [B], the numbers of its places: the step records a digest of them.
 
     init(rng, spec) -> params, teacher, memory
         spec: the nested dict of the training batch with anything that has `.shape` and `.dtype` as leaves; only shapes

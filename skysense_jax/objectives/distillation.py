@@ -1,4 +1,4 @@
-"""The pixel, object and image terms of several heads at once.
+"""SkySense's self-distillation: the pixel, object and image terms of several heads at once (msGFM's is gfm.py).
 
 What is computed, as loops; everything below is these loops as arrays (tests/test_skysense_loss_twin.py has them in
 numpy):

@@ -1,10 +1,10 @@
 """Pixel, object and image rows of two networks' maps: what is compared with what, and with which weight.
 
 Shapes: B places, S views of the student, M views of the teacher they are compared with, T dates, N and N' cells, D
-width, C clusters. The k-th date of one view is compared with the k-th date of the other (L_pix, L_obj, L_img of the
-SkySense paper, section "multi-granularity contrastive learning"). The correspondence of cells is a matrix, so that
-every gather is a small matrix product: nothing is gathered across devices when the places are sharded, and a matched
-cell without partner is simply a zero row.
+width, C clusters. The k-th date of one view is compared with the k-th date of the other, whatever acquisitions they are
+(L_pix, L_obj, L_img of the SkySense paper, section "multi-granularity contrastive learning"). The correspondence of
+cells is a matrix, so that every gather is a small matrix product: nothing is gathered across devices when the places
+are sharded, and a cell without a partner is a zero row.
 """
 
 from __future__ import annotations

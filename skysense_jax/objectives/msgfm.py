@@ -2,7 +2,7 @@
 
     s, images, partners = batch                     one input sensor s, t = pair(s): s2 - s1, hr - dsm
     x, y  = normalised(images), normalised(partners)
-    mask  = ceil(mask_ratio * n) cells of mask_cell pixels, drawn for each image
+    mask  = ceil(mask_ratio * n) of the n cells of mask_cell pixels, drawn for each image
     z     = encode(embed_s(x) with the mask token in hidden places)
     cross = place has both and coin(objective.cross), for each image
     L_MIM = sum over hidden pixels of (|decode_t(z) - y| if cross else |decode_s(z) - x|), mean over the bands
@@ -10,9 +10,10 @@
     L     = L_MIM + aux_weight * sum over mixtures of their auxiliary loss
             - distill.weight * mean cos(project(third merging of z), the same of a frozen teacher)
 
-Pixels that were not measured do not count. The paper's text is known in parts only: SimMIM and GFM (models/simmim.py)
-give the masking, the loss and the distillation (on images of the sensor hr, which is what its teachers know); that the
-coin is tossed for each sample, and the partner is compared under the input's mask, is our reading.
+Pixels that were not measured do not count. The paper's text is known in parts only: SimMIM and GFM (its own
+models/simmim.py) give the masking, the loss and the distillation (on images of the sensor hr, which is what its
+teachers know); that the coin is tossed for each sample, and the partner is compared under the input's mask, is our
+reading.
 
 The batch says which sensor it holds, a number: one compiled step serves all sensors, the encoder runs once, and
 `lax.switch` picks patch embedding and decoders. The learning rate of the update is scaled by optim.lr_scale of the

@@ -1,32 +1,42 @@
 """The SkySense objective: multi-granularity self-distillation per sensor and fused, plus cross-modal alignment.
 
     g0, g1, locals = batch                              views of every place: crops of all its sensors at once
-    student cells  = encode(g0, g1, locals)             {head: [view, date, cell]}; heads: each sensor, and "fused"
-    teacher cells  = average of students: encode(g0, g1)                                     without gradient
-    match(s, t)    = for each cell of view s the nearest cell of view t, if near enough to be the same ground
+    student cells  = student.encode(g0, g1, locals)     {map: [view, date, cell]}; maps: one per sensor, and "fused"
+    teacher cells  = teacher.encode(g0, g1)             the teacher is the student's moving average; no gradient
+    match(s, t)    = for each cell of view s the one nearest cell of view t, if the two centres are at most half the
+                     larger cell's diagonal apart
 
-    for head in heads:                                                                       L_MGCL
+    for map in maps, each with a DINO head of its own:                                       L_MGCL
         for s, t in (g0, g1), (g1, g0), every local with g0 and g1:       view s of the student, view t of the teacher
             pixel  : CE(cell of t, cell of s)                             every matched pair of cells
             object : CE(mean of t, mean of s) over the matched cells of a cluster; clusters = Sinkhorn of the cells of t
             image  : CE(mean of all cells of t, mean of all cells of s)
-        L_MGCL += mean of pixel + mean of object + mean of image          objectives.distillation has the weights
+        L_MGCL += weighted mean of pixel + of object + of image       a sum over maps, weights in distillation
     for a, b in pairs of sensors:                                                            L_align
         L_align += symmetric InfoNCE(regions of a, regions of b)          objectives.alignment; student, g0 and g1
     L = alpha * L_MGCL + beta * L_align
 
-    CE = -sum over K prototypes of p * log q            p = softmax((teacher's logits - centre) / teacher_temp)
+    CE = -sum over K of p * log q                       K prototypes: the columns of the DINO head's last layer
+                                                        p = softmax((teacher's logits - centre) / teacher_temp)
                                                         q = softmax(student's logits / student_temp)
-    after the update:
+    settle, after the update:
         teacher = teacher_momentum * teacher + (1 - teacher_momentum) * student
         centre  = centre_momentum * centre + (1 - centre_momentum) * mean of the teacher's logits
 
-From the SkySense paper; what it leaves open is a field of `config.objective`, and the pairs of views are DINO's. Every
-mean is over all valid pairs of the *global* batch, date by date. Padded dates, invalid cells and cells without common
-ground have weight 0; a sensor that is absent from the whole batch gives exactly 0. With geo-context the fused map asks
-a bank of prototypes, which learns without a gradient (objectives.geo).
+From the SkySense paper. What it leaves open is a field of `config.objective` or `config.schedule` where it is a number,
+and is said in the called files where it is a rule; the pairs of views are DINO's. tests/test_skysense_loss_twin.py is
+this loss in numpy loops.
 
-Metrics (float32 scalars; i = head: a sensor or "fused"). A collapse is seen at a glance:
+Every view draws its own dates: the k-th date of one view is compared with the k-th of the other, both in time order,
+and the two may be different acquisitions. Local views give smaller maps, which are encoded apart. Every mean is over
+all valid pairs of the *global* batch. Padded dates, invalid cells and cells without common ground have weight 0; a
+sensor that is absent from the whole batch gives exactly 0.
+
+With geo-context (model.geo_context) the model looks up the prototypes of the place's region in a bank and appends an
+attention over them to the fused map. These prototypes are not DINO's: they learn without a gradient (objectives.geo),
+by objective.prototype_momentum.
+
+Metrics (float32 scalars; i = map: a sensor or "fused"). A collapse is seen at a glance:
   loss/total, loss/mgcl, loss/align  the sums above
   loss/<i>/<pixel|object|image>      one term. Uniform collapse: stays at log K, kl 0; one prototype for all: drops to 0
   loss/align/<a>-<b>                 InfoNCE of two sensors; log(number of valid regions) = nothing learnt

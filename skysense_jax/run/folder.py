@@ -217,12 +217,16 @@ def describe(kind: str, folder: pathlib.Path) -> Description:
 
 
 def weights(description: Description) -> trees.Tree:
-    """The parameters of the network that a run keeps (`systems.System.trained_tree`), with its prototype bank.
+    """The parameters of the network that a run keeps, with its prototype bank.
 
-    They are those of the step that was described and of no other: damage is an error, not a silent step back.
+    The network is the encoder of `systems.System.trained_tree`, or of params where the run has no such tree: an
+    objective without a teacher on a system that usually has one. The parameters are those of the step that was
+    described and of no other: damage is an error, not a silent step back.
     """
     system = systems.system_of(description.model)
-    encoder = checkpoint.load_tree(description.path, system.trained_tree, description.step)["encoder"]
+    trees_there = checkpoint.load_meta(description.path, description.step)["digests"]
+    tree = system.trained_tree if system.trained_tree in trees_there else "params"
+    encoder = checkpoint.load_tree(description.path, tree, description.step)["encoder"]
     if not system.has_bank(description.model, description.contract):
         return encoder
     return skysense.with_bank(encoder, checkpoint.load_tree(description.path, "memory", description.step)["bank"])

@@ -31,6 +31,14 @@ from tests.helpers import toy_objective
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TOY = str(ROOT / "tests" / "helpers" / "toy_config.py")
 TINY = str(ROOT / "configs" / "skysense_tiny.py:series")
+MSGFM = str(ROOT / "configs" / "msgfm_tiny.py")
+QUICK = {
+    TINY: ("--config.data.n_local=0",),
+    MSGFM: ("--config.model.depths=(2,)", "--config.model.num_heads=(2,)", "--config.model.moe.stages=(0,)"),
+}
+"""Configuration -> what halves the time to trace and compile its step, which every process of a job spends anew: no
+local views (the terms stay the same), one stage.
+"""
 PATIENCE_S = 1800
 TOY_WIDTH = 2**15
 
