@@ -152,13 +152,9 @@ def make_settings(cfg: config_dict.ConfigDict, contract: Contract) -> Settings:
     if cfg.model.get("modules"):
         raise ValueError("config.model.modules leaves modules out; pretraining needs the whole model")
     sensors = tuple(name for name in SENSOR_ORDER if name in contract["sensors"])
+    dtype = jnp.dtype(cfg.model.dtype)
     head = DINOHead(
-        o.head.hidden,
-        o.head.bottleneck,
-        o.head.prototypes,
-        o.head.layers,
-        remat=cfg.model.remat,
-        dtype=jnp.dtype(cfg.model.dtype),
+        o.head.hidden, o.head.bottleneck, o.head.prototypes, o.head.layers, remat=cfg.model.remat, dtype=dtype
     )
     widths = {**{name: cfg.model.width for name in sensors}, FUSED: fused_width(cfg.model, contract)}
     has_bank = widths[FUSED] > cfg.model.fusion.embed_dims
@@ -244,8 +240,7 @@ def loss(
         params: of the student, {"encoder", "heads", "align"}.
         teacher: {"encoder", "heads"}.
         memory: {"centre"}, with geo-context "bank".
-        batch: the global batch, {"global": views}, with "local" where there are local views, with "place" where there
-            is a bank.
+        batch: the global batch, as :func:`encode_views` takes it.
         keys: "drop_path" of this step.
         schedule: "teacher_temp" and "last_layer_frozen" of this step.
 
