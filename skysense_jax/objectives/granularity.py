@@ -269,7 +269,7 @@ def distil_rows(row_sets: Sequence[Mapping[str, Rows]], prototypes: Prototypes) 
     totals = {name: Totals(zero, zero, zero) for name in NAMES}
     assigned = jnp.zeros(prototypes.centre.shape, jnp.float32)
     for row_set in row_sets:
-        joined = Rows(*(jnp.concatenate(part, axis=1) for part in zip(*row_set.values(), strict=True)))
+        joined = Rows(*(jnp.concatenate(arrays, axis=1) for arrays in zip(*row_set.values(), strict=True)))
         ce, entropy, share = contrast.distil(
             *joined,
             prototypes.student,
@@ -280,9 +280,9 @@ def distil_rows(row_sets: Sequence[Mapping[str, Rows]], prototypes: Prototypes) 
             prototypes.chunk,
         )
         assigned, start = assigned + share, 0
-        for kind, part in row_set.items():
-            name, stop = kind.split("/")[0], start + part.weight.shape[1]
-            more = Totals(ce[:, start:stop].sum(), entropy[:, start:stop].sum(), part.weight.sum())
-            totals[name] = jax.tree.map(jnp.add, totals[name], more)
+        for kind, of_kind in row_set.items():
+            name, stop = kind.split("/")[0], start + of_kind.weight.shape[1]
+            sums = Totals(ce[:, start:stop].sum(), entropy[:, start:stop].sum(), of_kind.weight.sum())
+            totals[name] = jax.tree.map(jnp.add, totals[name], sums)
             start = stop
     return totals, assigned
