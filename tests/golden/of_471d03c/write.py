@@ -16,8 +16,7 @@ import sys
 import numpy as np
 from tests.rasters import HR, catalog, s2, write
 
-from skysense_jax import cli, embed, train
-from skysense_jax.data import sources
+from skysense_jax import cli, embed
 
 SPLITS = ("train", "test")
 
