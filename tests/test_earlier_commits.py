@@ -133,7 +133,7 @@ def test_a_run_continues(run, folder, capsys):
     assert "resuming from step 1" in said and f"done: {fields['steps']} steps" in said
     assert checkpoint.steps(work / checkpoint.FOLDER) == [1, 2, 3]
     assert not (work / checkpoint.REJECTED).exists()
-    jobs.assert_close(jobs.records(work), earlier, 1e-4)
+    jobs.assert_close(jobs.records(work), earlier, 1e-5)
 
 
 @pytest.mark.parametrize("run", RUNS)
