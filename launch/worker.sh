@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What every host of a run executes, whoever starts it (tpu.sh, gke.sh, slurm.sh or you): installs this checkout,
-# says which
-# process of how many this host is, and becomes the training process, so that signals and exit codes pass through.
+# says which process of how many this host is, and becomes the training process, so that signals and exit codes pass
+# through.
 #   launch/worker.sh --extra tpu|gpu|cpu --processes N [SETTINGS] [--dry-run] -- ARGUMENTS OF skysense_jax.train
 # Settings, as flags or as LAUNCH_NAME in the environment:
 #   --extra        what jax is installed for: tpu, gpu or cpu

@@ -140,8 +140,11 @@ def recipe_of(cfg: config_dict.ConfigDict) -> Recipe:
     """The row of a whole configuration.
 
     Raises:
-        ValueError: there is no such recipe, or it trains another network than config.model describes.
+        ValueError: there is no such recipe, it trains another network than config.model describes, or there is no
+            config.model.name.
     """
+    if "name" not in cfg.get("model", {}):
+        raise ValueError("the configuration has the wrong fields: config.model.name is missing")
     name = cfg.get("recipe", cfg.model.name)
     if name not in RECIPES:
         field = "config.recipe" if "recipe" in cfg else "config.model.name"

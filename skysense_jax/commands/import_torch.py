@@ -72,8 +72,6 @@ def run(args: argparse.Namespace) -> int:
         FileNotFoundError: there is no such configuration or file.
         ValueError: as `run.imported`.
     """
-    if not pathlib.Path(args.config).is_file():
-        raise FileNotFoundError(f"{args.config}: no such configuration; give --config FILE with the model's sizes")
     config = read_config(args.config)
     bands = {name: tuple(names) for name, names in config.data.bands.items()} | _bands(args.bands)
     systems.system_of(config.model)

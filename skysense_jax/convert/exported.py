@@ -28,9 +28,16 @@ def describe(folder: pathlib.Path) -> Description:
         Its description, of kind "export".
 
     Raises:
-        ValueError: as :func:`read_description`.
+        ValueError: as :func:`read_description`; the folder is in a bucket.
     """
+    refuse_bucket(folder)
     return read_description("export", folder, DESCRIPTION)
+
+
+def refuse_bucket(folder: pathlib.Path) -> None:
+    """Raises ValueError for a folder in a bucket: networks are opened from a disk (`--init_from` reads buckets too)."""
+    if paths.is_remote(folder):
+        raise ValueError(f"{folder}: exported and imported weights are read from a disk; copy the folder here first")
 
 
 def read_description(kind: str, folder: pathlib.Path, name: str) -> Description:
@@ -38,17 +45,15 @@ def read_description(kind: str, folder: pathlib.Path, name: str) -> Description:
 
     Args:
         kind: `Reader.kind` of the folder.
-        folder: a local folder.
+        folder: where it is.
         name: the file in it.
 
     Returns:
         The description of the folder.
 
     Raises:
-        ValueError: the folder is in a bucket, or the file lacks a part.
+        ValueError: the file lacks a part.
     """
-    if paths.is_remote(folder):
-        raise ValueError(f"{folder}: exported and imported weights are read from a disk; copy the folder here first")
     meta = json.loads((folder / name).read_text())
     if "architecture" not in meta or "input_contract" not in meta:
         raise ValueError(

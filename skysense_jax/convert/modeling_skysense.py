@@ -141,15 +141,15 @@ class SwinTransformerV2(nn.Module):
         count, every = len(hr["depths"]), hr["extra_norm_every"] or math.inf
         fields = (hr[key] for key in ("window", "pretrained_windows", "num_heads"))
         windows, pretrained, heads = ([v] * count if isinstance(v, int) else v for v in fields)
-        self.patch_embed = PatchEmbed(channels, hr["embed_dims"], hr["patch"], norm=True)
-        self.stages = nn.ModuleList()
+        self.patch_embed, stages = PatchEmbed(channels, hr["embed_dims"], hr["patch"], norm=True), []
         for s, depth in enumerate(hr["depths"]):
             width = hr["embed_dims"] * 2**s
             sizes, options = (width, heads[s], windows[s], pretrained[s]), (hr["pad_small_map"], hr["mlp_ratio"])
             blocks = [SwinBlock(*sizes, bool(b % 2), *options, (b + 1) % every == 0) for b in range(depth)]
             downsample = PatchMerging(width // 2) if s else nn.Identity()
-            self.stages.append(nn.Sequential(OrderedDict(downsample=downsample, blocks=nn.Sequential(*blocks))))
+            stages.append(nn.Sequential(OrderedDict(downsample=downsample, blocks=nn.Sequential(*blocks))))
             self.add_module(f"norm{s}", nn.LayerNorm(width))
+        self.stages = nn.ModuleList(stages)  # behind the norms: optimiser states number the parameters in this order
         for norm in (m for m in self.modules() if isinstance(m, nn.LayerNorm)):
             norm.eps = hr["eps"]
 

@@ -139,7 +139,7 @@ def read_config(path: str | pathlib.Path) -> config_dict.ConfigDict:
         FileNotFoundError: there is no such file.
         ValueError: it is no configuration, takes no argument, or refuses this argument.
     """
-    file, *argument = str(path).split(":", 1)
+    file, *argument = [str(path)] if pathlib.Path(path).is_file() else str(path).rsplit(":", 1)
     if not pathlib.Path(file).is_file():
         raise FileNotFoundError(f"{file}: no such configuration file")
     if pathlib.Path(file).suffix != ".py":

@@ -86,7 +86,8 @@ def run_meta(cfg: config_dict.ConfigDict, contract: Contract, dataset_id: str) -
         JSON values: "format", "config", "contract", "dataset_id" and "code" (versions and a digest of the sources).
     """
     package = pathlib.Path(skysense_jax.__file__).parent
-    sources = b"".join(file.read_bytes() for file in sorted(package.rglob("*.py")))
+    files = [file for file in sorted(package.rglob("*.py")) if file.relative_to(package).parts[0] != "configs"]
+    sources = b"".join(file.read_bytes() for file in files)  # a wheel has configs inside, a checkout beside the package
     code = {
         "skysense_jax": skysense_jax.__version__,
         "sources_sha256": hashlib.sha256(sources).hexdigest(),

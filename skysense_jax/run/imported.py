@@ -283,8 +283,13 @@ def recognise(folder: pathlib.Path) -> bool:
 
 
 def describe(folder: pathlib.Path) -> Description:
-    """The description of imported weights. Errors as `exported.read_description`."""
+    """The description of imported weights, in a bucket too. Errors as `exported.read_description`."""
     return exported.read_description("imported", folder, DESCRIPTION)
+
+
+def _describe_local(folder: pathlib.Path) -> Description:
+    exported.refuse_bucket(folder)
+    return describe(folder)
 
 
 def weights(description: Description) -> trees.Tree:
@@ -295,4 +300,4 @@ def weights(description: Description) -> trees.Tree:
     return tree
 
 
-READER = Reader("imported", f"imported weights have {DESCRIPTION} and {PARTS}/", recognise, describe, weights)
+READER = Reader("imported", f"imported weights have {DESCRIPTION} and {PARTS}/", recognise, _describe_local, weights)
