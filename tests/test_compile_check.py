@@ -113,7 +113,7 @@ def test_pieces_of_the_distillation_are_reduced_over_devices_once_and_give_the_s
                 out_shardings=((whole, (batch, batch, whole)), (split, batch)),
             )
             .lower(*placed)
-            .compile()
+            .compile({"xla_backend_optimization_level": 3})  # sums in lanes, as a run has them: within 1e-5
         )
         found = step(*placed)
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):

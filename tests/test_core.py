@@ -138,7 +138,8 @@ def test_xla_flags_leave_the_user_alone_and_need_no_jax():
     assert added and env["LIBTPU_INIT_ARGS"].startswith("--xla_tpu_enable_async_collective_fusion=false ")
     assert env["LIBTPU_INIT_ARGS"].count("async_collective_fusion=") == 1
     assert xla_flags.apply(env) == []
-    code = "import sys; from skysense_jax.core import xla_flags; xla_flags.apply({}); sys.exit('jax' in sys.modules)"
+    code = "import sys; from skysense_jax.core.hardware import xla_flags; xla_flags.apply({})"
+    code += "; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

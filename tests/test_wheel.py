@@ -69,7 +69,7 @@ def test_the_wheel_brings_every_file_of_the_package_and_nothing_else(wheel):
 def test_the_package_and_its_configurations_come_from_the_wheel(python, tmp_path):
     code = """
 import skysense_jax
-from skysense_jax import import_torch
+from skysense_jax.commands import import_torch
 from skysense_jax.configs import msgfm_tiny, skysense_full
 print(skysense_jax.__file__, skysense_full.__file__, import_torch.FULL_SIZE)
 print(skysense_full.get_config().model.width, msgfm_tiny.get_config("s2,s1").steps)

@@ -285,7 +285,7 @@ def _steps(case: Case, rule: str) -> list[dict[str, Any]]:
     for step in range(steps):
         rate = peak
         if rule != "const":
-            rate = optim.LR_RULES[RULES[rule]](step, steps, case.setting("warmup_steps"), peak, start, end)
+            rate = optim.LR_RULES[RULES[rule]](step, optim.Rates(steps, case.setting("warmup_steps"), peak, start, end))
         value, grads = jax.value_and_grad(loss)(params)
         grads, norm = optim.clip(grads, case.setting("clip"))
         decays = {"p": True, "b": False}
