@@ -199,7 +199,7 @@ def draw(record: Record, meta: Meta) -> Image.Image:
     canvas = Image.new("RGB", (width, height), (250, 250, 250))
     pen, font = ImageDraw.Draw(canvas), letters()
     # a dataset without classes stores one place for a label all the same
-    labels = [name for name, on in zip(meta["label_classes"], record["label"], strict=False) if on]
+    labels = [name for number, name in enumerate(meta["label_classes"]) if record["label"][number]]
     where = "no georeference"
     if meta["gsd"]:
         where = f"lon {float(record['lon']):.4f} lat {float(record['lat']):.4f}   {as_text(record['crs'])[:24]}"
